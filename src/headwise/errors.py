@@ -1,0 +1,45 @@
+"""Errors: what went wrong -> one line that says what was given, what was expected and what to do.
+
+HeadwiseError
+├── ConfigurationError      a policy, rule or option cannot be what was asked for
+│   └── UnknownPolicyError  no policy of that name; the message lists the nearest
+├── InputError              a prompt, file or tensor cannot be used
+├── UnsupportedModelError   the model has nothing to compress, or no way in for a cache
+├── CacheStateError         the cache cannot do this in the state it is in
+├── MismatchError           a cache, file or model does not belong to the other
+└── ModelNotFoundError      a model could not be found or fetched
+"""
+
+from __future__ import annotations
+
+
+class HeadwiseError(Exception):
+    """Base of every error that headwise raises on purpose."""
+
+
+class ConfigurationError(HeadwiseError, ValueError):
+    """A policy, rule or option cannot be what was asked for."""
+
+
+class UnknownPolicyError(ConfigurationError):
+    """No policy is registered under that name."""
+
+
+class InputError(HeadwiseError, ValueError):
+    """A prompt, file or tensor cannot be used."""
+
+
+class UnsupportedModelError(HeadwiseError):
+    """The model has nothing to compress, or does not take a cache through the attention interface."""
+
+
+class CacheStateError(HeadwiseError, RuntimeError):
+    """The cache cannot do this in the state it is in."""
+
+
+class MismatchError(HeadwiseError, ValueError):
+    """A cache, file or model does not belong to the other."""
+
+
+class ModelNotFoundError(HeadwiseError, OSError):
+    """A model could not be found or fetched."""

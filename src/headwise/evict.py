@@ -1,0 +1,65 @@
+"""6/7 evict: the plan, the kept rows and the new ones -> what stays; the rule of 2/7, applied once more."""
+
+from __future__ import annotations
+
+import torch
+
+from headwise.plan import Plan
+from headwise.store import PagedStore, Rows
+from headwise.transcript import Transcript
+from headwise.types import Bool, Float, Int, Tensor, Tokens
+
+
+def facts(
+    transcript: Transcript,
+    columns: Int[Tensor, "b h n"],
+    valid: Bool[Tensor, "b h n"],
+    scores: Float[Tensor, "b h n"] | None,
+    seen_columns: int,
+    prompt: Int[Tensor, " b"] | None,
+    layer: int,
+) -> Tokens:
+    """The facts about the tokens in those columns, seen from the newest of `seen_columns`.
+
+    Args:
+        valid: False where `columns` and `scores` are undefined.
+        prompt: real tokens of the prompt; None at its end, when it is all that was seen.
+    """
+    columns = columns.long().masked_fill(~valid, 0)
+    seen = transcript.real_tokens(len(columns), seen_columns, columns.device)
+    position = transcript.positions(columns)
+    valid = valid & transcript.real(columns)
+    return Tokens(
+        position=position,
+        age=seen[:, None, None] - 1 - position,
+        valid=valid,
+        pool=valid,
+        prompt=(seen if prompt is None else prompt)[:, None, None],
+        seen=seen[:, None, None],
+        kind=transcript.kinds(columns),
+        score=None if scores is None else scores.masked_fill(~valid, 0),
+        layer=layer,
+    )
+
+
+def evict(plan: Plan, store: PagedStore, fresh: Rows, transcript: Transcript, seen: int, layer: int) -> None:
+    """Let every head's rule decide over what it holds and the fresh rows, and keep only what it names.
+
+    Args:
+        fresh: rows attended to but not yet stored; those it does not name in `keep` (padding) are left out.
+        seen: columns seen so far, the fresh ones included.
+    """
+    held = store.occupied()
+    if not plan.evicts:
+        store.commit(held, fresh)
+        return
+    valid = torch.cat([held, fresh.keep], dim=-1)
+    columns = torch.cat([store.kept_columns(), fresh.columns], dim=-1)
+    scores = None
+    if plan.scored:
+        kept_scores = store.kept_scores()
+        assert kept_scores is not None and fresh.scores is not None
+        scores = torch.cat([kept_scores, fresh.scores], dim=-1)
+    keep = plan.keep(facts(transcript, columns, valid, scores, seen, plan.prompt, layer))
+    fresh.keep = keep[..., store.longest :]
+    store.commit(keep[..., : store.longest], fresh)

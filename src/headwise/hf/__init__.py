@@ -1,0 +1,1 @@
+"""The only folder that imports transformers: its cache contract, its attention interface, its models."""

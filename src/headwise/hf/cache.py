@@ -1,0 +1,277 @@
+"""Cache: the contract of transformers -> headwise's layers; pass a `HeadwiseCache` to plain `generate()`."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedModel, PreTrainedTokenizerBase
+
+from headwise.errors import CacheStateError, ConfigurationError, MismatchError, UnsupportedModelError
+from headwise.hf.attachment import attach
+from headwise.hf.attention import NAME
+from headwise.hf.kinds import KindTable
+from headwise.hf.layer import HeadwiseLayer
+from headwise.kernels import reference
+from headwise.layer import LayerCache, Settings
+from headwise.policies.base import Policy
+from headwise.policies.full import Full
+from headwise.report import LayerReport, Report
+from headwise.transcript import Transcript
+from headwise.types import Int, Kind, Tensor
+
+
+class HeadwiseWarning(UserWarning):
+    """Something works, but perhaps not as meant."""
+
+
+class HeadwiseCache(Cache):
+    """A KV cache that keeps, for every KV head of every sequence, only what its rule names, and frees the rest.
+
+    Pass it to `model.generate(past_key_values=cache, ...)` or to a forward pass. Full-attention layers are
+    compressed; sliding-window and linear layers keep transformers' own cache. While a cache of a model lives, the
+    model's attention runs through headwise, which for any other cache computes what `sdpa` computes.
+
+    The first pass is the prompt: it is attended to in full, profiled, and compacted layer by layer. The rules found
+    then hold for later turns too. With chunked prefill say how long the prompt is (`prompt_tokens`), or the first
+    chunk is taken for the whole of it.
+
+    Args:
+        model: a causal language model of transformers.
+        policy: what to keep.
+        tokenizer: needed by policies that look at the kind of a token, such as `FastGen`.
+        markers: texts such as "[INST]" that count as special tokens.
+        prompt_tokens: columns of the prompt, padding included, where it comes in several passes.
+        page_size: rows in a page of the store.
+        kernel: name of the decode kernel.
+
+    Raises:
+        ConfigurationError: when the policy needs a tokenizer and there is none, or an option is out of range.
+        UnsupportedModelError: when no layer of the model can be compressed and the policy is not `Full`, or the
+            model does not take attention functions.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        markers: Sequence[str] = (),
+        prompt_tokens: int | None = None,
+        page_size: int = 16,
+        kernel: str = reference.NAME,
+    ) -> None:
+        _check_options(policy, tokenizer, page_size, prompt_tokens, kernel)
+        needs_kinds = "kind" in policy.facts
+        self.policy = policy
+        self.transcript = Transcript(needs_kinds)
+        self.model_name = type(model).__name__
+        self._model = weakref.ref(model)
+        self._kind_table = KindTable(tokenizer, markers) if needs_kinds and tokenizer is not None else None
+        self._passes = 0
+        settings = Settings(page_size, prompt_tokens, kernel)
+        stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        # The exact type: its subclasses are layers of other kinds, which stay as they are.
+        mine = [type(layer) is DynamicLayer for layer in stock]
+        if not any(mine) and not isinstance(policy, Full):
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in stock}))
+            raise UnsupportedModelError(
+                f"{self.model_name} has nothing to compress: all of its {len(stock)} layers are {kinds}; "
+                "headwise compresses full-attention layers"
+            )
+        cache = weakref.ref(self)
+        layers = [
+            HeadwiseLayer(LayerCache(index, policy, self.transcript, settings), cache, self.model_name)
+            if compressed
+            else layer
+            for index, (layer, compressed) in enumerate(zip(stock, mine, strict=True))
+        ]
+        super().__init__(layers=layers)
+        attach(model, self)
+
+    @property
+    def headwise_layers(self) -> list[HeadwiseLayer]:
+        """The compressed layers, in the order of the model."""
+        return [layer for layer in self.layers if isinstance(layer, HeadwiseLayer)]
+
+    @property
+    def awaits_attention(self) -> bool:
+        """Whether a layer has new keys that no attention has been computed for."""
+        return any(layer.awaits_attention for layer in self.headwise_layers)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model it was made for.
+
+        Raises:
+            MismatchError: when that model is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise MismatchError(f"the {self.model_name} this cache was made for is gone")
+        return model
+
+    def begin_pass(self, input_ids: Int[Tensor, "b q"] | None) -> None:
+        """Called before every forward pass that uses this cache.
+
+        Raises:
+            CacheStateError: when the last pass was broken off, or the model's attention was changed.
+        """
+        layers = self.headwise_layers
+        if not layers:
+            return
+        seen = layers[0].core.seen
+        if self.awaits_attention or any(layer.core.seen != seen for layer in layers):
+            raise CacheStateError("the last forward pass was broken off half-way: reset() the cache and start again")
+        if self.model.get_decoder().config._attn_implementation != NAME:
+            raise CacheStateError(
+                f"the model's attention implementation was changed; call model.set_attn_implementation({NAME!r})"
+            )
+        if input_ids is not None and self._kind_table is not None:
+            self.transcript.announce(self._kind_table.kinds(input_ids))
+            marked = self._kind_table.marked(input_ids)
+            if marked is not None:
+                self.transcript.mark(marked, int(Kind.SPECIAL))
+        if self._looks_like_a_chunk(input_ids):
+            warnings.warn(
+                f"the first {seen} tokens were profiled as the whole prompt and more of it seems to follow; with "
+                "chunked prefill make the cache with prompt_tokens=input_ids.shape[1]",
+                HeadwiseWarning,
+                stacklevel=2,
+            )
+        self._passes += 1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens; see `HeadwiseLayer.crop`."""
+        super().crop(tokens_to_remove)
+        self._truncate()
+
+    def reset(self) -> None:
+        """Forget everything; the cache can then serve another prompt."""
+        super().reset()
+        self._passes = 0
+        self._truncate()
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " new"]) -> None:
+        """Continue the beams at those indices."""
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences at those indices."""
+        super().batch_select_indices(indices)
+        self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        batch = next((len(kept) for layer in self.headwise_layers if (kept := layer.core.kept_tokens) is not None), 0)
+        super().batch_repeat_interleave(repeats)
+        self._select(torch.arange(batch).repeat_interleave(repeats))
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor it holds on to, those of stock layers included."""
+        held = list(self.transcript.tensors().values())
+        for layer in self.layers:
+            if isinstance(layer, HeadwiseLayer):
+                held += layer.core.tensors()
+            else:
+                held += [value for value in vars(layer).values() if isinstance(value, Tensor)]
+        return held
+
+    def report(self) -> Report:
+        """What it holds now, and what a full cache would hold."""
+        return Report(
+            policy=repr(self.policy),
+            seen_tokens=self.get_seq_length() if self.headwise_layers else 0,
+            layers=[self._report_layer(layer) for layer in self.layers],
+            transcript_bytes=sum(tensor.nbytes for tensor in self.transcript.tensors().values()),
+            profile_seconds=sum(layer.core.profile_seconds for layer in self.headwise_layers),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the compressed cache to a safetensors file that `load` reads; an unfinished file is never left.
+
+        Raises:
+            CacheStateError: when the prompt has not been compressed yet, or a stock layer cannot be saved.
+        """
+        from headwise.hf.persistence import save
+
+        save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel, policy: Policy, **options: Any) -> HeadwiseCache:
+        """A cache as `save` left it, for the same model and policy.
+
+        Args:
+            options: as for the constructor.
+
+        Raises:
+            MismatchError: when the file was written with another model or policy.
+            InputError: when the file is missing or not a saved cache.
+        """
+        from headwise.hf.persistence import load
+
+        cache = cls(model, policy, **options)
+        load(cache, Path(path))
+        return cache
+
+    def _looks_like_a_chunk(self, input_ids: Int[Tensor, "b q"] | None) -> bool:
+        core = self.headwise_layers[0].core
+        return (
+            self._passes == 1
+            and core.plan is not None
+            and core.settings.prompt_columns is None
+            and not core.recording
+            and not isinstance(self.policy, Full)
+            and input_ids is not None
+            and input_ids.shape[1] > 1
+        )
+
+    def _truncate(self) -> None:
+        columns = self.headwise_layers[0].core.seen if self.headwise_layers else 0
+        self.transcript.truncate(columns)
+        if self._kind_table is not None:
+            self._kind_table.truncate(columns)
+
+    def _select(self, indices: Int[Tensor, " new"]) -> None:
+        self.transcript.select(indices)
+        if self._kind_table is not None:
+            self._kind_table.select(indices)
+
+    def _report_layer(self, layer: Any) -> LayerReport:
+        if not isinstance(layer, HeadwiseLayer):
+            held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+            size = sum(tensor.nbytes for tensor in held)
+            return LayerReport.of_stock(size)
+        return LayerReport.of(layer.core)
+
+
+def _check_options(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase | None,
+    page_size: int,
+    prompt_tokens: int | None,
+    kernel: str,
+) -> None:
+    from headwise.decode import KERNELS
+
+    if not isinstance(policy, Policy):
+        raise ConfigurationError(f"policy must be a headwise policy such as FastGen(recovery=0.95), got {policy!r}")
+    if "kind" in policy.facts and tokenizer is None:
+        raise ConfigurationError(
+            f"{type(policy).__name__} looks at the kind of each token (special, punctuation) and needs a tokenizer: "
+            "HeadwiseCache(model, policy, tokenizer=tokenizer)"
+        )
+    for name, value in (("page_size", page_size), ("prompt_tokens", prompt_tokens)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigurationError(f"{name} must be a count of 1 or more, got {value!r}")
+    if kernel not in KERNELS:
+        raise ConfigurationError(f"unknown kernel {kernel!r}; available: {', '.join(KERNELS)}")
+
+
+__all__ = ["HeadwiseCache", "HeadwiseWarning"]

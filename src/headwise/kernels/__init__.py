@@ -1,0 +1,1 @@
+"""Kernels: `reference` defines every kernel in plain torch; faster ones have its signatures."""

@@ -1,0 +1,165 @@
+"""Policies and rules: configuration -> which tokens a KV head keeps.
+
+A *rule* is an elementwise formula over facts about tokens. The same formula profiles the prompt, compacts it and
+evicts at every later step. A *policy* offers rules, cheapest first, and says how a head's rule is chosen among
+them. A rule alone is a policy that leaves nothing to choose; `a | b` keeps what either keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+import torch
+
+from headwise.errors import ConfigurationError
+from headwise.policies.size import Size, check_size
+from headwise.types import Bool, Int, Tensor, Tokens
+
+Fact = Literal["kind", "score"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the rule of a head is chosen from its profile (FastGen, equation 1; readings named in `FastGen`)."""
+
+    recovery: float
+    last_rows: int | None
+    fold: Literal["min", "mean"]
+    criterion: Literal["mass", "l1"]
+
+    @property
+    def threshold(self) -> float:
+        """Retained mass that is enough."""
+        return (1 + self.recovery) / 2 if self.criterion == "l1" else self.recovery
+
+
+class Policy:
+    """What may be kept, by which KV head. Subclasses are frozen dataclasses: configuration, never state."""
+
+    name: ClassVar[str] = ""
+
+    @property
+    def rungs(self) -> tuple[Rule, ...]:
+        """The rules a head may get, cheapest first; never empty."""
+        raise NotImplementedError
+
+    @property
+    def selection(self) -> Selection | None:
+        """How to choose among the rungs; None where there is only one."""
+        return None
+
+    @property
+    def profile_rows(self) -> Size:
+        """How many query rows of the prompt the profile reads: a count, or a fraction of the prompt."""
+        return 1.0
+
+    @property
+    def facts(self) -> frozenset[Fact]:
+        """Which optional facts of `Tokens` the rungs look at."""
+        return frozenset().union(*(rung.reads for rung in self.rungs))
+
+    def parameters(self) -> dict[str, object]:
+        """The configuration by name, as given."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.init}  # type: ignore[arg-type]  # subclasses are dataclasses
+
+
+class Rule(Policy):
+    """Keeps the tokens for which a formula over their facts holds.
+
+    `keep` is the whole definition. A rule that looks at a token's age keeps a local window and nothing else by
+    it, and says how wide through `width`: profiling needs the two parts apart (FastGen specification, 9.1).
+    """
+
+    @property
+    def reads(self) -> frozenset[Fact]:
+        """Which optional facts of `Tokens` the formula looks at."""
+        return frozenset()
+
+    @property
+    def ranks_rest(self) -> bool:
+        """Whether the rule, in a union, ranks only the tokens that the other members do not keep."""
+        return False
+
+    @property
+    def rungs(self) -> tuple[Rule, ...]:
+        """The rule itself."""
+        return (self,)
+
+    @property
+    def label(self) -> str:
+        """Short name for reports."""
+        return self.name
+
+    def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
+        """True for every token that stays. Must not modify `tokens`; rows that are not valid may be either."""
+        raise NotImplementedError
+
+    def static(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
+        """The part of `keep` that is the same for every query row: all of it but a local window."""
+        return self.keep(tokens)
+
+    def width(self, prompt: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Tokens in the local window for a prompt of that many tokens; 0 for no window."""
+        return torch.zeros_like(prompt)
+
+    def __or__(self, other: Rule) -> Union:
+        return Union((*_members(self), *_members(other)))
+
+
+def _members(rule: Rule) -> tuple[Rule, ...]:
+    return rule.rules if isinstance(rule, Union) else (rule,)
+
+
+@dataclass(frozen=True)
+class Union(Rule):
+    """Keeps what any of its rules keeps. Not registered: it is written `a | b`."""
+
+    rules: tuple[Rule, ...]
+
+    @property
+    def label(self) -> str:
+        """The labels of the members, joined by a plus sign."""
+        return "+".join(rule.label for rule in self.rules)
+
+    @property
+    def reads(self) -> frozenset[Fact]:
+        """The facts any member reads."""
+        return frozenset().union(*(rule.reads for rule in self.rules))
+
+    def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
+        """What any member keeps."""
+        return self._any(tokens, static=False)
+
+    def static(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
+        """What any member keeps for every query row."""
+        return self._any(tokens, static=True)
+
+    def width(self, prompt: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """The widest window of the members."""
+        return torch.stack([rule.width(prompt) for rule in self.rules]).amax(0)
+
+    def _any(self, tokens: Tokens, *, static: bool) -> Bool[Tensor, "b h n"]:
+        # Rules that draw "from the rest" rank only what the others leave, windows included.
+        others = torch.zeros_like(tokens.valid)
+        for rule in self.rules:
+            if not rule.ranks_rest:
+                others = others | rule.keep(tokens)
+        kept = torch.zeros_like(tokens.valid)
+        for rule in self.rules:
+            facts = tokens.among(~others) if rule.ranks_rest else tokens
+            kept = kept | (rule.static(facts) if static else rule.keep(facts))
+        return kept
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is not among the choices.
+
+    Raises:
+        ConfigurationError: with the choices in its message.
+    """
+    if value not in choices:
+        raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+__all__ = ["Fact", "Policy", "Rule", "Selection", "Size", "Union", "check_choice", "check_size"]

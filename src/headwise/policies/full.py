@@ -1,0 +1,21 @@
+"""Full: every token is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from headwise.policies.base import Rule
+from headwise.policies.registry import register
+from headwise.types import Bool, Tensor, Tokens
+
+
+@register("full")
+@dataclass(frozen=True)
+class Full(Rule):
+    """Keeps everything: the reference every other policy is measured against (FastGen, section 3.4)."""
+
+    def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
+        """Everything."""
+        return torch.ones_like(tokens.valid)

@@ -1,0 +1,35 @@
+"""H2O: the heavy hitters and the newest tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headwise.policies.base import Policy, Rule
+from headwise.policies.frequent import Frequent
+from headwise.policies.registry import register
+from headwise.policies.size import Size
+from headwise.policies.window import Window
+
+
+@register("h2o")
+@dataclass(frozen=True)
+class H2O(Policy):
+    """Keeps a fixed number of heavy hitters and a local window in every head (Zhang et al., NeurIPS 2023, section 4).
+
+    Heavy hitters are drawn from the tokens outside the window, so the two never overlap.
+
+    Args:
+        heavy: heavy hitters to keep: a count (int), or a fraction of the prompt (float).
+        recent: newest tokens to keep: a count (int), or a fraction of the prompt (float).
+    """
+
+    heavy: Size
+    recent: Size
+
+    def __post_init__(self) -> None:
+        _ = self.rungs  # the rules check their own sizes
+
+    @property
+    def rungs(self) -> tuple[Rule, ...]:
+        """One rule for every head."""
+        return (Frequent(self.heavy, of="prompt", among="rest") | Window(self.recent),)

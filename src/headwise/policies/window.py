@@ -1,0 +1,44 @@
+"""Window: the newest tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from headwise.policies.base import Rule
+from headwise.policies.registry import register
+from headwise.policies.size import Size, check_size, window_tokens
+from headwise.types import Bool, Int, Tensor, Tokens
+
+
+@register("window")
+@dataclass(frozen=True)
+class Window(Rule):
+    """Keeps a local window of the newest tokens, of one width for the whole run (FastGen, section 3.4).
+
+    Args:
+        size: tokens (int), or a fraction of the prompt (float), rounded and at least 1.
+    """
+
+    size: Size
+
+    def __post_init__(self) -> None:
+        check_size("window size", self.size)
+
+    @property
+    def label(self) -> str:
+        """The paper's word for it."""
+        return "local"
+
+    def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
+        """Tokens younger than the width."""
+        return tokens.age < self.width(tokens.prompt)
+
+    def static(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
+        """Nothing: a window moves with the query."""
+        return torch.zeros_like(tokens.valid)
+
+    def width(self, prompt: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """The size in tokens."""
+        return window_tokens(self.size, prompt)

@@ -1,0 +1,106 @@
+"""1/7 prefill: queries, keys and values of the prompt -> its attention output, as usual.
+
+Torch's fused attention, and plain blocks for what it cannot do (a soft cap, sink logits). Here also stand the
+logits and probabilities that the profile sums up and the reference kernel weighs values with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional
+
+from headwise.types import Bool, Float, Int, LogitOptions, Tensor
+
+# Logits in flight at a time: in fp32 they take 4 MiB, which bounds the memory and stays near the processor.
+_BLOCK_LOGITS = 2**20
+
+# What a masked logit is set to: unlike minus infinity it leaves no NaN in a row that sees nothing.
+HIDDEN = torch.finfo(torch.float32).min
+
+
+def query_blocks(query: Float[Tensor, "b h g q d"], keys: int) -> Iterator[slice]:
+    """Slices of the query rows, such that one slice's logits over that many keys fit the working memory."""
+    batch, heads, group, rows, _ = query.shape
+    step = max(1, _BLOCK_LOGITS // max(1, batch * heads * group * keys))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def logits_of(
+    query: Float[Tensor, "b h g q d"], keys: Float[Tensor, "b h t d"], options: LogitOptions
+) -> Float[Tensor, "b h g q t"]:
+    """Logits in fp32, before any mask."""
+    logits = torch.einsum("bhgqd,bhtd->bhgqt", query.float(), keys.float()) * options.scaling
+    if options.softcap is not None:
+        logits = torch.tanh(logits / options.softcap) * options.softcap
+    return logits
+
+
+def softmax(logits: Float[Tensor, "b h g q t"], options: LogitOptions) -> Float[Tensor, "b h g q t"]:
+    """Softmax over the keys and, where the model has one, the sink logit, which then is left out."""
+    if options.sinks is None:
+        return logits.softmax(dim=-1)
+    sink = options.sinks.float()[None, :, :, None, None].expand(*logits.shape[:-1], 1)
+    return torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
+
+
+def probabilities(
+    logits: Float[Tensor, "b h g q t"],
+    visible: Bool[
+        Tensor,
+        (
+            b  # h 1 q t
+        ),
+    ],
+    options: LogitOptions,
+) -> Float[Tensor, "b h g q t"]:
+    """Softmax over the visible keys; a row that sees none is 0. Overwrites `logits`."""
+    weights = softmax(logits.masked_fill_(~visible, HIDDEN), options)
+    return weights.mul_(visible.any(dim=-1, keepdim=True))
+
+
+def causal(query_columns: Int[Tensor, " q"], keys: int) -> Bool[Tensor, "q t"]:
+    """Whether each query sees each key, where both are counted in columns."""
+    return torch.arange(keys, device=query_columns.device)[None, :] <= query_columns[:, None]
+
+
+def dense_attention(
+    query: Float[Tensor, "b h g q d"],
+    keys: Float[Tensor, "b h t d"],
+    values: Float[Tensor, "b h t e"],
+    mask: Bool[Tensor, "b q t"] | None,
+    options: LogitOptions,
+) -> Float[Tensor, "b h g q e"]:
+    """Attention of the newest q tokens over all t.
+
+    Args:
+        mask: True where a query may see a key; None means causal.
+    """
+    batch, heads, group, rows, _ = query.shape
+    columns = torch.arange(keys.shape[2] - rows, keys.shape[2], device=keys.device)
+    if options.softcap is None and options.sinks is None:
+        if mask is None and 1 < rows < keys.shape[2]:
+            mask = causal(columns, keys.shape[2])[None].expand(batch, -1, -1)
+        if mask is not None:
+            # With a mask, grouped queries leave the fused kernels; copies of the keys do not.
+            keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+        output = functional.scaled_dot_product_attention(
+            query.flatten(1, 2),
+            keys,
+            values,
+            attn_mask=None if mask is None else mask[:, None],
+            is_causal=mask is None and rows > 1,
+            scale=options.scaling,
+            enable_gqa=mask is None and group > 1,
+        )
+        return output.view(batch, heads, group, rows, -1)
+
+    output = torch.empty(batch, heads, group, rows, values.shape[-1], dtype=values.dtype, device=values.device)
+    for block in query_blocks(query, keys.shape[2]):
+        visible = causal(columns[block], keys.shape[2])[None] if mask is None else mask[:, block]
+        visible = visible[:, None, None].expand(batch, 1, 1, -1, -1)
+        weights = probabilities(logits_of(query[:, :, :, block], keys, options), visible, options)
+        output[:, :, :, block] = torch.einsum("bhgqt,bhte->bhgqe", weights, values.float()).to(output.dtype)
+    return output

@@ -1,0 +1,181 @@
+"""7/7 report: what a cache holds -> data, a table and a picture: bytes used, allocated and saved, rule per head."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from headwise.layer import LayerCache
+from headwise.types import Tensor
+
+_UNCHOSEN = "undecided"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: its bytes and, where headwise compresses it, what each head keeps and why.
+
+    Attributes:
+        kept_tokens: stored rows, `[batch, KV heads]`; None for a layer that is not headwise's.
+        rules: name of the rule of each head, an array of the same shape; None likewise.
+        recovered: mass that every rung retains, `[rungs, batch, KV heads]`; None where nothing was chosen.
+        sampled: share of the prompt's query rows that the profile read; None where there was no profile.
+    """
+
+    used_bytes: int
+    allocated_bytes: int
+    full_bytes: int
+    kept_tokens: Tensor | None = None
+    rules: np.ndarray[Any, np.dtype[np.str_]] | None = None
+    rungs: tuple[str, ...] = ()
+    recovered: Tensor | None = None
+    sampled: float | None = None
+
+    @classmethod
+    def of_stock(cls, size: int) -> LayerReport:
+        """A layer that stays as transformers made it: the same with headwise and without."""
+        return cls(size, size, size)
+
+    @classmethod
+    def of(cls, layer: LayerCache) -> LayerReport:
+        """A compressed layer."""
+        kept = layer.kept_tokens
+        if kept is None:
+            return cls(0, 0, 0)
+        plan = layer.plan
+        labels = (_UNCHOSEN,) if plan is None else tuple(rung.label for rung in plan.rungs)
+        choice = np.zeros(tuple(kept.shape), dtype=int) if plan is None else plan.choice.cpu().numpy()
+        profiled = plan is not None and layer.rows_read and plan.prompt.numel()
+        return cls(
+            used_bytes=layer.used_bytes,
+            allocated_bytes=_storage_bytes(layer.tensors()),
+            full_bytes=kept.numel() * layer.seen * layer.row_bytes,
+            kept_tokens=kept.cpu(),
+            rules=np.array(labels)[choice],
+            rungs=labels,
+            recovered=None if plan is None or plan.recovered is None else plan.recovered.cpu(),
+            sampled=min(1.0, layer.rows_read / max(1, int(plan.prompt.max()))) if plan and profiled else None,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a cache holds at one moment. Data first: `to_dict()` gives plain numbers, printing gives a table.
+
+    Attributes:
+        policy: the policy, as Python would build it.
+        seen_tokens: columns the model was given, padding included.
+        layers: one entry per layer of the cache.
+        transcript_bytes: what the cache knows about tokens beside the rows.
+        profile_seconds: time spent on profiling, planning and compacting so far.
+    """
+
+    policy: str
+    seen_tokens: int
+    layers: list[LayerReport]
+    transcript_bytes: int
+    profile_seconds: float
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the kept rows: keys, values, columns and scores; all layers."""
+        return sum(layer.used_bytes for layer in self.layers)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the storage behind every tensor of the cache, page slack and tables included."""
+        return sum(layer.allocated_bytes for layer in self.layers) + self.transcript_bytes
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that transformers' own cache would hold for the same tokens."""
+        return sum(layer.full_bytes for layer in self.layers)
+
+    @property
+    def saved_bytes(self) -> int:
+        """What is held less than a full cache would; negative where the bookkeeping costs more than it frees."""
+        return self.full_bytes - self.allocated_bytes
+
+    @property
+    def kept_tokens(self) -> list[Tensor | None]:
+        """Stored rows per layer, `[batch, KV heads]`; None for a layer that is not headwise's."""
+        return [layer.kept_tokens for layer in self.layers]
+
+    @property
+    def rules(self) -> list[np.ndarray[Any, np.dtype[np.str_]] | None]:
+        """Rule names per layer, arrays of the same shape; None for a layer that is not headwise's."""
+        return [layer.rules for layer in self.layers]
+
+    @property
+    def kept_ratio(self) -> float:
+        """Kept rows over the rows of a full cache, in the compressed layers; 1 where there is none."""
+        kept = [layer.kept_tokens for layer in self.layers if layer.kept_tokens is not None]
+        rows = sum(tensor.numel() for tensor in kept) * self.seen_tokens
+        return sum(int(tensor.sum()) for tensor in kept) / rows if rows else 1.0
+
+    @property
+    def rule_counts(self) -> dict[str, int]:
+        """How many heads, over all layers and sequences, took each rule; in the order of the ladder."""
+        counts = Counter(name for rules in self.rules if rules is not None for name in rules.flatten().tolist())
+        order = [rung for layer in self.layers for rung in layer.rungs]
+        return {name: counts[name] for name in dict.fromkeys(order) if counts[name]}
+
+    @property
+    def sampled(self) -> float | None:
+        """Share of the prompt's query rows that the profile read; None where there was no profile."""
+        return next((layer.sampled for layer in self.layers if layer.sampled is not None), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python numbers, strings and lists, ready for JSON."""
+        return {
+            "policy": self.policy,
+            "seen_tokens": self.seen_tokens,
+            "used_bytes": self.used_bytes,
+            "allocated_bytes": self.allocated_bytes,
+            "full_bytes": self.full_bytes,
+            "saved_bytes": self.saved_bytes,
+            "kept_ratio": self.kept_ratio,
+            "profile_seconds": self.profile_seconds,
+            "profiled_rows": self.sampled,
+            "rule_counts": self.rule_counts,
+            "kept_tokens": [None if kept is None else kept.tolist() for kept in self.kept_tokens],
+            "rules": [None if rules is None else rules.tolist() for rules in self.rules],
+        }
+
+    def __str__(self) -> str:
+        saved = f"{self.saved_bytes / self.full_bytes:.1%}" if self.full_bytes else "-"
+        lines = [
+            ("policy", self.policy),
+            ("tokens seen", f"{self.seen_tokens:,}"),
+            ("tokens kept", f"{self.kept_ratio:.1%} of all rows"),
+            ("memory used", format_bytes(self.used_bytes)),
+            ("memory held", format_bytes(self.allocated_bytes)),
+            ("full cache", format_bytes(self.full_bytes)),
+            ("saved", f"{format_bytes(self.saved_bytes)} ({saved})"),
+        ]
+        if self.sampled is not None:
+            exact = "every query row" if self.sampled >= 1 else f"a sample of {self.sampled:.1%} of the query rows"
+            lines.append(("profile", f"{exact}, {self.profile_seconds:.2f} s"))
+        total = sum(self.rule_counts.values())
+        lines += [(f"  {name}", f"{count} of {total} heads") for name, count in self.rule_counts.items()]
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes for people, in binary units."""
+    size, sign = float(abs(count)), "-" if count < 0 else ""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{sign}{size:.0f} {unit}" if unit == "B" else f"{sign}{size:.1f} {unit}"
+        size /= 1024
+    return f"{sign}{size:.2f} GiB"
+
+
+def _storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the storages behind the tensors; a storage that several tensors share counts once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

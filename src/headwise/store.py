@@ -1,0 +1,266 @@
+"""4/7 store: kept rows of every (sequence, KV head) -> pages that hold them and nothing else.
+
+Rows of a head may lie in any order: keys carry their rotary position and every row knows its column. So evicting
+is overwriting the row, or moving the last row into the hole; a page that falls empty goes back to the pool.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from headwise.types import Bool, Float, Int, PageView, Tensor
+
+# The pool grows by this share beyond what is needed, and shrinks when more than twice of it lies free.
+_SLACK = 1 / 48
+
+
+@dataclass
+class Rows:
+    """Rows of every head side by side: the kept ones, padded to the longest head, or new ones.
+
+    `keep` says which of them count. Content of the other rows is undefined.
+    """
+
+    keys: Float[Tensor, "b h n d"]
+    values: Float[Tensor, "b h n e"]
+    columns: Int[Tensor, "b h n"]
+    scores: Float[Tensor, "b h n"] | None
+    keep: Bool[Tensor, "b h n"]
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory; tests fill it with NaN, so that whoever reads slack is caught."""
+    return torch.empty(*shape, dtype=dtype, device=device)
+
+
+class PagedStore:
+    """Ragged rows of one layer in pages of `page_size` rows.
+
+    Args:
+        batch, heads: sequences and KV heads.
+        key_dim, value_dim: head dimensions.
+        dtype, device: of keys and values.
+        page_size: rows in a page.
+        scored: whether rows carry an accumulated score.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        page_size: int,
+        scored: bool,
+    ) -> None:
+        self.page_size = page_size
+        self.keys = empty(0, page_size, key_dim, dtype=dtype, device=device)
+        self.values = empty(0, page_size, value_dim, dtype=dtype, device=device)
+        self.columns = empty(0, page_size, dtype=torch.int32, device=device)
+        self.scores = empty(0, page_size, dtype=torch.float32, device=device) if scored else None
+        self.table = torch.full((batch, heads, 0), -1, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(batch, heads, dtype=torch.long, device=device)
+        self.longest = 0
+        self._free: list[int] = []
+
+    # What it holds.
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.keys.device
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: key, value, column and, where kept, score."""
+        return sum(math.prod(pool.shape[2:]) * pool.element_size() for pool in self._pools())
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the kept rows."""
+        return int(self.lengths.sum()) * self.row_bytes
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor it holds on to."""
+        return [*self._pools(), self.table, self.lengths]
+
+    def view(self) -> PageView:
+        """What a decode kernel reads."""
+        return PageView(self.keys, self.values, self.columns, self.table, self.lengths, self.longest)
+
+    def kept_columns(self) -> Int[Tensor, "b h n"]:
+        """Column of every row, padded to the longest head; undefined where `occupied` is False."""
+        return self.columns.view(-1)[self._addresses(self.longest)]
+
+    def kept_scores(self) -> Float[Tensor, "b h n"] | None:
+        """Score of every row, padded to the longest head; undefined where `occupied` is False."""
+        return None if self.scores is None else self.scores.view(-1)[self._addresses(self.longest)]
+
+    def occupied(self) -> Bool[Tensor, "b h n"]:
+        """True for the rows below each head's length, over as many as the longest head has."""
+        return torch.arange(self.longest, device=self.device) < self.lengths[:, :, None]
+
+    def rows(self) -> Rows:
+        """A copy of everything kept, side by side."""
+        at = self._addresses(self.longest)
+        keys, values, columns, *scores = (pool.flatten(0, 1)[at] for pool in self._pools())
+        return Rows(keys, values, columns, scores[0] if scores else None, self.occupied())
+
+    # How it changes.
+
+    def add_scores(self, increments: Float[Tensor, "b h n"]) -> None:
+        """Add to the scores of the kept rows; increments of rows beyond a head's length are ignored."""
+        assert self.scores is not None
+        occupied = self.occupied()
+        at = self._addresses(self.longest)[occupied]
+        self.scores.view(-1)[at] += increments[occupied]
+
+    def commit(self, keep: Bool[Tensor, "b h n"], new: Rows) -> None:
+        """Keep the rows named by `keep`, drop the others, and take in the new ones that `new.keep` names.
+
+        Nothing is shuffled that need not be: new rows, and the rows beyond a head's new length, fill the holes.
+        """
+        survivors = keep & self.occupied()
+        lengths = survivors.sum(dim=-1) + new.keep.sum(dim=-1)
+        longest = int(lengths.max()) if lengths.numel() else 0
+        old = torch.arange(self.longest, device=self.device)
+        moved = survivors & (old >= lengths[:, :, None])
+        held = torch.zeros(*lengths.shape, max(longest, self.longest), dtype=torch.bool, device=self.device)
+        held[:, :, : self.longest] = survivors
+        holes = (torch.arange(longest, device=self.device) < lengths[:, :, None]) & ~held[:, :, :longest]
+
+        # Sources and holes are listed head by head and every head has as many of the one as of the other.
+        moving, taken = moved.any(), new.keep.nonzero(as_tuple=True)
+        sources = torch.cat([moved, new.keep], dim=-1).nonzero(as_tuple=True)
+        is_new = sources[2] >= self.longest
+        from_pages = self._addresses(self.longest)[moved] if moving else None
+        pages_moved = [pool.flatten(0, 1)[from_pages] if moving else None for pool in self._pools()]
+
+        self._resize(lengths)
+        targets = self._addresses(longest)[holes]
+        contents = [new.keys, new.values, new.columns.to(torch.int32), new.scores]
+        for pool, content, rest in zip(self._pools(), contents, pages_moved, strict=False):
+            assert content is not None
+            flat = pool.flatten(0, 1)
+            flat[targets[is_new]] = content[taken].to(flat.dtype)
+            if rest is not None:
+                flat[targets[~is_new]] = rest
+
+    def select(self, indices: Int[Tensor, " new"]) -> None:
+        """Keep the sequences at `indices`, in that order; pages of one taken several times are copied."""
+        chosen = indices.tolist()
+        if chosen == list(range(len(self.lengths))):
+            return
+        indices = indices.to(self.device)
+        unused = torch.ones(len(self.lengths), dtype=torch.bool, device=self.device)
+        unused[indices] = False
+        self._release(self.table[unused])
+        table = self.table[indices]
+        copies = [row for row, source in enumerate(chosen) if source in chosen[:row]]
+        self.table, self.lengths = table, self.lengths[indices]
+        self.longest = int(self.lengths.max()) if self.lengths.numel() else 0
+        if copies:
+            again = torch.zeros(len(chosen), dtype=torch.bool, device=self.device)
+            again[copies] = True
+            shared = again[:, None, None] & (table >= 0)
+            sources = table[shared].long()
+            self._reserve(len(sources))
+            pages = torch.tensor(self._take(len(sources)), dtype=torch.long, device=self.device)
+            for pool in self._pools():
+                pool[pages] = pool[sources]
+            self.table = table.masked_scatter(shared, pages.to(torch.int32))
+        self._shrink()
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to another device."""
+        self._set_pools([pool.to(device) for pool in self._pools()])
+        self.table, self.lengths = self.table.to(device), self.lengths.to(device)
+
+    # Pages.
+
+    def _pools(self) -> list[Tensor]:
+        pools = [self.keys, self.values, self.columns]
+        return pools if self.scores is None else [*pools, self.scores]
+
+    def _set_pools(self, pools: list[Tensor]) -> None:
+        self.keys, self.values, self.columns = pools[:3]
+        self.scores = pools[3] if len(pools) > 3 else None
+
+    def _addresses(self, rows: int) -> Int[Tensor, "b h rows"]:
+        """Index of each row in the pool seen as one run of rows; of an arbitrary row where there is none."""
+        if rows == 0:
+            return self.table.new_zeros(*self.lengths.shape, 0, dtype=torch.long)
+        pages = math.ceil(rows / self.page_size)
+        starts = self.table[:, :, :pages].long().clamp(min=0) * self.page_size
+        at = starts[:, :, :, None] + torch.arange(self.page_size, device=self.device)
+        return at.flatten(2)[:, :, :rows]
+
+    def _resize(self, lengths: Int[Tensor, "b h"]) -> None:
+        """Give back and take pages until every head has just enough for its new length."""
+        needed = (lengths + self.page_size - 1) // self.page_size
+        width = int(needed.max()) if needed.numel() else 0
+        if width > self.table.shape[-1]:
+            more = self.table.new_full((*lengths.shape, width - self.table.shape[-1]), -1)
+            self.table = torch.cat([self.table, more], dim=-1)
+        place = torch.arange(self.table.shape[-1], device=self.device)
+        owned = self.table >= 0
+        surplus = owned & (place >= needed[:, :, None])
+        if surplus.any():
+            self._release(self.table[surplus])
+            self.table = self.table.masked_fill(surplus, -1)
+        self.lengths, self.longest = lengths, int(lengths.max()) if lengths.numel() else 0
+        wanted = ~owned & (place < needed[:, :, None])
+        count = int(wanted.sum())
+        if count:
+            self._reserve(count)
+            pages = torch.tensor(self._take(count), dtype=torch.int32, device=self.device)
+            self.table = self.table.masked_scatter(wanted, pages)
+        self._shrink()
+
+    def _release(self, pages: Tensor) -> None:
+        self._free.extend(page for page in pages.flatten().tolist() if page >= 0)
+
+    def _take(self, count: int) -> list[int]:
+        taken, self._free = self._free[len(self._free) - count :], self._free[: len(self._free) - count]
+        return taken
+
+    def _reserve(self, count: int) -> None:
+        """Make sure that many pages are free, growing the pool where they are not."""
+        missing = count - len(self._free)
+        if missing <= 0:
+            return
+        capacity = len(self.keys)
+        # The first filling is exact: a prompt that is never continued pays for no slack.
+        grown = capacity + max(missing, math.ceil(capacity * _SLACK))
+        self._rebuild(torch.arange(capacity, device=self.device), grown)
+        self._free.extend(range(grown - 1, capacity - 1, -1))
+
+    def _shrink(self) -> None:
+        """Return memory when more pages lie free than the slack allows."""
+        live = len(self.keys) - len(self._free)
+        if len(self._free) <= 2 * math.ceil(live * _SLACK):
+            return
+        owned = self.table >= 0
+        pages = self.table[owned].long()
+        capacity = live + math.ceil(live * _SLACK)
+        self._rebuild(pages, capacity)
+        renumbered = torch.arange(live, dtype=torch.int32, device=self.device)
+        self.table = torch.full_like(self.table, -1).masked_scatter(owned, renumbered)
+        width = math.ceil(self.longest / self.page_size)
+        self.table = self.table[:, :, :width].clone()
+        self._free = list(range(capacity - 1, live - 1, -1))
+
+    def _rebuild(self, pages: Int[Tensor, " live"], capacity: int) -> None:
+        """Copy those pages to the front of new pools of that capacity, one pool at a time."""
+        pools = self._pools()
+        for index, pool in enumerate(pools):
+            fresh = empty(capacity, *pool.shape[1:], dtype=pool.dtype, device=pool.device)
+            torch.index_select(pool, 0, pages, out=fresh[: len(pages)])
+            pools[index] = fresh
+            self._set_pools(pools)

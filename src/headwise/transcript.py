@@ -1,0 +1,123 @@
+"""Transcript: the columns given to the model -> which are real, their positions and what kind of token they are.
+
+One transcript serves all layers of a cache. It costs a few bytes per column, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from headwise.errors import InputError
+from headwise.types import Bool, Int, Tensor, UInt8
+
+
+class Transcript:
+    """What every column of every sequence is.
+
+    Args:
+        needs_kinds: whether the policy looks at the kind of a token.
+    """
+
+    def __init__(self, needs_kinds: bool) -> None:
+        self.needs_kinds = needs_kinds
+        self.columns = 0
+        self._announced: UInt8[Tensor, "b q"] | None = None
+        self._kinds: UInt8[Tensor, "b t"] | None = None
+        # Both stay None until the first padding column: without padding a position is its column.
+        self._real: Bool[Tensor, "b t"] | None = None
+        self._positions: Int[Tensor, "b t"] | None = None
+
+    def announce(self, kinds: UInt8[Tensor, "b q"] | None) -> None:
+        """Take the kinds of the tokens that the coming forward pass will process."""
+        self._announced = kinds
+
+    def extend(self, batch: int, count: int, real: Bool[Tensor, "b q"] | None, device: torch.device) -> None:
+        """Add `count` columns; `real` is None where none of them is padding.
+
+        Raises:
+            InputError: when the policy needs kinds and the model was called without `input_ids`.
+        """
+        if self.needs_kinds:
+            kinds = self._announced
+            if kinds is None or kinds.shape != (batch, count):
+                raise InputError(
+                    "the policy looks at the kind of each token, but the model was called without matching input_ids; "
+                    "pass input_ids, not inputs_embeds, to the model the cache was made for"
+                )
+            self._kinds = kinds if self._kinds is None else torch.cat([self._kinds, kinds], dim=1)
+            self._announced = None
+        if real is not None and self._real is None and not bool(real.all()):
+            self._real = torch.ones(batch, self.columns, dtype=torch.bool, device=device)
+        if self._real is not None:
+            new = torch.ones(batch, count, dtype=torch.bool, device=device) if real is None else real.to(device)
+            self._set_real(torch.cat([self._real, new], dim=1))
+        self.columns += count
+
+    def mark(self, marked: Bool[Tensor, "b recent"], kind: int) -> None:
+        """Add bits to the kinds of the newest tokens: those just announced, and older ones if there are more."""
+        assert self._announced is not None
+        bits = marked.to(torch.uint8) * kind
+        count = self._announced.shape[1]
+        self._announced = self._announced | bits[:, -count:]
+        older = bits.shape[1] - count
+        if older and self._kinds is not None:
+            self._kinds[:, -older:] |= bits[:, :older]
+
+    def truncate(self, columns: int) -> None:
+        """Forget everything from that column on."""
+        self.columns = columns
+        if columns == 0:
+            # The next prompt may have another number of sequences.
+            self._kinds = self._real = self._positions = self._announced = None
+        if self._kinds is not None:
+            self._kinds = self._kinds[:, :columns].clone()
+        if self._real is not None:
+            self._set_real(self._real[:, :columns].clone())
+
+    def select(self, indices: Int[Tensor, " new"]) -> None:
+        """Keep the sequences at `indices`, in that order; one may be taken several times."""
+        if self._kinds is not None:
+            self._kinds = self._kinds[indices.to(self._kinds.device)]
+        if self._real is not None:
+            self._set_real(self._real[indices.to(self._real.device)])
+
+    def positions(self, columns: Int[Tensor, "b h n"]) -> Int[Tensor, "b h n"]:
+        """Position of each column among the real tokens; of a padding column, that of the real token before it."""
+        return columns.long() if self._positions is None else _look_up(self._positions, columns).long()
+
+    def kinds(self, columns: Int[Tensor, "b h n"]) -> UInt8[Tensor, "b h n"] | None:
+        """Kind of the token in each column; None where the policy does not ask for it."""
+        return None if self._kinds is None else _look_up(self._kinds, columns)
+
+    def real(self, columns: Int[Tensor, "b h n"]) -> Bool[Tensor, "b h n"]:
+        """Whether each column holds a real token."""
+        if self._real is None:
+            return torch.ones_like(columns, dtype=torch.bool)
+        return _look_up(self._real, columns)
+
+    def real_tokens(self, batch: int, columns: int, device: torch.device) -> Int[Tensor, " b"]:
+        """Real tokens of each sequence in its first `columns` columns."""
+        if self._real is None:
+            return torch.full((batch,), columns, dtype=torch.long, device=device)
+        return self._real[:, :columns].sum(dim=1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything it holds, by name."""
+        held = {"kinds": self._kinds, "real": self._real, "positions": self._positions}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def restore(self, columns: int, tensors: dict[str, Tensor]) -> None:
+        """Take back what `tensors` gave, over that many columns."""
+        self.columns = columns
+        self._kinds = tensors.get("kinds")
+        self._real = tensors.get("real")
+        self._positions = tensors.get("positions")
+
+    def _set_real(self, real: Bool[Tensor, "b t"]) -> None:
+        self._real = real
+        self._positions = (real.cumsum(dim=1) - 1).clamp(min=0).to(torch.int32)
+
+
+def _look_up(table: Tensor, columns: Int[Tensor, "b h n"]) -> Tensor:
+    batch, heads, rows = columns.shape
+    return table.gather(1, columns.reshape(batch, -1).long()).view(batch, heads, rows)

@@ -1,0 +1,124 @@
+"""Vocabulary: the axis names and the small records that travel between the stages.
+
+Axes, in every shape of this package:
+
+    b  sequences of the batch          t  columns: every token the model was given, padding included
+    h  KV heads                        n  kept rows of a head (padded to the longest head where dense)
+    g  query heads per KV head         f  fresh columns: attended to, but not yet in the store
+    q  query rows                      d  head dimension of keys, e of values
+    p  pages of a head                 s  rows in a page
+
+A *column* is an index into everything the model was given; a *position* counts the real tokens only, so it is
+what the same prompt would have alone. Without padding the two are equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntFlag
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, UInt8
+else:
+    try:  # Shapes are checked under pytest, where jaxtyping is installed; elsewhere they only document.
+        from jaxtyping import Bool, Float, Int, UInt8
+    except ImportError:
+
+        class _Shape:
+            def __class_getitem__(cls, item: Any) -> Any:
+                return item[0]
+
+        Bool = Float = Int = UInt8 = _Shape
+
+__all__ = ["Bool", "Float", "Int", "Kind", "LogitOptions", "PageView", "Tensor", "Tokens", "UInt8"]
+
+
+class Kind(IntFlag):
+    """What a token is, as a bit set (FastGen, section 3.4)."""
+
+    ORDINARY = 0
+    SPECIAL = 1
+    PUNCTUATION = 2
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The facts about the tokens of every (sequence, KV head) that a rule may look at.
+
+    Attributes:
+        position: index among the real tokens of the sequence.
+        age: distance from the newest token, in positions; the newest has age 0.
+        valid: False where a row only pads a shorter head, or holds a padding token.
+        pool: the rows that `rank` orders; the others come last.
+        prompt: real tokens of the prompt, n.
+        seen: real tokens seen so far, t; equal to `prompt` at the end of prefill.
+        kind: bits of `Kind`; None where no tokenizer was given.
+        score: accumulated attention mass in fp32, summed over the group; None where no rule ranks by it.
+        layer: index of the layer.
+    """
+
+    position: Int[Tensor, "b h n"]
+    age: Int[Tensor, "b h n"]
+    valid: Bool[Tensor, "b h n"]
+    pool: Bool[Tensor, "b h n"]
+    prompt: Int[Tensor, "b 1 1"]
+    seen: Int[Tensor, "b 1 1"]
+    kind: UInt8[Tensor, "b h n"] | None
+    score: Float[Tensor, "b h n"] | None
+    layer: int
+
+    def among(self, pool: Bool[Tensor, "b h n"]) -> Tokens:
+        """The same tokens, with `rank` ordering only those in `pool`."""
+        return replace(self, pool=self.valid & pool)
+
+    def rank(self, priority: Float[Tensor, "b h n"]) -> Int[Tensor, "b h n"]:
+        """Order by descending priority within each head: 0 is the highest, ties go to the earlier position.
+
+        Args:
+            priority: fp32 and not negative.
+
+        Returns:
+            the rank of each row among `pool`; rows outside it rank after all of those inside.
+        """
+        # The bits of a non-negative float order like the float, so one integer key holds priority and position.
+        bits = priority.contiguous().view(torch.int32).long()
+        key = (bits << 32) | (0x7FFFFFFF - self.position.long())
+        key = key.masked_fill(~self.pool, -1)
+        order = key.argsort(dim=-1, descending=True, stable=True)
+        places = torch.arange(key.shape[-1], device=key.device).expand_as(order)
+        return torch.empty_like(order).scatter_(-1, order, places)
+
+
+@dataclass(frozen=True)
+class LogitOptions:
+    """How a model turns query-key products into logits.
+
+    Attributes:
+        scaling: factor on the product.
+        softcap: logits become `softcap * tanh(logits / softcap)`; None where the model has no soft cap.
+        sinks: one learned logit per query head that joins the softmax and has no value; None where there is none.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Float[Tensor, "h g"] | None = None
+
+
+@dataclass(frozen=True)
+class PageView:
+    """What a decode kernel reads: the pages of one layer and whose they are.
+
+    Row i of head (b, h) lies in page `table[b, h, i // s]` at offset `i % s`, for i below `lengths[b, h]`.
+    What lies beyond a head's length is undefined and must not be used.
+    """
+
+    keys: Float[Tensor, "pages s d"]
+    values: Float[Tensor, "pages s e"]
+    columns: Int[Tensor, "pages s"]
+    table: Int[Tensor, "b h p"]
+    lengths: Int[Tensor, "b h"]
+    longest: int
