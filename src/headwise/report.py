@@ -11,6 +11,9 @@ import numpy as np
 from headwise.layer import LayerCache
 from headwise.types import Tensor
 
+# An array of rule names, `[batch, KV heads]`.
+Names = np.ndarray[Any, np.dtype[Any]]
+
 _UNCHOSEN = "undecided"
 
 
@@ -29,7 +32,7 @@ class LayerReport:
     allocated_bytes: int
     full_bytes: int
     kept_tokens: Tensor | None = None
-    rules: np.ndarray[Any, np.dtype[np.str_]] | None = None
+    rules: Names | None = None
     rungs: tuple[str, ...] = ()
     recovered: Tensor | None = None
     sampled: float | None = None
@@ -105,7 +108,7 @@ class Report:
         return [layer.kept_tokens for layer in self.layers]
 
     @property
-    def rules(self) -> list[np.ndarray[Any, np.dtype[np.str_]] | None]:
+    def rules(self) -> list[Names | None]:
         """Rule names per layer, arrays of the same shape; None for a layer that is not headwise's."""
         return [layer.rules for layer in self.layers]
 

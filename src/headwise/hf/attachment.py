@@ -73,13 +73,12 @@ def _hooks(module: nn.Module, cache_of: weakref.ref[PassObserver]) -> tuple[Call
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = cache_of()
-        if cache is None or active_cache.get() is cache:
-            return
         given = arguments(args, kwargs)
-        if given.get("past_key_values") is not cache:
-            return
-        cache.begin_pass(given.get("input_ids"))
-        tokens.append(active_cache.set(cache))
+        takes_part = given.get("past_key_values") is cache
+        nested = active_cache.get() is cache
+        if cache is not None and takes_part and not nested:
+            cache.begin_pass(given.get("input_ids"))
+            tokens.append(active_cache.set(cache))
 
     def after(*_: Any) -> None:
         # An inner call or one without this cache has nothing to undo.

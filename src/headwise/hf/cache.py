@@ -186,7 +186,7 @@ class HeadwiseCache(Cache):
     def report(self) -> Report:
         """What it holds now, and what a full cache would hold."""
         return Report(
-            policy=repr(self.policy),
+            policy=str(self.policy),
             seen_tokens=self.get_seq_length() if self.headwise_layers else 0,
             layers=[self._report_layer(layer) for layer in self.layers],
             transcript_bytes=sum(tensor.nbytes for tensor in self.transcript.tensors().values()),

@@ -48,6 +48,7 @@ class Frequent(Rule):
     def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
         """Tokens whose rank is below the quota."""
         assert tokens.score is not None
-        score = tokens.score / (tokens.age + 1) if self.normalize else tokens.score
+        queries = (tokens.seen - tokens.position).clamp(min=1)
+        score = tokens.score / queries if self.normalize else tokens.score
         quota = quota_tokens(self.size, tokens.seen if self.of == "seen" else tokens.prompt)
         return (tokens.rank(score) < quota) & tokens.pool

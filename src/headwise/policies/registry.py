@@ -55,7 +55,7 @@ def create_policy(name: str, **parameters: object) -> Policy:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
         raise UnknownPolicyError(f"unknown policy {name!r}; did you mean {' or '.join(near)}?")
-    accepted = {field.name: field for field in fields(known[name]) if field.init}  # type: ignore[arg-type]  # policies are dataclasses
+    accepted = {field.name: field for field in fields(known[name])}  # type: ignore[arg-type]  # policies are dataclasses
     for parameter in parameters:
         if parameter not in accepted:
             offered = ", ".join(accepted) or "none"

@@ -1,0 +1,116 @@
+"""Eviction against the masked oracle: same logits, same kept tokens, for every policy, padding and GQA included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import headwise
+import tiny
+from headwise.policies.frequent import Frequent
+from headwise.policies.punctuation import Punctuation
+from headwise.policies.sinks import Sinks
+from headwise.policies.special import Special
+from headwise.policies.window import Window
+from oracle import use_oracle
+
+POLICIES = [
+    headwise.Full(),
+    headwise.Window(7),
+    headwise.Window(0.4),
+    headwise.StreamingLLM(window=9, sinks=3),
+    headwise.H2O(heavy=5, recent=4),
+    headwise.H2O(heavy=0.2, recent=0.1),
+    headwise.Random(keep=0.5, seed=3),
+    headwise.Random(keep=8),
+    Special() | Punctuation(),
+    Special(),
+    Window(0),
+    Frequent(0.3),
+    Frequent(0.3, normalize=True) | Sinks(2),
+    *[headwise.FastGen(recovery) for recovery in (0.0, 0.4, 0.6, 0.75, 0.85, 1.0)],
+    headwise.FastGen(0.7, rows="last", last_rows=5),
+    headwise.FastGen(0.6, fold="mean", criterion="l1", sinks=2),
+    headwise.FastGen(0.7, local=0.11, frequent=0.13, normalize=True),
+    headwise.FastGen(
+        0.5,
+        ladder=("special", "local", Window(11) | Sinks(3), "frequent", "special+local", "punctuation+frequent", "full"),
+    ),
+]
+
+
+def rows_of(core):
+    """The columns that every head keeps, as sets."""
+    if hasattr(core, "alive"):
+        return [[set(head.nonzero().flatten().tolist()) for head in sequence] for sequence in core.alive]
+    columns, occupied = core.store.kept_columns(), core.store.occupied()
+    return [[set(c[o].tolist()) for c, o in zip(cs, os, strict=True)] for cs, os in zip(columns, occupied, strict=True)]
+
+
+def play(model, cache, ids, mask, continuation, steps):
+    """Logits of every pass: the prompt, then the continuation in passes of the given lengths."""
+    logits, start = [], 0
+    with torch.no_grad():
+        logits.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache, **positions(mask)).logits)
+        for step in steps:
+            mask = torch.cat([mask, torch.ones(len(ids), step, dtype=torch.long)], 1)
+            new = continuation[:, start : start + step]
+            start += step
+            at = {"position_ids": (mask.cumsum(1) - 1)[:, -step:]}
+            logits.append(model(input_ids=new, attention_mask=mask, past_key_values=cache, **at).logits)
+    return logits
+
+
+def positions(mask):
+    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def compare(policy, ids, mask, *, model, steps=(1, 1, 1, 1, 5, 1, 2, 1, 1, 1, 1)):
+    tokenizer = tiny.tokenizer()
+    continuation = tiny.prompt(sum(steps), seed=9, batch=len(ids))
+    ours = headwise.HeadwiseCache(model, policy, tokenizer=tokenizer, page_size=4)
+    oracle = use_oracle(headwise.HeadwiseCache(model, policy, tokenizer=tokenizer))
+    got = play(model, ours, ids, mask, continuation, steps)
+    expected = play(model, oracle, ids, mask, continuation, steps)
+    for ours_layer, oracle_layer in zip(ours.headwise_layers, oracle.headwise_layers, strict=True):
+        assert torch.equal(ours_layer.core.plan.choice, oracle_layer.core.choice)
+        if oracle_layer.core.recovered is not None:
+            torch.testing.assert_close(ours_layer.core.plan.recovered, oracle_layer.core.recovered, atol=1e-5, rtol=0)
+        assert rows_of(ours_layer.core) == rows_of(oracle_layer.core)
+    real = mask.bool()
+    torch.testing.assert_close(got[0][real], expected[0][real], atol=2e-4, rtol=1e-4)
+    for mine, its in zip(got[1:], expected[1:], strict=True):
+        torch.testing.assert_close(mine, its, atol=2e-4, rtol=1e-4)
+    return ours
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_left_padded_batch_agrees_with_the_oracle(policy):
+    ids, mask = tiny.left_padded(tiny.prompt(23, seed=1)[0], tiny.prompt(37, seed=2)[0], tiny.prompt(5, seed=3)[0])
+    cache = compare(policy, ids, mask, model=tiny.llama())
+    evicting = not isinstance(policy, headwise.Full) and policy != headwise.FastGen(1.0)
+    assert (cache.report().kept_ratio < 0.95 * mask.float().mean()) == evicting
+
+
+@pytest.mark.parametrize("heads", [(6, 6), (6, 1), (5, 5), (8, 2)], ids=str)
+def test_every_grouping_agrees_with_the_oracle(heads):
+    ids = tiny.prompt(41, seed=4)
+    model = tiny.llama(heads=heads[0], kv_heads=heads[1], head_dim=10)
+    compare(headwise.FastGen(0.7), ids, torch.ones_like(ids), model=model)
+    compare(headwise.H2O(0.2, 3), ids, torch.ones_like(ids), model=model)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 17])
+@pytest.mark.parametrize("policy", [headwise.FastGen(0.8), headwise.H2O(3, 2), headwise.StreamingLLM(4)], ids=str)
+def test_short_prompts_agree_with_the_oracle(policy, length):
+    ids = tiny.prompt(length, seed=5)
+    compare(policy, ids, torch.ones_like(ids), model=tiny.llama())
+
+
+@pytest.mark.parametrize(
+    "ids", [[[0, 1, 0, 2, 1, 0, 0]], [[50, 51, 52, 53, 54, 55, 56, 57, 58]]], ids=["special", "plain"]
+)
+def test_prompts_of_one_kind_agree_with_the_oracle(ids):
+    ids = torch.tensor(ids)
+    compare(headwise.FastGen(0.0), ids, torch.ones_like(ids), model=tiny.llama())
+    compare(headwise.FastGen(0.8), ids, torch.ones_like(ids), model=tiny.llama())
