@@ -160,6 +160,8 @@ NONSENSE = [
     "FastGen(0.9, ladder=('special',))",
     "FastGen(0.9, ladder=('special', 'speciall', 'full'))",
     "FastGen(0.9, ladder=())",
+    "FastGen(0.9, normalize='no')",
+    "Window(10**30)",
     "H2O(heavy=0.2, recent=-2)",
     "StreamingLLM(window=8, sinks=-1)",
     "Random(keep=1.1)",
@@ -227,10 +229,11 @@ def test_sinks_join_every_compressed_rung():
 def test_a_policy_prints_what_was_given():
     assert str(headwise.FastGen(0.95, sinks=4)) == "FastGen(recovery=0.95, sinks=4)"
     assert str(headwise.Full()) == "Full()"
+    assert str(Window(8) | Sinks(2)) == "Window(size=8) | Sinks(count=2)"
 
 
 def test_the_registry_finds_every_file():
-    known = headwise.policies()
+    known = headwise.list_policies()
     assert {"fastgen", "full", "h2o", "random", "streamingllm", "window"} <= set(known)
     assert list(known) == sorted(known)
     for policy in known.values():

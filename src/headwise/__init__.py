@@ -1,31 +1,40 @@
-"""headwise: shrinks the KV cache of a Hugging Face language model head by head, and gives the memory back."""
+"""headwise: shrinks the KV cache of a Hugging Face language model head by head, and gives the memory back.
 
-from headwise.errors import (
-    CacheStateError,
-    ConfigurationError,
-    HeadwiseError,
-    InputError,
-    MismatchError,
-    ModelNotFoundError,
-    UnknownPolicyError,
-    UnsupportedModelError,
-)
-from headwise.hf.cache import HeadwiseCache, HeadwiseWarning
-from headwise.hf.models import load_default_model, load_model
-from headwise.policies import (
-    H2O,
-    FastGen,
-    Full,
-    Policy,
-    Random,
-    Rule,
-    StreamingLLM,
-    Window,
-    create_policy,
-    policies,
-    register,
-)
-from headwise.report import Report
+Names are imported from their modules at first use: importing headwise costs nothing and has no side effect.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headwise.errors import (
+        CacheStateError,
+        ConfigurationError,
+        HeadwiseError,
+        InputError,
+        MismatchError,
+        ModelNotFoundError,
+        UnknownPolicyError,
+        UnsupportedModelError,
+    )
+    from headwise.hf.cache import HeadwiseCache, HeadwiseWarning
+    from headwise.hf.models import load_default_model, load_model
+    from headwise.policies import (
+        H2O,
+        FastGen,
+        Full,
+        Policy,
+        Random,
+        Rule,
+        StreamingLLM,
+        Window,
+        create_policy,
+        list_policies,
+        register,
+    )
+    from headwise.report import Report
 
 __version__ = "0.1.0"
 
@@ -51,8 +60,37 @@ __all__ = [
     "Window",
     "__version__",
     "create_policy",
+    "list_policies",
     "load_default_model",
     "load_model",
-    "policies",
     "register",
 ]
+
+# Where each public name is defined; what is not listed here is a policy.
+_HOMES = {
+    "CacheStateError": "headwise.errors",
+    "ConfigurationError": "headwise.errors",
+    "HeadwiseCache": "headwise.hf.cache",
+    "HeadwiseError": "headwise.errors",
+    "HeadwiseWarning": "headwise.hf.cache",
+    "InputError": "headwise.errors",
+    "MismatchError": "headwise.errors",
+    "ModelNotFoundError": "headwise.errors",
+    "Report": "headwise.report",
+    "UnknownPolicyError": "headwise.errors",
+    "UnsupportedModelError": "headwise.errors",
+    "load_default_model": "headwise.hf.models",
+    "load_model": "headwise.hf.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'headwise' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES.get(name, "headwise.policies")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

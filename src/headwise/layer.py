@@ -138,12 +138,26 @@ class LayerCache:
         Raises:
             CacheStateError: when the state without those tokens is no longer known.
         """
+        self.check_take_back(count)
+        if self._unsettled is not None:
+            self._settle(count)
+        elif count:
+            self.seen -= count
+            if self.store is not None:
+                keep = self.store.occupied() & (self.store.kept_columns() < self.seen)
+                self.store.commit(keep, self._no_rows(self.store))
+
+    def check_take_back(self, count: int) -> None:
+        """Refuse what `take_back` would refuse, and change nothing.
+
+        Raises:
+            CacheStateError: when the state without those tokens is no longer known.
+        """
         if self._unsettled is not None:
             if count > self._unsettled.keys.shape[2]:
                 raise CacheStateError(
                     f"cannot remove {count} tokens: only the {self._unsettled.keys.shape[2]} of the last pass can go"
                 )
-            self._settle(count)
             return
         if count == 0:
             return
@@ -154,11 +168,7 @@ class LayerCache:
                 f"cannot remove {count} tokens: rules have evicted or ranked tokens with them in view, and what is "
                 "evicted does not return; reset() the cache and start again"
             )
-        self.seen -= count
-        if self.store is not None:
-            keep = self.store.occupied() & (self.store.kept_columns() < self.seen)
-            self.store.commit(keep, self._no_rows(self.store))
-        elif self._prompt is not None:
+        if self._prompt is not None:
             raise CacheStateError("cannot remove tokens while the prompt is still coming in")
 
     @property

@@ -14,7 +14,7 @@ what the same prompt would have alone. Without padding the two are equal.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ class Tokens:
         kind: bits of `Kind`; None where no tokenizer was given.
         score: accumulated attention mass in fp32, summed over the group; None where no rule ranks by it.
         layer: index of the layer.
+        memo: what rules have already answered, so that the rungs of a ladder share their common parts.
     """
 
     position: Int[Tensor, "b h n"]
@@ -70,10 +71,11 @@ class Tokens:
     kind: UInt8[Tensor, "b h n"] | None
     score: Float[Tensor, "b h n"] | None
     layer: int
+    memo: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def among(self, pool: Bool[Tensor, "b h n"]) -> Tokens:
         """The same tokens, with `rank` ordering only those in `pool`."""
-        return replace(self, pool=self.valid & pool)
+        return replace(self, pool=self.valid & pool, memo={})
 
     def rank(self, priority: Float[Tensor, "b h n"]) -> Int[Tensor, "b h n"]:
         """Order by descending priority within each head: 0 is the highest, ties go to the earlier position.

@@ -67,13 +67,20 @@ class HeadwiseCache(Cache):
         kernel: str = reference.NAME,
     ) -> None:
         _check_options(policy, tokenizer, page_size, prompt_tokens, kernel)
+        self._options: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "markers": tuple(markers),
+            "prompt_tokens": prompt_tokens,
+            "page_size": page_size,
+            "kernel": kernel,
+        }
         needs_kinds = "kind" in policy.facts
         self.policy = policy
         self.transcript = Transcript(needs_kinds)
         self.model_name = type(model).__name__
         self._model = weakref.ref(model)
         self._kind_table = KindTable(tokenizer, markers) if needs_kinds and tokenizer is not None else None
-        self._passes = 0
+        self.passes = 0
         settings = Settings(page_size, prompt_tokens, kernel)
         stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         # The exact type: its subclasses are layers of other kinds, which stay as they are.
@@ -144,17 +151,28 @@ class HeadwiseCache(Cache):
                 HeadwiseWarning,
                 stacklevel=2,
             )
-        self._passes += 1
+        self.passes += 1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens; see `HeadwiseLayer.crop`."""
-        super().crop(tokens_to_remove)
+        """Remove the newest `-tokens_to_remove` tokens from all layers, or from none when one of them cannot.
+
+        Raises:
+            InputError: for a positive number, whose meaning changed between releases of transformers.
+            CacheStateError: when those tokens have already had an effect that cannot be undone.
+        """
+        # 5.17 hands over a tensor, which the layers must not share.
+        tokens_to_remove = int(tokens_to_remove)
+        for layer in self.headwise_layers:
+            layer.check_crop(tokens_to_remove)
+        # Stock layers that refuse do so at once: they come first.
+        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, HeadwiseLayer)):
+            layer.crop(tokens_to_remove)
         self._truncate()
 
     def reset(self) -> None:
         """Forget everything; the cache can then serve another prompt."""
         super().reset()
-        self._passes = 0
+        self.passes = 0
         self._truncate()
 
     def reorder_cache(self, beam_idx: Int[Tensor, " new"]) -> None:
@@ -220,10 +238,18 @@ class HeadwiseCache(Cache):
         load(cache, Path(path))
         return cache
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadwiseCache:
+        """An independent cache of the same model, as for a prefix that several continuations share."""
+        from headwise.hf.persistence import collect, fill
+
+        copy = type(self)(self.model, self.policy, **self._options)
+        fill(copy, *collect(self))
+        return copy
+
     def _looks_like_a_chunk(self, input_ids: Int[Tensor, "b q"] | None) -> bool:
         core = self.headwise_layers[0].core
         return (
-            self._passes == 1
+            self.passes == 1
             and core.plan is not None
             and core.settings.prompt_columns is None
             and not core.recording

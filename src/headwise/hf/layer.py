@@ -116,8 +116,8 @@ class HeadwiseLayer(CacheLayerMixin):
         """Let the next calls of `crop` take back tokens of the pass before them (assisted decoding)."""
         self.core.recording = True
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens.
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuse what `crop` would refuse, and change nothing.
 
         Raises:
             InputError: for a positive number, whose meaning changed between releases of transformers.
@@ -125,6 +125,18 @@ class HeadwiseLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise InputError(f"crop takes 0 or minus the number of tokens to remove, got {tokens_to_remove}")
+        self.core.check_take_back(-tokens_to_remove)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens.
+
+        Raises:
+            InputError: for a positive number, whose meaning changed between releases of transformers.
+            CacheStateError: when those tokens have already had an effect that cannot be undone.
+        """
+        # 5.17 hands over a tensor.
+        tokens_to_remove = int(tokens_to_remove)
+        self.check_crop(tokens_to_remove)
         self.core.take_back(-tokens_to_remove)
 
     def reset(self) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.errors import ModelNotFoundError
@@ -42,8 +43,8 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, SafetensorError, ImportError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelNotFoundError(f"cannot load the model {str(name)!r}: {reason}") from error
     return model.to(target).eval(), tokenizer
 
@@ -132,7 +133,6 @@ def _convert_from_wheel(folder: Path) -> None:
             model.hf_quantizer = None
             model.is_quantized = False
             del model.config.quantization_config
-            model.config._name_or_path = DEFAULT_MODEL
             tokenizer.model_max_length = model.config.max_position_embeddings
             model.save_pretrained(finished)
             tokenizer.save_pretrained(finished)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,33 +29,22 @@ def save(cache: HeadwiseCache, path: Path) -> None:
     Raises:
         CacheStateError: when a prompt is still coming in, or tokens of the last pass may still be taken back.
     """
-    tensors = {f"transcript.{name}": tensor for name, tensor in cache.transcript.tensors().items()}
-    stock: dict[str, dict[str, Any]] = {}
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, HeadwiseLayer):
-            state = layer.core.state()
-        else:
-            # Everything a stock layer is made of; None and callables are made anew with the layer.
-            state = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor)}
-            plain = {n: v for n, v in vars(layer).items() if isinstance(v, bool | int) and n != "record_past"}
-            stock[str(index)] = plain
-        tensors.update({f"layers.{index}.{name}": tensor for name, tensor in state.items()})
+    tensors, plain = collect(cache)
     metadata = {
         "format": _FORMAT,
         "model": model_fingerprint(cache.model),
         "model_name": cache.model_name,
         "policy": repr(cache.policy),
-        "columns": str(cache.transcript.columns),
-        "stock": json.dumps(stock),
+        "state": json.dumps(plain),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
+    # Beside its final place, and with the permissions that any new file gets there.
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, scratch, metadata)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
         os.replace(scratch, path)
     finally:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
 
 
 def load(cache: HeadwiseCache, path: Path) -> None:
@@ -77,20 +65,47 @@ def load(cache: HeadwiseCache, path: Path) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except SafetensorError as error:
         raise InputError(f"{str(path)!r} is not a safetensors file: {error}") from error
-
     device = cache.model.get_decoder().device
+    fill(cache, {name: tensor.to(device) for name, tensor in tensors.items()}, json.loads(metadata["state"]))
+
+
+def collect(cache: HeadwiseCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Copies of everything a cache holds, by name: tensors, and what is plain data.
+
+    Raises:
+        CacheStateError: when a prompt is still coming in, or tokens of the last pass may still be taken back.
+    """
+    tensors = {f"transcript.{name}": tensor for name, tensor in cache.transcript.tensors().items()}
+    plain: dict[str, Any] = {"columns": cache.transcript.columns, "passes": cache.passes}
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, HeadwiseLayer):
+            state = layer.core.state()
+        else:
+            # Everything a stock layer is made of; None and callables are made anew with the layer.
+            state = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor)}
+            plain[str(index)] = {
+                name: value
+                for name, value in vars(layer).items()
+                if isinstance(value, bool | int) and name != "record_past"
+            }
+        tensors.update({f"layers.{index}.{name}": tensor for name, tensor in state.items()})
+    return {name: tensor.clone() for name, tensor in tensors.items()}, plain
+
+
+def fill(cache: HeadwiseCache, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    """Give a new cache what `collect` took from another of the same model and policy."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         owner, _, field = name.rpartition(".")
-        parts.setdefault(owner, {})[field] = tensor.to(device)
-    cache.transcript.restore(int(metadata["columns"]), parts.get("transcript", {}))
-    stock = json.loads(metadata["stock"])
+        parts.setdefault(owner, {})[field] = tensor
+    cache.transcript.restore(plain["columns"], parts.get("transcript", {}))
+    cache.passes = plain["passes"]
     for index, layer in enumerate(cache.layers):
         state = parts.get(f"layers.{index}", {})
         if isinstance(layer, HeadwiseLayer):
             layer.restore(state)
         else:
-            for name, value in {**stock[str(index)], **state}.items():
+            for name, value in {**plain[str(index)], **state}.items():
                 setattr(layer, name, value)
             if isinstance(state.get("keys"), Tensor):
                 layer.dtype, layer.device = state["keys"].dtype, state["keys"].device
@@ -117,4 +132,4 @@ def _check_owner(cache: HeadwiseCache, metadata: dict[str, str]) -> None:
         )
 
 
-__all__ = ["load", "model_fingerprint", "save"]
+__all__ = ["collect", "fill", "load", "model_fingerprint", "save"]

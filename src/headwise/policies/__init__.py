@@ -5,7 +5,7 @@ from headwise.policies.fastgen import FastGen
 from headwise.policies.full import Full
 from headwise.policies.h2o import H2O
 from headwise.policies.random import Random
-from headwise.policies.registry import create_policy, policies, register
+from headwise.policies.registry import create_policy, list_policies, register
 from headwise.policies.streamingllm import StreamingLLM
 from headwise.policies.window import Window
 
@@ -20,6 +20,6 @@ __all__ = [
     "Union",
     "Window",
     "create_policy",
-    "policies",
+    "list_policies",
     "register",
 ]

@@ -23,7 +23,7 @@ Fact = Literal["kind", "score"]
 class Selection:
     """How the rule of a head is chosen from its profile (FastGen, equation 1; readings named in `FastGen`)."""
 
-    recovery: float
+    recovery: int | float
     last_rows: int | None
     fold: Literal["min", "mean"]
     criterion: Literal["mass", "l1"]
@@ -122,6 +122,10 @@ class Union(Rule):
 
     rules: tuple[Rule, ...]
 
+    def __str__(self) -> str:
+        """The members, joined as they are written."""
+        return " | ".join(str(rule) for rule in self.rules)
+
     @property
     def label(self) -> str:
         """The labels of the members, joined by a plus sign."""
@@ -149,12 +153,19 @@ class Union(Rule):
         others = torch.zeros_like(tokens.valid)
         for rule in self.rules:
             if not rule.ranks_rest:
-                others = others | rule.keep(tokens)
+                others = others | _remembered(rule, tokens)
         kept = torch.zeros_like(tokens.valid)
         for rule in self.rules:
             facts = tokens.among(~others) if rule.ranks_rest else tokens
-            kept = kept | (rule.static(facts) if static else rule.keep(facts))
+            kept = kept | (rule.static(facts) if static else _remembered(rule, facts))
         return kept
+
+
+def _remembered(rule: Rule, tokens: Tokens) -> Bool[Tensor, "b h n"]:
+    """`rule.keep(tokens)`, computed once however many unions the rule is part of."""
+    if rule not in tokens.memo:
+        tokens.memo[rule] = rule.keep(tokens)
+    return tokens.memo[rule]
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -167,4 +178,14 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-__all__ = ["Fact", "Policy", "Rule", "Selection", "Size", "Union", "check_choice", "check_size"]
+def check_switch(name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        ConfigurationError: naming the parameter.
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name} must be True or False, got {value!r}")
+
+
+__all__ = ["Fact", "Policy", "Rule", "Selection", "Size", "Union", "check_choice", "check_size", "check_switch"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from headwise.errors import ConfigurationError
-from headwise.policies.base import Policy, Rule, Selection, check_choice
+from headwise.policies.base import Policy, Rule, Selection, check_choice, check_switch
 from headwise.policies.frequent import Frequent
 from headwise.policies.full import Full
 from headwise.policies.punctuation import Punctuation
@@ -59,7 +59,7 @@ class FastGen(Policy):
         ConfigurationError: for a value out of range, an unknown rule in the ladder, or a ladder without "full".
     """
 
-    recovery: float
+    recovery: int | float
     local: Size = 0.3
     frequent: Size = 0.3
     sinks: int = 0
@@ -82,6 +82,7 @@ class FastGen(Policy):
         check_size("profile_rows", self.profile_rows)
         if self.profile_rows == 0:
             raise ConfigurationError("profile_rows must be more than 0: there is no profile without a row")
+        check_switch("normalize", self.normalize)
         check_choice("rows", self.rows, ("mean", "last"))
         check_choice("fold", self.fold, ("min", "mean"))
         check_choice("criterion", self.criterion, ("mass", "l1"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from headwise.policies.base import Fact, Rule, check_choice
+from headwise.policies.base import Fact, Rule, check_choice, check_switch
 from headwise.policies.registry import register
 from headwise.policies.size import Size, check_size, quota_tokens
 from headwise.types import Bool, Tensor, Tokens
@@ -34,6 +34,7 @@ class Frequent(Rule):
         check_size("frequent size", self.size)
         check_choice("of", self.of, ("seen", "prompt"))
         check_choice("among", self.among, ("all", "rest"))
+        check_switch("normalize", self.normalize)
 
     @property
     def reads(self) -> frozenset[Fact]:

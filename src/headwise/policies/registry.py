@@ -36,7 +36,7 @@ def register(name: str) -> Callable[[P], P]:
 
 
 @cache
-def policies() -> dict[str, type[Policy]]:
+def list_policies() -> dict[str, type[Policy]]:
     """Every registered policy by name, in alphabetical order."""
     package = importlib.import_module("headwise.policies")
     for module in pkgutil.iter_modules(package.__path__):
@@ -51,7 +51,7 @@ def create_policy(name: str, **parameters: object) -> Policy:
         UnknownPolicyError: when there is none; the message names the nearest.
         ConfigurationError: when a parameter is unknown, missing or out of range.
     """
-    known = policies()
+    known = list_policies()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
         raise UnknownPolicyError(f"unknown policy {name!r}; did you mean {' or '.join(near)}?")

@@ -12,6 +12,9 @@ Size = int | float
 # 0.07 * 100 is 7.000000000000001 in floating point, and must not become 8 tokens.
 _FLOAT_NOISE = 1e-9
 
+# Columns are stored as 32-bit integers.
+_MOST_TOKENS = 2**31 - 1
+
 
 def check_size(name: str, size: Size) -> None:
     """Refuse what is neither a count of tokens nor a fraction.
@@ -21,8 +24,8 @@ def check_size(name: str, size: Size) -> None:
     """
     if isinstance(size, bool) or not isinstance(size, int | float):
         raise ConfigurationError(f"{name} must be a count (int) or a fraction (float), got {size!r}")
-    if isinstance(size, int) and size < 0:
-        raise ConfigurationError(f"{name} must be a count of 0 or more, got {size}")
+    if isinstance(size, int) and not 0 <= size <= _MOST_TOKENS:
+        raise ConfigurationError(f"{name} must be a count from 0 to {_MOST_TOKENS}, got {size}")
     if isinstance(size, float) and not 0.0 <= size <= 1.0:
         raise ConfigurationError(f"{name} must be a fraction from 0.0 to 1.0, got {size} (a count is an int)")
 

@@ -1,0 +1,54 @@
+# What a newcomer runs: `make demo` and `make test` set up what is missing by themselves.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# The oldest and the newest release of transformers that must work.
+OLDEST ?= transformers==5.17.0
+NEWEST ?= transformers==5.23.0
+
+VENV := .venv
+OLD_VENV := .venv-oldest
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# Tests whose subject is transformers' side of the contract; they also run on the oldest release.
+CONTRACT_TESTS := tests/test_generate_matrix.py tests/test_contract.py tests/test_persistence.py tests/test_oracle.py
+
+.PHONY: demo test test-oldest check format model clean
+
+demo: model
+	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
+	$(BIN)/headwise generate --file - --prompt "What does this text explain?" \
+		--policy fastgen --recovery 0.95 --max-new-tokens 120 --png headwise-demo.png
+
+test: model
+	$(BIN)/python -m pytest
+
+test-oldest: $(OLD_VENV)/.ready
+	$(OLD_VENV)/bin/python -m pytest $(CONTRACT_TESTS)
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Fetches and converts the default model once, into the user's cache folder.
+model: $(VENV)/.ready
+	@$(BIN)/python -c "import headwise; headwise.load_default_model()"
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) "$(TORCH)"
+	$(BIN)/python $(PIP_INSTALL) "$(NEWEST)" -e ".[dev]"
+	touch $@
+
+$(OLD_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(OLD_VENV)
+	$(OLD_VENV)/bin/python $(PIP_INSTALL) "$(TORCH)"
+	$(OLD_VENV)/bin/python $(PIP_INSTALL) "$(OLDEST)" -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLD_VENV)

@@ -1,0 +1,1 @@
+"""Command line: `headwise generate`, `profile`, `policies` and `doctor`; one file each."""

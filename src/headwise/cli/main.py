@@ -1,0 +1,103 @@
+"""Main: the arguments of the command line -> a command run, and an exit code; errors take one line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from headwise.cli.doctor import doctor
+from headwise.cli.generate import generate
+from headwise.cli.policies import policies
+from headwise.cli.profile import profile
+from headwise.errors import HeadwiseError
+
+_BAD_INPUT = 2
+_INTERRUPTED = 130
+_BROKEN_PIPE = 1
+
+# The base of typer's complaints about arguments, which has no public name.
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    name="headwise",
+    help="Shrink the KV cache of a Hugging Face language model head by head, and see what it saves.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        from headwise import __version__
+
+        typer.echo(f"headwise {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(generate)
+app.command()(profile)
+app.command()(policies)
+app.command()(doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code.
+
+    Args:
+        arguments: those after the program's name; default, the ones it was started with.
+
+    Raises:
+        SystemExit: always; 0 when all went well, 2 for bad input, 130 when interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        # A model may write what the terminal's encoding cannot; better a question mark than a broken run.
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # other kinds of stream lack it
+    try:
+        code = _run(given or ["--help"])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough. Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _BROKEN_PIPE
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        result = app(arguments, prog_name="headwise", standalone_mode=False)
+    except HeadwiseError as error:
+        return _complain(str(error), _BAD_INPUT)
+    except _UsageError as error:
+        return _complain(error.format_message(), _BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        result = _INTERRUPTED
+    # Commands return nothing; a number is the exit code of one that left early.
+    code = result if isinstance(result, int) else 0
+    return _complain("interrupted", code) if code == _INTERRUPTED else code
+
+
+def _complain(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    typer.echo(line if code == _INTERRUPTED else f"error: {line}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

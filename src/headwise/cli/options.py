@@ -1,0 +1,84 @@
+"""Options: what several commands take, defined once -> annotations that typer reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+INPUT = "Input"
+POLICY = "Policy"
+MODEL = "Model"
+OUTPUT = "Output"
+
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        "-p",
+        metavar="TEXT",
+        help="What to say to the model; with --file, a question about it.",
+        rich_help_panel=INPUT,
+    ),
+]
+File = Annotated[
+    str | None,
+    typer.Option("--file", "-f", metavar="PATH", help="Read a UTF-8 file; - is standard input.", rich_help_panel=INPUT),
+]
+Raw = Annotated[
+    bool,
+    typer.Option("--raw", help="Give the text to the model without its chat template.", rich_help_panel=INPUT),
+]
+PolicyName = Annotated[
+    str,
+    typer.Option(
+        "--policy", metavar="NAME", help="What to keep; `headwise policies` lists them.", rich_help_panel=POLICY
+    ),
+]
+Recovery = Annotated[
+    float | None,
+    typer.Option(
+        "--recovery",
+        metavar="SHARE",
+        help="Attention mass a rule must retain, from 0 to 1; 0.95 unless given, for the policies that have it.",
+        rich_help_panel=POLICY,
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any other parameter of the policy; may be repeated. 64 is a count, 0.5 a fraction.",
+        rich_help_panel=POLICY,
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", metavar="NAME", help="Hub id or folder, instead of the default model.", rich_help_panel=MODEL
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="float32, bfloat16, float16 or auto: float32 on a CPU, bfloat16 on a GPU.",
+        rich_help_panel=MODEL,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; the GPU where there is one.", rich_help_panel=MODEL
+    ),
+]
+Png = Annotated[
+    Path | None,
+    typer.Option(
+        "--png", metavar="FILE", help="Write a picture of every head's rule to this file.", rich_help_panel=OUTPUT
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=OUTPUT)]

@@ -1,0 +1,61 @@
+"""Policies: nothing -> every policy there is, what it does and what it can be told."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from headwise.cli import options
+from headwise.cli.settings import DEFAULT_RECOVERY, plain
+from headwise.cli.tables import output, plain_table
+
+if TYPE_CHECKING:
+    from headwise.policies import Policy
+
+
+def policies(json_output: options.Json = False) -> None:
+    """List every policy with its parameters."""
+    from headwise.policies import list_policies
+
+    listed = [_describe(name, policy) for name, policy in list_policies().items()]
+    if json_output:
+        output().out(json.dumps(listed, indent=2))
+        return
+    table = plain_table("policy", "what it does", "parameters")
+    table.columns[0].no_wrap = True
+    for entry in listed:
+        parameters = Text("\n").join(_parameter(**parameter) for parameter in entry["parameters"])
+        table.add_row(Text(entry["name"], style="bold"), entry["summary"], parameters)
+        table.add_section()
+    console = output()
+    console.print(table)
+    console.print("Use one with --policy NAME, and set its parameters with --set NAME=VALUE.", style="dim")
+
+
+def _describe(name: str, policy: type[Policy]) -> dict[str, Any]:
+    parameters = []
+    for field in fields(policy):  # type: ignore[arg-type]  # policies are dataclasses
+        if not field.init:
+            continue
+        default = plain(field.default) if field.default is not MISSING else None
+        # The command line has an answer where the library asks.
+        if field.name == "recovery" and default is None:
+            default = DEFAULT_RECOVERY
+        parameters.append({"name": field.name, "default": default, "required": default is None})
+    return {
+        "name": name,
+        "summary": (inspect.getdoc(policy) or "").partition("\n")[0],
+        "parameters": parameters,
+    }
+
+
+def _parameter(name: str, default: Any, required: bool) -> Text:
+    if required:
+        return Text.assemble(name, (" (required)", "yellow"))
+    # As --set takes it.
+    shown = ",".join(default) if isinstance(default, list) else str(default)
+    return Text.assemble(name, (f"={shown.lower() if isinstance(default, bool) else shown}", "dim"))

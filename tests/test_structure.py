@@ -1,0 +1,96 @@
+"""The package itself: public names, import boundaries, file sizes, first lines."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import headwise
+
+ROOT = Path(headwise.__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def run(program):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_every_public_name_is_there_and_has_a_docstring():
+    assert headwise.__all__ == sorted(headwise.__all__, key=lambda n: (n != "H2O", n))
+    for name in headwise.__all__:
+        value = getattr(headwise, name)
+        if name != "__version__":
+            assert value.__doc__, name
+            assert value.__module__.startswith("headwise."), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        headwise.nothing  # noqa: B018
+
+
+def test_importing_is_free_and_has_no_side_effect():
+    loaded = run("import sys, headwise; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_policies_do_not_need_transformers():
+    program = "import sys, headwise; headwise.list_policies(); print('transformers' in sys.modules)"
+    assert run(program) == "False"
+
+
+def test_extras_are_not_loaded_by_the_core():
+    extras = ["typer", "rich", "matplotlib", "gguf", "triton", "jaxtyping", "pytest"]
+    # transformers may load some of them by itself: what counts is what headwise adds.
+    program = f"""
+import sys, transformers
+from transformers import Cache, DynamicCache, AutoModelForCausalLM, AutoTokenizer
+before = set(sys.modules)
+import headwise
+headwise.HeadwiseCache, headwise.load_model, headwise.Report, headwise.list_policies()
+print([m for m in {extras!r} if m in set(sys.modules) - before and m != 'jaxtyping'])
+"""
+    assert run(program) == "[]"
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def test_only_the_hf_folder_imports_transformers():
+    inside = {p for p in MODULES if any(name.split(".")[0] == "transformers" for name in imports(p))}
+    outside = {p.relative_to(ROOT).as_posix() for p in inside if ROOT / "hf" not in p.parents}
+    assert inside
+    assert {p for p in outside if not p.startswith("cli/")} == set()
+
+
+def test_stages_do_not_import_what_comes_after_them():
+    order = ["prefill", "profile", "plan", "store", "decode", "evict", "layer", "report"]
+    for place, stage in enumerate(order):
+        later = {f"headwise.{name}" for name in order[place + 1 :]} | {"headwise.hf"}
+        found = {name for name in imports(ROOT / f"{stage}.py") if name in later or name.startswith("headwise.hf")}
+        assert not found, (stage, found)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_a_module_says_what_it_is_for_and_stays_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    assert (ast.get_docstring(ast.parse(text)) or "").strip()
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [("prefill", 1), ("profile", 2), ("plan", 3), ("store", 4), ("decode", 5), ("evict", 6), ("report", 7)],
+)
+def test_stages_are_numbered_along_the_data_path(stage, number):
+    first = (ROOT / f"{stage}.py").read_text().splitlines()[0]
+    assert first.startswith(f'"""{number}/7 {stage}: ')
+    assert " -> " in first
