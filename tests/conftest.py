@@ -7,6 +7,9 @@ import torch
 
 from headwise import store
 
+# The models of the tests are small: a second thread gains little, and on a busy machine it costs a lot.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.decode import Attention, decode
+from headwise.decode import decode
 from headwise.errors import CacheStateError
 from headwise.evict import evict, facts
 from headwise.plan import Plan, distinct_widths, make_plan
@@ -47,7 +47,8 @@ class _Pass:
     values: Float[Tensor, "b h q e"]
     mask: Bool[Tensor, "b q t"] | None
     options: LogitOptions
-    attention: Attention | None
+    # Mass on the kept rows and on the fresh ones, where a rule ranks by it.
+    mass: tuple[Float[Tensor, "b h q n"], Float[Tensor, "b h q f"]] | None = None
 
 
 class LayerCache:
@@ -110,7 +111,7 @@ class LayerCache:
             self.transcript.extend(batch, count, real, keys.device)
         self.seen += count
         keys, values = keys.detach(), values.detach()
-        current = _Pass(query.detach(), keys, values, mask, options, None)
+        current = _Pass(query.detach(), keys, values, mask, options)
         if self.store is None or self.plan is None:
             if self._prompt is not None:
                 keys, values = (
@@ -120,11 +121,14 @@ class LayerCache:
             output = dense_attention(query, keys, values, mask, options)
         else:
             scored = self.plan.scored
-            current.attention = decode(
+            attention = decode(
                 query, self.store, keys, values, mask, options, with_mass=scored, kernel=self.settings.kernel
             )
-            output = current.attention.output
-            current.attention.output = output.detach()
+            output = attention.output
+            # The mask is shared by all layers and needed no more.
+            current.mask = None
+            if attention.on_kept is not None and attention.on_fresh is not None:
+                current.mass = attention.on_kept, attention.on_fresh
         self._unsettled = current
         if not self.recording:
             self._settle(0)
@@ -163,18 +167,18 @@ class LayerCache:
             return
         if count > self.seen:
             raise CacheStateError(f"cannot remove {count} tokens from a cache that has seen {self.seen}")
+        if self._prompt is not None:
+            raise CacheStateError("cannot remove tokens while the prompt is still coming in")
         if not self.restorable:
             raise CacheStateError(
                 f"cannot remove {count} tokens: rules have evicted or ranked tokens with them in view, and what is "
                 "evicted does not return; reset() the cache and start again"
             )
-        if self._prompt is not None:
-            raise CacheStateError("cannot remove tokens while the prompt is still coming in")
 
     @property
     def restorable(self) -> bool:
-        """Whether `take_back` restores the exact state: true until a rule evicts or ranks."""
-        return self.plan is None or not (self.plan.evicts or self.plan.scored)
+        """Whether `take_back` restores the exact state: true until a prompt comes in parts, a rule evicts or ranks."""
+        return self._prompt is None and (self.plan is None or not (self.plan.evicts or self.plan.scored))
 
     def settle(self) -> None:
         """Accept every token of the last pass."""
@@ -286,9 +290,7 @@ class LayerCache:
             held += [self._profile.score, self._profile.mass, *self._profile.band, self._profile.rows]
         if (last := self._unsettled) is not None:
             held += [last.query, last.keys, last.values]
-            if last.attention is not None and last.attention.on_kept is not None:
-                assert last.attention.on_fresh is not None
-                held += [last.attention.on_kept, last.attention.on_fresh]
+            held += last.mass or ()
         return held
 
     def _settle(self, removed: int) -> None:
@@ -309,9 +311,8 @@ class LayerCache:
         real = self.transcript.real(columns)
         scores = None
         if self.plan.scored:
-            assert last.attention is not None
-            on_kept, on_fresh = last.attention.on_kept, last.attention.on_fresh
-            assert on_kept is not None and on_fresh is not None
+            assert last.mass is not None
+            on_kept, on_fresh = last.mass
             # A padding query attends to nothing that counts.
             counts = real[..., None]
             self.store.add_scores((on_kept[:, :, :kept] * counts).sum(dim=2))

@@ -38,9 +38,10 @@ class LayerReport:
     sampled: float | None = None
 
     @classmethod
-    def of_stock(cls, size: int) -> LayerReport:
+    def of_stock(cls, tensors: list[Tensor]) -> LayerReport:
         """A layer that stays as transformers made it: the same with headwise and without."""
-        return cls(size, size, size)
+        size = storage_bytes(tensors)
+        return cls(sum(tensor.nbytes for tensor in tensors), size, size)
 
     @classmethod
     def of(cls, layer: LayerCache) -> LayerReport:
@@ -54,7 +55,7 @@ class LayerReport:
         profiled = plan is not None and layer.rows_read and plan.prompt.numel()
         return cls(
             used_bytes=layer.used_bytes,
-            allocated_bytes=_storage_bytes(layer.tensors()),
+            allocated_bytes=storage_bytes(layer.tensors()),
             full_bytes=kept.numel() * layer.seen * layer.row_bytes,
             kept_tokens=kept.cpu(),
             rules=np.array(labels)[choice],
@@ -178,7 +179,7 @@ def format_bytes(count: int) -> str:
     return f"{sign}{size:.2f} GiB"
 
 
-def _storage_bytes(tensors: list[Tensor]) -> int:
+def storage_bytes(tensors: list[Tensor]) -> int:
     """Bytes of the storages behind the tensors; a storage that several tensors share counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -63,6 +63,11 @@ class Transcript:
         if older and self._kinds is not None:
             self._kinds[:, -older:] |= bits[:, :older]
 
+    def correct(self, newest: UInt8[Tensor, "b recent"]) -> None:
+        """Replace the kinds of the newest columns."""
+        if self._kinds is not None:
+            self._kinds[:, -newest.shape[1] :] = newest
+
     def truncate(self, columns: int) -> None:
         """Forget everything from that column on."""
         self.columns = columns

@@ -20,7 +20,7 @@ from headwise.kernels import reference
 from headwise.layer import LayerCache, Settings
 from headwise.policies.base import Policy
 from headwise.policies.full import Full
-from headwise.report import LayerReport, Report
+from headwise.report import LayerReport, Report, storage_bytes
 from headwise.transcript import Transcript
 from headwise.types import Int, Kind, Tensor
 
@@ -79,7 +79,7 @@ class HeadwiseCache(Cache):
         self.transcript = Transcript(needs_kinds)
         self.model_name = type(model).__name__
         self._model = weakref.ref(model)
-        self._kind_table = KindTable(tokenizer, markers) if needs_kinds and tokenizer is not None else None
+        self.kind_table = KindTable(tokenizer, markers) if needs_kinds and tokenizer is not None else None
         self.passes = 0
         settings = Settings(page_size, prompt_tokens, kernel)
         stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
@@ -133,15 +133,18 @@ class HeadwiseCache(Cache):
         if not layers:
             return
         seen = layers[0].core.seen
-        if self.awaits_attention or any(layer.core.seen != seen for layer in layers):
+        if self.awaits_attention or any(length != seen for length in self._lengths()):
             raise CacheStateError("the last forward pass was broken off half-way: reset() the cache and start again")
         if self.model.get_decoder().config._attn_implementation != NAME:
             raise CacheStateError(
                 f"the model's attention implementation was changed; call model.set_attn_implementation({NAME!r})"
             )
-        if input_ids is not None and self._kind_table is not None:
-            self.transcript.announce(self._kind_table.kinds(input_ids))
-            marked = self._kind_table.marked(input_ids)
+        if self.kind_table is not None:
+            if self.kind_table.ids is not None and self.kind_table.ids.shape[1] > seen:
+                # Left behind by a pass that failed before its first layer.
+                self._truncate()
+            self.transcript.announce(None if input_ids is None else self.kind_table.kinds(input_ids))
+            marked = None if input_ids is None else self.kind_table.marked(input_ids)
             if marked is not None:
                 self.transcript.mark(marked, int(Kind.SPECIAL))
         if self._looks_like_a_chunk(input_ids):
@@ -153,7 +156,7 @@ class HeadwiseCache(Cache):
             )
         self.passes += 1
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the newest `-tokens_to_remove` tokens from all layers, or from none when one of them cannot.
 
         Raises:
@@ -164,14 +167,20 @@ class HeadwiseCache(Cache):
         tokens_to_remove = int(tokens_to_remove)
         for layer in self.headwise_layers:
             layer.check_crop(tokens_to_remove)
-        # Stock layers that refuse do so at once: they come first.
+        # Stock layers that refuse do so at once: they come first. Those that have seen nothing may crash.
         for layer in sorted(self.layers, key=lambda layer: isinstance(layer, HeadwiseLayer)):
-            layer.crop(tokens_to_remove)
+            if getattr(layer, "is_initialized", True):
+                layer.crop(tokens_to_remove)
         self._truncate()
 
     def reset(self) -> None:
         """Forget everything; the cache can then serve another prompt."""
         super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):
+                # 5.17 fills the old keys with zeros, and then goes on behind them.
+                layer.keys = layer.values = None
+                layer.is_initialized = False
         self.passes = 0
         self._truncate()
 
@@ -193,7 +202,7 @@ class HeadwiseCache(Cache):
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to, those of stock layers included."""
-        held = list(self.transcript.tensors().values())
+        held = self._token_facts()
         for layer in self.layers:
             if isinstance(layer, HeadwiseLayer):
                 held += layer.core.tensors()
@@ -207,8 +216,8 @@ class HeadwiseCache(Cache):
             policy=str(self.policy),
             seen_tokens=self.get_seq_length() if self.headwise_layers else 0,
             layers=[self._report_layer(layer) for layer in self.layers],
-            transcript_bytes=sum(tensor.nbytes for tensor in self.transcript.tensors().values()),
-            profile_seconds=sum(layer.core.profile_seconds for layer in self.headwise_layers),
+            transcript_bytes=storage_bytes(self._token_facts()),
+            profile_seconds=sum((layer.core.profile_seconds for layer in self.headwise_layers), 0.0),
         )
 
     def save(self, path: str | Path) -> None:
@@ -258,22 +267,33 @@ class HeadwiseCache(Cache):
             and input_ids.shape[1] > 1
         )
 
+    def _lengths(self) -> list[int]:
+        """Columns that each attention layer has seen; layers of other kinds count none."""
+        stock = [layer for layer in self.layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
+        return [layer.get_seq_length() for layer in [*self.headwise_layers, *stock]]
+
+    def _token_facts(self) -> list[Tensor]:
+        """What it knows about tokens beside their rows."""
+        ids = None if self.kind_table is None else self.kind_table.ids
+        return [*self.transcript.tensors().values(), *([] if ids is None else [ids])]
+
     def _truncate(self) -> None:
         columns = self.headwise_layers[0].core.seen if self.headwise_layers else 0
         self.transcript.truncate(columns)
-        if self._kind_table is not None:
-            self._kind_table.truncate(columns)
+        if self.kind_table is not None:
+            self.kind_table.truncate(columns)
+            newest = self.kind_table.newest()
+            if newest is not None:
+                self.transcript.correct(newest)
 
     def _select(self, indices: Int[Tensor, " new"]) -> None:
         self.transcript.select(indices)
-        if self._kind_table is not None:
-            self._kind_table.select(indices)
+        if self.kind_table is not None:
+            self.kind_table.select(indices)
 
     def _report_layer(self, layer: Any) -> LayerReport:
         if not isinstance(layer, HeadwiseLayer):
-            held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
-            size = sum(tensor.nbytes for tensor in held)
-            return LayerReport.of_stock(size)
+            return LayerReport.of_stock([value for value in vars(layer).values() if isinstance(value, Tensor)])
         return LayerReport.of(layer.core)
 
 

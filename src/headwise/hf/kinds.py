@@ -33,7 +33,7 @@ class KindTable:
         self._table = _TABLES[tokenizer]
         self._markers = _marker_ids(tokenizer, markers)
         # Every id so far; kept only where markers, which may span two passes, are looked for.
-        self._ids: Int[Tensor, "b t"] | None = None
+        self.ids: Int[Tensor, "b t"] | None = None
 
     def kinds(self, ids: Int[Tensor, "b q"]) -> UInt8[Tensor, "b q"]:
         """Kind of each token by itself; an id beyond the vocabulary is an ordinary token."""
@@ -51,26 +51,43 @@ class KindTable:
         """
         if not self._markers:
             return None
-        self._ids = ids if self._ids is None else torch.cat([self._ids, ids], dim=1)
-        recent = self._ids[:, -(ids.shape[1] + max(map(len, self._markers)) - 1) :]
-        found = torch.zeros_like(recent, dtype=torch.bool)
-        for marker in self._markers:
-            if recent.shape[1] < len(marker):
-                continue
-            hits = (recent.unfold(1, len(marker), 1) == marker.to(ids.device)).all(dim=-1)
-            for offset in range(len(marker)):
-                found[:, offset : offset + hits.shape[1]] |= hits
-        return found
+        self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
+        return self._find(self.ids[:, -(ids.shape[1] + self._reach) :])
+
+    def newest(self) -> UInt8[Tensor, "b recent"] | None:
+        """Kinds of the newest columns that a marker taken back might have been part of; None without markers."""
+        if self.ids is None or not self._reach:
+            return None
+        around = self.ids[:, -2 * self._reach :]
+        found = self._find(around).to(torch.uint8) * int(Kind.SPECIAL)
+        return (self.kinds(around) | found)[:, -self._reach :]
 
     def truncate(self, columns: int) -> None:
         """Forget the ids from that column on."""
-        if self._ids is not None:
-            self._ids = self._ids[:, :columns]
+        if self.ids is not None and columns < self.ids.shape[1]:
+            # The next prompt may have another number of sequences.
+            self.ids = self.ids[:, :columns].clone() if columns else None
 
     def select(self, indices: Int[Tensor, " new"]) -> None:
         """Keep the sequences at `indices`, in that order."""
-        if self._ids is not None:
-            self._ids = self._ids[indices.to(self._ids.device)]
+        if self.ids is not None:
+            self.ids = self.ids[indices.to(self.ids.device)]
+
+    @property
+    def _reach(self) -> int:
+        """Columns before a token in which a marker that ends with it may begin."""
+        return max(map(len, self._markers), default=1) - 1
+
+    def _find(self, ids: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+        """Which columns belong to a marker."""
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        for marker in self._markers:
+            if ids.shape[1] < len(marker):
+                continue
+            hits = (ids.unfold(1, len(marker), 1) == marker.to(ids.device)).all(dim=-1)
+            for offset in range(len(marker)):
+                found[:, offset : offset + hits.shape[1]] |= hits
+        return found
 
 
 def is_punctuation(text: str) -> bool:

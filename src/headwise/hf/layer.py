@@ -127,7 +127,7 @@ class HeadwiseLayer(CacheLayerMixin):
             raise InputError(f"crop takes 0 or minus the number of tokens to remove, got {tokens_to_remove}")
         self.core.check_take_back(-tokens_to_remove)
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the newest `-tokens_to_remove` tokens.
 
         Raises:

@@ -76,6 +76,8 @@ def collect(cache: HeadwiseCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CacheStateError: when a prompt is still coming in, or tokens of the last pass may still be taken back.
     """
     tensors = {f"transcript.{name}": tensor for name, tensor in cache.transcript.tensors().items()}
+    if cache.kind_table is not None and cache.kind_table.ids is not None:
+        tensors["kinds.ids"] = cache.kind_table.ids
     plain: dict[str, Any] = {"columns": cache.transcript.columns, "passes": cache.passes}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, HeadwiseLayer):
@@ -99,6 +101,8 @@ def fill(cache: HeadwiseCache, tensors: dict[str, Tensor], plain: dict[str, Any]
         owner, _, field = name.rpartition(".")
         parts.setdefault(owner, {})[field] = tensor
     cache.transcript.restore(plain["columns"], parts.get("transcript", {}))
+    if cache.kind_table is not None:
+        cache.kind_table.ids = parts.get("kinds", {}).get("ids")
     cache.passes = plain["passes"]
     for index, layer in enumerate(cache.layers):
         state = parts.get(f"layers.{index}", {})

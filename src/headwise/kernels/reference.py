@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 from headwise.prefill import logits_of, probabilities
 from headwise.types import Bool, Float, LogitOptions, PageView, Tensor
@@ -32,19 +33,18 @@ def ragged_decode(
         the output in the values' dtype, and the probability of every kept and every fresh row, summed over the
         group in fp32; 0 for rows beyond a head's length.
     """
-    batch, heads, longest = *pages.lengths.shape, pages.longest
-    size = pages.keys.shape[1]
-    rows = torch.arange(longest, device=pages.keys.device)
-    page = (
-        pages.table[:, :, rows // size].long().clamp(min=0)
-        if longest
-        else pages.table.new_zeros(batch, heads, 0).long()
-    )
-    at = page * size + rows % size
-    occupied = rows < pages.lengths[:, :, None]
-    # Beyond a head's length memory is undefined: 0 times NaN would still be NaN.
-    keys = pages.keys.flatten(0, 1)[at].masked_fill(~occupied[..., None], 0)
-    values = pages.values.flatten(0, 1)[at].masked_fill(~occupied[..., None], 0)
+    heads = pages.lengths.shape[1]
+    # Whole pages are gathered, up to the longest head's last; rows beyond a head's length are hidden below.
+    used = -(-pages.longest // pages.keys.shape[1])
+    own = pages.table[:, :, :used].long().clamp(min=0)
+    keys = pages.keys.index_select(0, own.flatten()).view(*own.shape[:2], -1, pages.keys.shape[-1])
+    values = pages.values.index_select(0, own.flatten()).view(*own.shape[:2], -1, pages.values.shape[-1])
+    gathered = keys.shape[2]
+    occupied = torch.arange(gathered, device=keys.device) < pages.lengths[:, :, None]
+    # That memory is undefined. A key's logit is overwritten, but 0 times a value that is NaN would still be NaN.
+    values.masked_fill_(~occupied[..., None], 0)
+    if visible is not None:
+        visible = functional.pad(visible, (0, gathered - pages.longest))
 
     kept_visible = occupied[:, :, None] if visible is None else occupied[:, :, None] & visible
     queries = query.shape[3]
@@ -57,7 +57,7 @@ def ragged_decode(
     )
     logits = torch.cat([logits_of(query, keys, options), logits_of(query, fresh_keys, options)], dim=-1)
     weights = probabilities(logits, sees[:, :, None], options)
-    output = torch.einsum("bhgqn,bhne->bhgqe", weights[..., :longest], values.float())
-    output = output + torch.einsum("bhgqf,bhfe->bhgqe", weights[..., longest:], fresh_values.float())
+    output = torch.einsum("bhgqn,bhne->bhgqe", weights[..., :gathered], values.float())
+    output = output + torch.einsum("bhgqf,bhfe->bhgqe", weights[..., gathered:], fresh_values.float())
     attention = weights.sum(dim=2)
-    return output.to(fresh_values.dtype), attention[..., :longest], attention[..., longest:]
+    return output.to(fresh_values.dtype), attention[..., : pages.longest], attention[..., gathered:]
