@@ -246,15 +246,24 @@ def test_half_a_prompt_cannot_be_saved(tmp_path):
     cache.save(tmp_path / "cache")
 
 
-def test_tokens_that_may_be_taken_back_cannot_be_saved(tmp_path):
+def test_saving_accepts_the_tokens_of_the_last_pass(tmp_path):
+    """Assisted decoding leaves recording on; a later plain turn then has a last pass that no crop will come for."""
     model = models.shared("llama")
     cache = HeadwiseCache(model, POLICIES["streamingllm"])
     cache.activate_past_recording()
-    logits(model, models.prompt(7), cache)
-    with pytest.raises(CacheStateError, match="settled"):
-        cache.save(tmp_path / "cache")
-    cache.crop(0)
+    logits(model, models.prompt(29), cache)
     cache.save(tmp_path / "cache")
+    loaded = HeadwiseCache.load(tmp_path / "cache", model, POLICIES["streamingllm"])
+    for one in (cache, loaded):
+        assert one.get_seq_length() == 29
+        assert all((kept == 10).all() for kept in one.report().kept_tokens)
+        with pytest.raises(CacheStateError):
+            one.crop(-1)
+
+
+def test_other_markers_are_refused(saved):
+    with pytest.raises(MismatchError, match="another tokenizer or other markers"):
+        HeadwiseCache.load(saved, models.shared("llama"), POLICIES["fastgen"], tokenizer=TOKENIZER, markers=["w9 w10"])
 
 
 # Saving that fails.

@@ -232,13 +232,13 @@ class LayerCache:
         return held
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that `restore` needs, without page slack; empty before the first pass.
+        """Everything that `restore` needs, without page slack; empty before the first pass. Call `settle` first.
 
         Raises:
-            CacheStateError: when the prompt is still coming in, or tokens of the last pass may still be taken back.
+            CacheStateError: when the prompt is still coming in.
         """
-        if self._prompt is not None or self._unsettled is not None:
-            raise CacheStateError("cannot save before the whole prompt is in and its last tokens are settled")
+        if self._prompt is not None:
+            raise CacheStateError("cannot save before the whole prompt is in")
         if self.store is None or self.plan is None:
             return {}
         rows = self.store.rows()

@@ -214,7 +214,7 @@ class HeadwiseCache(Cache):
         """What it holds now, and what a full cache would hold."""
         return Report(
             policy=str(self.policy),
-            seen_tokens=self.get_seq_length() if self.headwise_layers else 0,
+            seen_tokens=self.get_seq_length(),
             layers=[self._report_layer(layer) for layer in self.layers],
             transcript_bytes=storage_bytes(self._token_facts()),
             profile_seconds=sum((layer.core.profile_seconds for layer in self.headwise_layers), 0.0),
@@ -224,7 +224,7 @@ class HeadwiseCache(Cache):
         """Write the compressed cache to a safetensors file that `load` reads; an unfinished file is never left.
 
         Raises:
-            CacheStateError: when the prompt has not been compressed yet, or a stock layer cannot be saved.
+            CacheStateError: while the prompt is still coming in.
         """
         from headwise.hf.persistence import save
 

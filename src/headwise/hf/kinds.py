@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
@@ -34,6 +35,13 @@ class KindTable:
         self._markers = _marker_ids(tokenizer, markers)
         # Every id so far; kept only where markers, which may span two passes, are looked for.
         self.ids: Int[Tensor, "b t"] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what it takes every token and marker for."""
+        digest = hashlib.sha256(self._table.cpu().numpy().tobytes())
+        digest.update(repr([marker.tolist() for marker in self._markers]).encode())
+        return digest.hexdigest()
 
     def kinds(self, ids: Int[Tensor, "b q"]) -> UInt8[Tensor, "b q"]:
         """Kind of each token by itself; an id beyond the vocabulary is an ordinary token."""

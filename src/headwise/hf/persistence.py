@@ -24,10 +24,10 @@ _SAMPLED_WEIGHTS = 16
 
 
 def save(cache: HeadwiseCache, path: Path) -> None:
-    """Write everything the cache holds.
+    """Write everything the cache holds; tokens of the last pass can then no longer be taken back.
 
     Raises:
-        CacheStateError: when a prompt is still coming in, or tokens of the last pass may still be taken back.
+        CacheStateError: when a prompt is still coming in.
     """
     tensors, plain = collect(cache)
     metadata = {
@@ -35,6 +35,7 @@ def save(cache: HeadwiseCache, path: Path) -> None:
         "model": model_fingerprint(cache.model),
         "model_name": cache.model_name,
         "policy": repr(cache.policy),
+        "kinds": "" if cache.kind_table is None else cache.kind_table.fingerprint,
         "state": json.dumps(plain),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def collect(cache: HeadwiseCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Copies of everything a cache holds, by name: tensors, and what is plain data.
 
     Raises:
-        CacheStateError: when a prompt is still coming in, or tokens of the last pass may still be taken back.
+        CacheStateError: when a prompt is still coming in.
     """
     tensors = {f"transcript.{name}": tensor for name, tensor in cache.transcript.tensors().items()}
     if cache.kind_table is not None and cache.kind_table.ids is not None:
@@ -81,6 +82,8 @@ def collect(cache: HeadwiseCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
     plain: dict[str, Any] = {"columns": cache.transcript.columns, "passes": cache.passes}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, HeadwiseLayer):
+            # After assisted decoding the last tokens still wait for a crop that will not come.
+            layer.core.settle()
             state = layer.core.state()
         else:
             # Everything a stock layer is made of; None and callables are made anew with the layer.
@@ -129,6 +132,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 def _check_owner(cache: HeadwiseCache, metadata: dict[str, str]) -> None:
     if metadata.get("policy") != repr(cache.policy):
         raise MismatchError(f"the cache was saved with {metadata.get('policy')}, not with {cache.policy!r}")
+    if metadata.get("kinds") != ("" if cache.kind_table is None else cache.kind_table.fingerprint):
+        raise MismatchError("the cache was saved with another tokenizer or other markers")
     if metadata.get("model") != model_fingerprint(cache.model):
         raise MismatchError(
             f"the cache was saved with another {metadata.get('model_name')}: shapes, dtype or weights differ from "

@@ -31,7 +31,7 @@ class Selection:
     @property
     def threshold(self) -> float:
         """Retained mass that is enough."""
-        return (1 + self.recovery) / 2 if self.criterion == "l1" else self.recovery
+        return (1 + self.recovery) / 2 if self.criterion == "l1" else float(self.recovery)
 
 
 class Policy:
