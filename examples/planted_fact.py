@@ -16,7 +16,7 @@ import torch
 
 import headwise
 
-QUESTION = "\n\nWhat is the secret number of the {place}? Answer with the number only."
+QUESTION = "\n\nWhat is the secret number of the {place}?"
 FACT = " The secret number of the {place} is {number}. "
 PLACES = ["harbour", "library", "castle", "garden", "station", "theatre", "museum", "bakery"]
 
@@ -55,7 +55,7 @@ def main() -> None:
         for name, policy in policies.items():
             last = kept[f"FastGen({arguments.recovery[-1]})"]
             cache = headwise.HeadwiseCache(model, policy(last[-1] if last else 1.0), tokenizer=tokenizer)
-            output = model.generate(**inputs, past_key_values=cache, max_new_tokens=12, do_sample=False)
+            output = model.generate(**inputs, past_key_values=cache, max_new_tokens=24, do_sample=False)
             answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
             found[name] += number in answer
             kept[name].append(cache.report().kept_ratio)

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from headwise import HeadwiseCache
-from tiny import PUNCTUATION, SPECIAL_IDS, VOCABULARY, left_padded
+from tiny import PUNCTUATION, VOCABULARY, left_padded
 
 # Operations of this size only lose time by handing work to other threads.
 torch.set_num_threads(1)
@@ -115,8 +115,6 @@ def full_layers(family):
 
 # Prompts.
 
-# tiny's tokenizer has a special token more: the word it reads unknown ones as.
-SPECIAL = (*SPECIAL_IDS, 8)
 
 PROMPT, PADDING, NEW, TURN = 40, 13, 24, 9
 

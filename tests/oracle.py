@@ -121,3 +121,18 @@ def use_oracle(cache):
     for layer in cache.headwise_layers:
         layer.core = OracleCore(layer.core)
     return cache
+
+
+def rows_of(core):
+    """The columns that every head keeps, as sets."""
+    if hasattr(core, "alive"):
+        return [[set(head.nonzero().flatten().tolist()) for head in sequence] for sequence in core.alive]
+    columns, occupied = core.store.kept_columns(), core.store.occupied()
+    return [[set(c[o].tolist()) for c, o in zip(cs, os, strict=True)] for cs, os in zip(columns, occupied, strict=True)]
+
+
+def scores_of(core, oracle):
+    """Accumulated scores of every kept row, as the store has them and as the oracle has them."""
+    occupied = core.store.occupied()
+    columns = core.store.kept_columns().masked_fill(~occupied, 0).long()
+    return core.store.kept_scores()[occupied], oracle.score.gather(2, columns)[occupied]

@@ -230,7 +230,7 @@ def expected_kept(policy, rule, ids, prompt):
     parts = rule.split("+")
     sure = torch.zeros(seen, dtype=torch.bool)
     if "special" in parts:
-        sure |= torch.isin(ids, torch.tensor(models.SPECIAL))
+        sure |= torch.isin(ids, torch.tensor(tiny.SPECIAL_IDS))
     if "punctuation" in parts:
         sure |= torch.isin(ids, torch.tensor(list(tiny.PUNCTUATION)))
     if "local" in parts:

@@ -12,7 +12,7 @@ from headwise.policies.punctuation import Punctuation
 from headwise.policies.sinks import Sinks
 from headwise.policies.special import Special
 from headwise.policies.window import Window
-from oracle import use_oracle
+from oracle import rows_of, scores_of, use_oracle
 
 POLICIES = [
     headwise.Full(),
@@ -37,14 +37,6 @@ POLICIES = [
         ladder=("special", "local", Window(11) | Sinks(3), "frequent", "special+local", "punctuation+frequent", "full"),
     ),
 ]
-
-
-def rows_of(core):
-    """The columns that every head keeps, as sets."""
-    if hasattr(core, "alive"):
-        return [[set(head.nonzero().flatten().tolist()) for head in sequence] for sequence in core.alive]
-    columns, occupied = core.store.kept_columns(), core.store.occupied()
-    return [[set(c[o].tolist()) for c, o in zip(cs, os, strict=True)] for cs, os in zip(columns, occupied, strict=True)]
 
 
 def play(model, cache, ids, mask, continuation, steps):
@@ -77,6 +69,9 @@ def compare(policy, ids, mask, *, model, steps=(1, 1, 1, 1, 5, 1, 2, 1, 1, 1, 1)
         if oracle_layer.core.recovered is not None:
             torch.testing.assert_close(ours_layer.core.plan.recovered, oracle_layer.core.recovered, atol=1e-5, rtol=0)
         assert rows_of(ours_layer.core) == rows_of(oracle_layer.core)
+        if ours_layer.core.plan.scored:
+            mine, its = scores_of(ours_layer.core, oracle_layer.core)
+            torch.testing.assert_close(mine, its, atol=1e-4, rtol=1e-4)
     real = mask.bool()
     torch.testing.assert_close(got[0][real], expected[0][real], atol=2e-4, rtol=1e-4)
     for mine, its in zip(got[1:], expected[1:], strict=True):

@@ -44,7 +44,7 @@ def llama(*, heads=6, kv_heads=2, layers=3, head_dim=14, seed=0, dtype=torch.flo
 def prompt(length, *, seed=0, batch=1):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
-    ids[:, 0] = 0
+    ids[:, :1] = 0
     return ids
 
 
