@@ -34,7 +34,7 @@ def mixed():
     """Two sequences, two heads; the middle layer is not headwise's."""
     return report(
         layer([[0, 4], [3, 3]], [[2, 200], [120, 122]]),
-        LayerReport.of_stock(5000),
+        LayerReport(5000, 5000, 5000),
         layer([[3, 3], [4, 4]], [[100, 150], [200, 200]]),
     )
 
@@ -109,7 +109,7 @@ def test_title_says_what_was_kept_and_saved(mixed, tmp_path, drawn):
 
 
 def test_a_model_without_compressed_layers(tmp_path):
-    picture.save_map(report(LayerReport.of_stock(10)), tmp_path / "map.png")
+    picture.save_map(report(LayerReport(10, 10, 10)), tmp_path / "map.png")
     assert (tmp_path / "map.png").is_file()
 
 
