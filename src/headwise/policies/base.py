@@ -7,6 +7,7 @@ them. A rule alone is a policy that leaves nothing to choose; `a | b` keeps what
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
@@ -34,15 +35,15 @@ class Selection:
         return (1 + self.recovery) / 2 if self.criterion == "l1" else float(self.recovery)
 
 
-class Policy:
+class Policy(ABC):
     """What may be kept, by which KV head. Subclasses are frozen dataclasses: configuration, never state."""
 
     name: ClassVar[str] = ""
 
     @property
+    @abstractmethod
     def rungs(self) -> tuple[Rule, ...]:
         """The rules a head may get, cheapest first; never empty."""
-        raise NotImplementedError
 
     @property
     def selection(self) -> Selection | None:
@@ -96,9 +97,9 @@ class Rule(Policy):
         """Short name for reports."""
         return self.name
 
+    @abstractmethod
     def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
         """True for every token that stays. Must not modify `tokens`; rows that are not valid may be either."""
-        raise NotImplementedError
 
     def static(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
         """The part of `keep` that is the same for every query row: all of it but a local window."""
