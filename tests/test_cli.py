@@ -588,6 +588,8 @@ def start(folder, *arguments):
         stderr=subprocess.PIPE,
         env=environment,
         text=True,
+        # What runs in the background of a script ignores the interrupt, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
