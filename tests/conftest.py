@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
+# Before triton is imported: its kernels run on the CPU, in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 
 from headwise import store
+from headwise.kernels import choose
 
 # The models of the tests are small: a second thread gains little, and on a busy machine it costs a lot.
 torch.set_num_threads(1)
@@ -26,3 +32,9 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def kernels(request):
+    """The kernels that every stage must give the same result with; Triton's are slow here and tested apart."""
+    return choose(request.param, torch.device("cpu"))

@@ -209,7 +209,7 @@ class WatchedCache(HeadwiseCache):
 
     def __init__(self, *args, **options):
         self.log = Log()
-        super().__init__(*args, **options)
+        super().__init__(*args, **{"evict_every": 1, **options})
 
     def begin_pass(self, input_ids):
         super().begin_pass(input_ids)

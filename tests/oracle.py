@@ -16,6 +16,7 @@ class OracleCore:
 
     def __init__(self, core):
         self.index, self.policy, self.transcript = core.index, core.policy, core.transcript
+        self.evict_every = core.settings.evict_every
         self.seen = 0
         self.recording = False
         self.restorable = True
@@ -60,6 +61,10 @@ class OracleCore:
         else:
             self.score = torch.cat([self.score, torch.zeros(b, h, q)], 2) + received
         valid = self.alive & self.real[:, None]
+        if old and self.seen - self.evicted_at < self.evict_every:
+            self.alive = valid
+            return out
+        self.evicted_at = self.seen
         last = torch.zeros_like(valid)
         for index, rung in enumerate(self.policy.rungs):
             kept = rung.keep(self._tokens(valid, self.real.sum(1)[:, None, None] - 1))

@@ -130,6 +130,7 @@ def test_json_is_one_object_of_this_schema_and_nothing_else(headwise):
         "memory",
         "kept_ratio",
         "rules",
+        "kernel",
         "seconds",
     }
     assert found["new_tokens"] == 12
@@ -142,7 +143,7 @@ def test_json_is_one_object_of_this_schema_and_nothing_else(headwise):
     assert 0 < found["memory"]["used_bytes"] <= found["memory"]["allocated_bytes"]
     assert 0 < found["kept_ratio"] <= 1
     assert sum(found["rules"].values()) == LAYERS * KV_HEADS
-    assert set(found["seconds"]) == {"load", "prefill", "profile", "decode"}
+    assert set(found["seconds"]) == {"load", "prefill", "profile", "compact", "decode"}
     assert all(seconds > 0 for seconds in found["seconds"].values())
 
 
@@ -389,11 +390,34 @@ def test_doctor(headwise, folder):
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["devices"][0]["name"] == "cpu"
     assert found["threads"] == torch.get_num_threads()
-    assert found["kernels"]["default"] in found["kernels"]["available"]
+    assert found["kernels"]["cpu"]["default"] == "cpu"
+    assert found["kernels"]["cpu"]["obstacles"]["cpu"] is None
+    assert found["kernels"]["cpu"]["obstacles"]["reference"] is None
     assert found["default_model"] == {"name": str(folder), "chosen_by": "HEADWISE_MODEL", "present": True}
     shown = headwise("doctor")
     assert torch.__version__ in shown.out
     assert str(folder) in shown.out.replace("\n", "")
+
+
+def test_doctor_says_why_kernels_cannot_run(headwise, monkeypatch):
+    monkeypatch.setattr("headwise.kernels.cpu._load", lambda: "they were not compiled")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    found = headwise("doctor", "--json").json["kernels"]["cpu"]
+    assert found["default"] == "reference"
+    assert found["obstacles"]["cpu"] == "they were not compiled"
+    assert found["obstacles"]["triton"]
+    assert "cpu: they were not compiled" in headwise("doctor").out
+
+
+def test_kernels_are_those_asked_for(headwise):
+    for name in ("cpu", "reference"):
+        shown = headwise("generate", "--prompt", QUESTION, "--kernel", name, "--max-new-tokens", "2", "--json").json
+        assert shown["kernel"] == name
+        shown = headwise("profile", "--prompt", QUESTION, "--kernel", name, "--json").json
+        assert shown["kernel"] == name
+    refused = headwise("generate", "--prompt", QUESTION, "--kernel", "fastest")
+    assert refused.code == 2
+    assert "unknown kernel 'fastest'; available: auto, cpu, triton, reference" in refused.err.replace("\n", " ")
 
 
 def test_doctor_sees_that_the_model_or_an_extra_is_missing(headwise, monkeypatch, tmp_path):

@@ -33,7 +33,8 @@ SMALL = StreamingLLM(window=5, sinks=2)
 
 
 def new_cache(model, policy=FAST, **options):
-    return HeadwiseCache(model, policy, tokenizer=TOKENIZER, **options)
+    # Rules are applied after every token, unless a test says otherwise.
+    return HeadwiseCache(model, policy, tokenizer=TOKENIZER, **{"evict_every": 1, **options})
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The reference kernel and the decode stage against plain attention, head by head."""
+"""The decode stage with every kernel against plain attention, head by head."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def by_hand(query, keys, values, visible, options):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_decode_equals_attention_by_hand(group, queries, masked, kind, dtype):
+def test_decode_equals_attention_by_hand(group, queries, masked, kind, dtype, kernels):
     store, keys, values = filled(dtype)
     fresh = queries + 2  # two rows that came before and are not stored yet
     seen = 2 * int(LENGTHS.max()) + fresh
@@ -54,7 +54,7 @@ def test_decode_equals_attention_by_hand(group, queries, masked, kind, dtype):
         mask = torch.rand(B, queries, seen) < 0.7
         mask[:, :, -fresh:] &= torch.ones(queries, fresh, dtype=torch.bool).tril(2)
         mask[:, torch.arange(queries), seen - queries + torch.arange(queries)] = True
-    result = decode(query, store, fresh_keys, fresh_values, mask, options, with_mass=True)
+    result = decode(query, store, fresh_keys, fresh_values, mask, options, with_mass=True, kernels=kernels)
 
     assert result.output.dtype == dtype
     for b in range(B):
@@ -87,26 +87,26 @@ def test_decode_equals_attention_by_hand(group, queries, masked, kind, dtype):
                 torch.testing.assert_close(result.on_fresh[b, h, q].double(), on_rows[n:], atol=1e-4, rtol=1e-3)
 
 
-def test_blocks_of_queries_give_what_one_block_gives(monkeypatch):
+def test_blocks_of_queries_give_what_one_block_gives(monkeypatch, kernels):
     store, *_ = filled()
     query, fresh_keys, fresh_values = torch.randn(B, H, 2, 9, D), torch.randn(B, H, 9, D), torch.randn(B, H, 9, E)
 
     def run():
-        return decode(query, store, fresh_keys, fresh_values, None, LogitOptions(0.3), with_mass=True)
+        return decode(query, store, fresh_keys, fresh_values, None, LogitOptions(0.3), with_mass=True, kernels=kernels)
 
     whole = run()
     monkeypatch.setattr("headwise.prefill._BLOCK_LOGITS", 700)
     parts = run()
     torch.testing.assert_close(whole.output, parts.output)
+    torch.testing.assert_close(whole.lse, parts.lse)
     torch.testing.assert_close(whole.on_kept, parts.on_kept)
     torch.testing.assert_close(whole.on_fresh, parts.on_fresh)
 
 
-def test_an_empty_store_leaves_the_fresh_rows():
+def test_an_empty_store_leaves_the_fresh_rows(kernels):
     store, *_ = filled(lengths=torch.zeros(B, H, dtype=torch.long))
     value = torch.randn(B, H, 1, E)
-    result = decode(
-        torch.randn(B, H, 2, 1, D), store, torch.randn(B, H, 1, D), value, None, LogitOptions(1.0), with_mass=False
-    )
+    query, key = torch.randn(B, H, 2, 1, D), torch.randn(B, H, 1, D)
+    result = decode(query, store, key, value, None, LogitOptions(1.0), with_mass=False, kernels=kernels)
     torch.testing.assert_close(result.output, value[:, :, None].expand(B, H, 2, 1, E))
     assert result.on_kept is None

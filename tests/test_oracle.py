@@ -57,11 +57,11 @@ def positions(mask):
     return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-def compare(policy, ids, mask, *, model, steps=(1, 1, 1, 1, 5, 1, 2, 1, 1, 1, 1)):
-    tokenizer = tiny.tokenizer()
+def compare(policy, ids, mask, *, model, steps=(1, 1, 1, 1, 5, 1, 2, 1, 1, 1, 1), evict_every=1, kernel="cpu"):
+    options = {"tokenizer": tiny.tokenizer(), "evict_every": evict_every}
     continuation = tiny.prompt(sum(steps), seed=9, batch=len(ids))
-    ours = headwise.HeadwiseCache(model, policy, tokenizer=tokenizer, page_size=4)
-    oracle = use_oracle(headwise.HeadwiseCache(model, policy, tokenizer=tokenizer))
+    ours = headwise.HeadwiseCache(model, policy, page_size=4, kernel=kernel, **options)
+    oracle = use_oracle(headwise.HeadwiseCache(model, policy, **options))
     got = play(model, ours, ids, mask, continuation, steps)
     expected = play(model, oracle, ids, mask, continuation, steps)
     for ours_layer, oracle_layer in zip(ours.headwise_layers, oracle.headwise_layers, strict=True):
@@ -79,14 +79,46 @@ def compare(policy, ids, mask, *, model, steps=(1, 1, 1, 1, 5, 1, 2, 1, 1, 1, 1)
     return ours
 
 
+@pytest.mark.parametrize(("kernel", "evict_every"), [("cpu", 1), ("cpu", 3), ("reference", 1), ("reference", 100)])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_left_padded_batch_agrees_with_the_oracle(policy):
+def test_left_padded_batch_agrees_with_the_oracle(policy, kernel, evict_every):
+    """Exact eviction, amortised eviction, and appending alone; the compiled kernels and the plain ones."""
     ids, mask = tiny.left_padded(tiny.prompt(23, seed=1)[0], tiny.prompt(37, seed=2)[0], tiny.prompt(5, seed=3)[0])
-    cache = compare(policy, ids, mask, model=tiny.llama())
+    cache = compare(policy, ids, mask, model=tiny.llama(), kernel=kernel, evict_every=evict_every)
+    if evict_every == 100:
+        appended = [[16] * 2] * 3
+        for layer, before in zip(cache.headwise_layers, prompt_lengths(policy, ids, mask), strict=True):
+            assert (layer.core.store.lengths - before).tolist() == appended
+        return
     evicting = not isinstance(policy, headwise.Full) and policy != headwise.FastGen(1.0)
     kept = sum(int(layer.sum()) for layer in cache.report().kept_tokens)
     given = (int(mask.sum()) + 16 * len(ids)) * 3 * 2
     assert kept < 0.9 * given if evicting else kept == given
+
+
+def prompt_lengths(policy, ids, mask):
+    """Kept rows of every head after the prompt alone."""
+    model = tiny.llama()
+    cache = headwise.HeadwiseCache(model, policy, tokenizer=tiny.tokenizer())
+    play(model, cache, ids, mask, None, ())
+    return [layer.core.store.lengths for layer in cache.headwise_layers]
+
+
+def test_amortised_eviction_lets_a_head_hold_so_many_rows_more():
+    model, ids = tiny.llama(), tiny.prompt(30)
+    cache = headwise.HeadwiseCache(model, headwise.Window(8), evict_every=5)
+    held = []
+    with torch.no_grad():
+        for new in [ids, *torch.arange(10, 22)[:, None, None]]:
+            model(input_ids=new, past_key_values=cache)
+            held.append({int(n) for kept in cache.report().kept_tokens for n in kept.flatten()})
+    assert held == [{n} for n in (8, 9, 10, 11, 12, 8, 9, 10, 11, 12, 8, 9, 10)]
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_evict_every_must_be_a_count(wrong):
+    with pytest.raises(headwise.ConfigurationError, match="evict_every must be a count of 1 or more"):
+        headwise.HeadwiseCache(tiny.llama(), headwise.Window(8), evict_every=wrong)
 
 
 @pytest.mark.parametrize("heads", [(6, 6), (6, 1), (5, 5), (8, 2)], ids=str)

@@ -114,7 +114,7 @@ def test_a_conversation_goes_on_from_a_file(family, tmp_path):
 def test_a_marker_may_be_completed_after_loading(tmp_path):
     model = models.shared("llama")
     policy = FastGen(recovery=0.0, local=4, ladder=("special+local", "full"))
-    options = {"tokenizer": TOKENIZER, "markers": ["w31 w47 w53"]}
+    options = {"tokenizer": TOKENIZER, "markers": ["w31 w47 w53"], "evict_every": 1}
     cache = HeadwiseCache(model, policy, **options)
     logits(model, torch.tensor([[0, 12, 13, 14, 31]]), cache)
     cache.save(tmp_path / "cache")
@@ -181,7 +181,7 @@ def test_another_policy_is_refused(saved, policy):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: models.build("llama", seed=1), lambda: models.build("llama").double(), lambda: models.build("qwen2")],
+    [lambda: models.build("llama", seed=1), lambda: models.build("llama").bfloat16(), lambda: models.build("qwen2")],
     ids=["weights", "dtype", "family"],
 )
 def test_another_model_is_refused(saved, make):

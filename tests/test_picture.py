@@ -26,7 +26,7 @@ def layer(choice, kept):
 
 
 def report(*layers):
-    return Report(str(FastGen(0.9)), SEEN, list(layers), 100, 0.5)
+    return Report(str(FastGen(0.9)), SEEN, list(layers), 100, "reference", 0.5, 0.1)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import headwise
+from headwise.kernels import choose
 from headwise.plan import distinct_widths, make_plan
 from headwise.policies.frequent import Frequent
 from headwise.policies.sinks import Sinks
@@ -17,6 +18,7 @@ from headwise.profile import RowWeights, profile, row_weights
 from headwise.types import LogitOptions, Tokens
 
 B, H, G, T, D = 2, 3, 2, 67, 13
+KERNELS = choose("reference", torch.device("cpu"))
 
 
 def attention_map(query, keys, visible, options):
@@ -45,7 +47,7 @@ def causal_mask(pads):
 @pytest.mark.parametrize("pads", [(0, 0), (0, 19)], ids=str)
 @pytest.mark.parametrize("options", [LogitOptions(0.3), LogitOptions(0.3, softcap=2.0), "sinks"], ids=str)
 @pytest.mark.parametrize("block", [None, 500])
-def test_column_sums_equal_the_map(pads, options, block, monkeypatch):
+def test_column_sums_equal_the_map(pads, options, block, monkeypatch, kernels):
     if options == "sinks":
         options = LogitOptions(0.3, sinks=torch.randn(H, G))
     if block is not None:
@@ -55,7 +57,7 @@ def test_column_sums_equal_the_map(pads, options, block, monkeypatch):
     positions = (real.cumsum(1) - 1).clamp(min=0)
     weights = RowWeights(real.float(), real.float())
     widths = [torch.tensor([20, 7]), torch.tensor([1, 60])]
-    found = profile(query, keys, None if pads == (0, 0) else mask, options, weights, positions, widths)
+    found = profile(query, keys, None if pads == (0, 0) else mask, options, weights, positions, widths, kernels)
 
     full = attention_map(query, keys, mask[:, None, None], options) * real[:, None, None, :, None]
     torch.testing.assert_close(found.mass.double(), full.sum(3), atol=1e-4, rtol=1e-5)
@@ -69,17 +71,17 @@ def test_column_sums_equal_the_map(pads, options, block, monkeypatch):
         torch.testing.assert_close(found.mass.sum(-1), real.sum(1)[:, None, None].expand(B, H, G).float())
 
 
-def test_chunks_add_up_to_the_whole():
+def test_chunks_add_up_to_the_whole(kernels):
     query, keys = inputs()
     positions = torch.arange(T).expand(B, T)
     ones = torch.ones(B, T)
     options, widths = LogitOptions(0.3), [torch.tensor([20, 9])]
-    whole = profile(query, keys, None, options, RowWeights(ones, ones), positions, widths)
+    whole = profile(query, keys, None, options, RowWeights(ones, ones), positions, widths, kernels)
     parts = None
     for start, stop in [(0, 31), (31, 32), (32, T)]:
         rows = RowWeights(ones[:, start:stop], ones[:, start:stop])
         at = positions[:, :stop]
-        part = profile(query[:, :, :, start:stop], keys[:, :, :stop], None, options, rows, at, widths)
+        part = profile(query[:, :, :, start:stop], keys[:, :, :stop], None, options, rows, at, widths, kernels)
         parts = part if parts is None else parts + part
     for mine, its in [(whole.score, parts.score), (whole.mass, parts.mass), (whole.band[0], parts.band[0])]:
         torch.testing.assert_close(mine, its)
@@ -100,7 +102,7 @@ def test_profile_never_holds_the_whole_map(monkeypatch):
     for length in (512, 2048):
         query, keys = torch.randn(1, 1, 1, length, 4), torch.randn(1, 1, length, 4)
         ones = torch.ones(1, length)
-        profile(query, keys, None, LogitOptions(1.0), RowWeights(ones, ones), torch.arange(length)[None], [])
+        profile(query, keys, None, LogitOptions(1.0), RowWeights(ones, ones), torch.arange(length)[None], [], KERNELS)
     assert largest[2048] <= 4096
     assert largest[512] <= 4096
 
@@ -123,7 +125,7 @@ def test_sampled_rows_are_even_and_count_for_all(rows):
         assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
 
 
-def test_a_sample_of_all_rows_is_exact():
+def test_a_sample_of_all_rows_is_exact(kernels):
     query, keys = inputs()
     positions = torch.arange(T).expand(B, T)
     everything = torch.ones(B, T, dtype=torch.bool)
@@ -132,7 +134,7 @@ def test_a_sample_of_all_rows_is_exact():
 
     def run(policy):
         weights = row_weights(policy, positions, everything, prompt)
-        return profile(query, keys, None, LogitOptions(0.3), weights, positions, widths)
+        return profile(query, keys, None, LogitOptions(0.3), weights, positions, widths, kernels)
 
     exact, sampled = run(headwise.FastGen(0.9)), run(headwise.FastGen(0.9, profile_rows=T))
     torch.testing.assert_close(exact.mass, sampled.mass)
@@ -158,7 +160,7 @@ def test_uniform_head_has_the_numbers_of_the_specification(n, mean):
         policy = headwise.FastGen(0.95, rows=rows, last_rows=1)
         weights = row_weights(policy, positions, positions >= 0, torch.tensor([n]))
         widths = distinct_widths(policy, torch.tensor([n]))
-        found = profile(query, keys, None, LogitOptions(1.0), weights, positions, widths)
+        found = profile(query, keys, None, LogitOptions(1.0), weights, positions, widths, KERNELS)
         plan = make_plan(policy, tokens_of(n, found.score), found)
         assert plan.recovered[3, 0, 0].item() == pytest.approx(expected, abs=5e-5)
         assert plan.rungs[int(plan.choice)].label == "full"
@@ -171,7 +173,7 @@ def random_plan(policy, seed=0, length=T):
     positions, n = torch.arange(length)[None], torch.tensor([length])
     kinds = torch.randint(0, 3, (1, 1, length), generator=generator).to(torch.uint8).expand(1, H, -1)
     weights = row_weights(policy, positions, positions >= 0, n)
-    found = profile(query, keys, None, LogitOptions(0.3), weights, positions, distinct_widths(policy, n))
+    found = profile(query, keys, None, LogitOptions(0.3), weights, positions, distinct_widths(policy, n), KERNELS)
     return make_plan(policy, tokens_of(length, found.score, kinds), found), found
 
 
@@ -230,7 +232,7 @@ def test_argmin_of_cost_for_a_ladder_that_is_not_nested():
     policy = headwise.FastGen(0.9, ladder=(Window(19) | Sinks(1), Sinks(1), "full"))
     positions, prompt = torch.arange(n)[None], torch.tensor([n])
     weights = row_weights(policy, positions, positions >= 0, prompt)
-    found = profile(query, keys, None, LogitOptions(1.0), weights, positions, distinct_widths(policy, prompt))
+    found = profile(query, keys, None, LogitOptions(1.0), weights, positions, distinct_widths(policy, prompt), KERNELS)
     plan = make_plan(policy, tokens_of(n, found.score), found)
     assert plan.choice.tolist() == [[1]]
 
@@ -240,7 +242,7 @@ def test_bf16_models_are_profiled_in_fp32(target):
     query, keys = inputs(torch.bfloat16)
     ones = torch.ones(B, T)
     positions = torch.arange(T).expand(B, T)
-    found = profile(query, keys, None, LogitOptions(0.3), RowWeights(ones, ones), positions, [])
+    found = profile(query, keys, None, LogitOptions(0.3), RowWeights(ones, ones), positions, [], KERNELS)
     assert found.mass.dtype == torch.float32
     assert headwise.FastGen(target).selection.threshold == target
     mask, _ = causal_mask((0, 0))

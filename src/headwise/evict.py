@@ -42,17 +42,17 @@ def facts(
     )
 
 
-def evict(plan: Plan, store: PagedStore, fresh: Rows, transcript: Transcript, seen: int, layer: int) -> None:
+def evict(
+    plan: Plan, store: PagedStore, fresh: Rows, transcript: Transcript, seen: int, layer: int, spare: int
+) -> None:
     """Let every head's rule decide over what it holds and the fresh rows, and keep only what it names.
 
     Args:
         fresh: rows attended to but not yet stored; those it does not name in `keep` (padding) are left out.
         seen: columns seen so far, the fresh ones included.
+        spare: rows that are going to be appended before the next eviction.
     """
     held = store.occupied()
-    if not plan.evicts:
-        store.commit(held, fresh)
-        return
     valid = torch.cat([held, fresh.keep], dim=-1)
     columns = torch.cat([store.kept_columns(), fresh.columns], dim=-1)
     scores = None
@@ -62,4 +62,4 @@ def evict(plan: Plan, store: PagedStore, fresh: Rows, transcript: Transcript, se
         scores = torch.cat([kept_scores, fresh.scores], dim=-1)
     keep = plan.keep(facts(transcript, columns, valid, scores, seen, plan.prompt, layer))
     fresh.keep = keep[..., store.longest :]
-    store.commit(keep[..., : store.longest], fresh)
+    store.commit(keep[..., : store.longest], fresh, spare)

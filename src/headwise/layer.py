@@ -6,36 +6,21 @@ Knows nothing of transformers.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 
 from headwise.decode import decode
 from headwise.errors import CacheStateError
-from headwise.evict import evict, facts
-from headwise.plan import Plan, distinct_widths, make_plan
+from headwise.evict import evict
+from headwise.plan import Plan
 from headwise.policies.base import Policy
 from headwise.prefill import dense_attention
-from headwise.profile import Profile, profile, row_weights
+from headwise.prompt import Prompt
+from headwise.settings import Settings
 from headwise.store import PagedStore, Rows
 from headwise.transcript import Transcript
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a cache works, whatever its policy.
-
-    Attributes:
-        page_size: rows in a page.
-        prompt_columns: columns of the prompt, where it arrives in several passes; None: the first pass is all.
-        kernel: name of the decode kernel.
-    """
-
-    page_size: int
-    prompt_columns: int | None
-    kernel: str
 
 
 @dataclass
@@ -75,13 +60,11 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything, ready for another prompt."""
         self.seen = 0
-        self.profile_seconds = 0.0
-        self.rows_read = 0
+        self.prompt = Prompt(self.index, self.policy, self.transcript, self.settings)
         self.plan: Plan | None = None
         self.store: PagedStore | None = None
-        self._profile: Profile | None = None
-        # Keys and values of a prompt that has not come to its end.
-        self._prompt: tuple[Tensor, Tensor] | None = None
+        # Columns seen when the rules were last applied.
+        self._evicted_at = 0
         self._unsettled: _Pass | None = None
 
     def attend(
@@ -113,22 +96,16 @@ class LayerCache:
         keys, values = keys.detach(), values.detach()
         current = _Pass(query.detach(), keys, values, mask, options)
         if self.store is None or self.plan is None:
-            if self._prompt is not None:
-                keys, values = (
-                    torch.cat([self._prompt[0], keys], dim=2),
-                    torch.cat([self._prompt[1], values], dim=2),
-                )
+            keys, values = self.prompt.with_earlier(keys, values)
             output = dense_attention(query, keys, values, mask, options)
         else:
-            scored = self.plan.scored
-            attention = decode(
-                query, self.store, keys, values, mask, options, with_mass=scored, kernel=self.settings.kernel
-            )
-            output = attention.output
+            scored, kernels = self.plan.scored, self.settings.kernels
+            decoded = decode(query, self.store, keys, values, mask, options, with_mass=scored, kernels=kernels)
+            output = decoded.output
+            if decoded.on_kept is not None and decoded.on_fresh is not None:
+                current.mass = decoded.on_kept, decoded.on_fresh
             # The mask is shared by all layers and needed no more.
             current.mask = None
-            if attention.on_kept is not None and attention.on_fresh is not None:
-                current.mass = attention.on_kept, attention.on_fresh
         self._unsettled = current
         if not self.recording:
             self._settle(0)
@@ -167,7 +144,7 @@ class LayerCache:
             return
         if count > self.seen:
             raise CacheStateError(f"cannot remove {count} tokens from a cache that has seen {self.seen}")
-        if self._prompt is not None:
+        if self.prompt.begun:
             raise CacheStateError("cannot remove tokens while the prompt is still coming in")
         if not self.restorable:
             raise CacheStateError(
@@ -178,7 +155,7 @@ class LayerCache:
     @property
     def restorable(self) -> bool:
         """Whether `take_back` restores the exact state: true until a prompt comes in parts, a rule evicts or ranks."""
-        return self._prompt is None and (self.plan is None or not (self.plan.evicts or self.plan.scored))
+        return not self.prompt.begun and (self.plan is None or not (self.plan.evicts or self.plan.scored))
 
     def settle(self) -> None:
         """Accept every token of the last pass."""
@@ -192,7 +169,7 @@ class LayerCache:
             CacheStateError: while the prompt is still coming in.
         """
         self.settle()
-        if self._prompt is not None:
+        if self.prompt.begun:
             raise CacheStateError("cannot select sequences while the prompt is still coming in")
         if self.store is not None and self.plan is not None:
             self.store.select(indices)
@@ -209,12 +186,10 @@ class LayerCache:
         waiting = 0 if self._unsettled is None else self._unsettled.keys.shape[2]
         if self.store is not None:
             return self.store.lengths + waiting
-        block = self._unsettled.keys if self._unsettled is not None else None
-        held = block if self._prompt is None else self._prompt[0]
-        if held is None:
+        held = self._waiting()
+        if not held:
             return None
-        count = self.seen
-        return torch.full(held.shape[:2], count, dtype=torch.long, device=held.device)
+        return torch.full(held[0].shape[:2], self.seen, dtype=torch.long, device=held[0].device)
 
     @property
     def used_bytes(self) -> int:
@@ -237,7 +212,7 @@ class LayerCache:
         Raises:
             CacheStateError: when the prompt is still coming in.
         """
-        if self._prompt is not None:
+        if self.prompt.begun:
             raise CacheStateError("cannot save before the whole prompt is in")
         if self.store is None or self.plan is None:
             return {}
@@ -249,7 +224,7 @@ class LayerCache:
             "lengths": self.store.lengths,
             "choice": self.plan.choice,
             "prompt": self.plan.prompt,
-            "counters": torch.tensor([self.seen, self.rows_read]),
+            "counters": torch.tensor([self.seen, self._evicted_at, self.prompt.rows_read]),
         }
         optional = {"scores": None if rows.scores is None else rows.scores[rows.keep], "recovered": self.plan.recovered}
         return state | {name: tensor for name, tensor in optional.items() if tensor is not None}
@@ -257,41 +232,26 @@ class LayerCache:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave, into an empty layer."""
         keys, values, lengths = state["keys"], state["values"], state["lengths"]
-        self.seen, self.rows_read = state["counters"].tolist()
+        self.seen, self._evicted_at, self.prompt.rows_read = state["counters"].tolist()
         self._device = keys.device
         self.row_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
         self.plan = Plan(self.policy.rungs, state["choice"], state.get("recovered"), state["prompt"])
-        self.store = self._new_store(lengths.shape[0], lengths.shape[1], keys, values)
+        scored = self.plan.scored
         keep = torch.arange(int(lengths.max()), device=keys.device) < lengths[:, :, None]
 
         def spread(rows: Tensor) -> Tensor:
             return rows.new_zeros(*keep.shape, *rows.shape[1:]).index_put_((keep,), rows)
 
-        scores = spread(state["scores"]) if self.plan.scored else None
-        filling = Rows(spread(keys), spread(values), spread(state["columns"]), scores, keep)
+        filling = Rows(
+            spread(keys), spread(values), spread(state["columns"]), spread(state["scores"]) if scored else None, keep
+        )
+        self.store = PagedStore.like(filling.keys, filling.values, page_size=self.settings.page_size, scored=scored)
         self.store.commit(self.store.occupied(), filling)
 
-    def _new_store(self, batch: int, heads: int, keys: Tensor, values: Tensor) -> PagedStore:
-        assert self.plan is not None
-        return PagedStore(
-            batch=batch,
-            heads=heads,
-            key_dim=keys.shape[-1],
-            value_dim=values.shape[-1],
-            dtype=keys.dtype,
-            device=keys.device,
-            page_size=self.settings.page_size,
-            scored=self.plan.scored,
-        )
-
     def _waiting(self) -> list[Tensor]:
-        held = [] if self._prompt is None else list(self._prompt)
-        if self._profile is not None:
-            held += [self._profile.score, self._profile.mass, *self._profile.band, self._profile.rows]
-        if (last := self._unsettled) is not None:
-            held += [last.query, last.keys, last.values]
-            held += last.mass or ()
-        return held
+        last = self._unsettled
+        held = [] if last is None else [last.keys, last.values, last.query, *(last.mass or ())]
+        return held + self.prompt.tensors()
 
     def _settle(self, removed: int) -> None:
         """Accept the tokens of the last pass but for the newest `removed`."""
@@ -299,72 +259,39 @@ class LayerCache:
         assert last is not None
         kept = last.keys.shape[2] - removed
         self.seen -= removed
+        if removed:
+            last.query = last.query[:, :, :, :kept]
+            last.keys, last.values = last.keys[:, :, :kept], last.values[:, :, :kept]
         if self.store is None or self.plan is None:
-            self._settle_prompt(last, kept)
+            mask = None if last.mask is None else last.mask[:, :kept, : self.seen]
+            filled = self.prompt.add(last.query, last.keys, last.values, mask, last.options, self.seen)
+            if filled is not None:
+                self.plan, self.store = filled
+                self._evicted_at = self.seen
         else:
             self._settle_step(last, kept)
 
     def _settle_step(self, last: _Pass, kept: int) -> None:
         assert self.store is not None and self.plan is not None
-        batch, heads = last.keys.shape[:2]
-        columns = self._columns(self.seen - kept, self.seen, batch, heads)
-        real = self.transcript.real(columns)
-        scores = None
+        newest = torch.arange(self.seen - kept, self.seen, dtype=torch.int32, device=last.keys.device)
+        real = self.transcript.real_at(newest)
+        increments = scores = None
         if self.plan.scored:
             assert last.mass is not None
-            on_kept, on_fresh = last.mass
-            # A padding query attends to nothing that counts.
-            counts = real[..., None]
-            self.store.add_scores((on_kept[:, :, :kept] * counts).sum(dim=2))
-            scores = (on_fresh[:, :, :kept, :kept] * counts).sum(dim=2)
-        fresh = Rows(last.keys[:, :, :kept], last.values[:, :, :kept], columns, scores, real)
-        evict(self.plan, self.store, fresh, self.transcript, self.seen, self.index)
-
-    def _settle_prompt(self, last: _Pass, kept: int) -> None:
-        started = self._clock(last.keys.device)
-        keys, values = last.keys[:, :, :kept], last.values[:, :, :kept]
-        if self._prompt is not None:
-            keys = torch.cat([self._prompt[0], keys], dim=2)
-            values = torch.cat([self._prompt[1], values], dim=2)
-        if self.policy.selection is not None or "score" in self.policy.facts:
-            new = self._profile_pass(last, keys, kept)
-            self._profile = new if self._profile is None else self._profile + new
-        if self.settings.prompt_columns is None or self.seen >= self.settings.prompt_columns:
-            self._compact(keys, values)
-        else:
-            self._prompt = (keys, values)
-        self.profile_seconds += self._clock(last.keys.device) - started
-
-    def _profile_pass(self, last: _Pass, keys: Float[Tensor, "b h t d"], kept: int) -> Profile:
-        batch = len(keys)
-        columns = self._columns(0, self.seen, batch, 1)
-        positions, real = self.transcript.positions(columns)[:, 0], self.transcript.real(columns)[:, 0]
-        weights = row_weights(self.policy, positions[:, -kept:], real[:, -kept:], self._prompt_tokens(batch))
-        self.rows_read += int(((weights.score > 0) | (weights.recovery > 0)).any(dim=0).sum())
-        mask = None if last.mask is None else last.mask[:, :kept, : self.seen]
-        widths = distinct_widths(self.policy, self._prompt_tokens(batch))
-        return profile(last.query[:, :, :, :kept], keys, mask, last.options, weights, positions, widths)
-
-    def _prompt_tokens(self, batch: int) -> Int[Tensor, " b"]:
-        """Real tokens of the prompt; what has not come in yet is taken to hold no padding."""
-        seen = self.transcript.real_tokens(batch, self.seen, self._device)
-        return seen + max(0, (self.settings.prompt_columns or 0) - self.seen)
-
-    def _compact(self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]) -> None:
-        batch, heads, columns, _ = keys.shape
-        scores = None if self._profile is None else self._profile.score
-        at = self._columns(0, columns, batch, heads)
-        everything = torch.ones_like(at, dtype=torch.bool)
-        tokens = facts(self.transcript, at, everything, scores, columns, None, self.index)
-        self.plan = make_plan(self.policy, tokens, self._profile)
-        self.store = self._new_store(batch, heads, keys, values)
-        keep = self.plan.keep(tokens)
-        self._prompt = self._profile = None
-        scores = scores if self.plan.scored else None
-        self.store.commit(self.store.occupied(), Rows(keys, values, at, scores, keep))
-
-    def _columns(self, start: int, stop: int, batch: int, heads: int) -> Int[Tensor, "b h n"]:
-        return torch.arange(start, stop, device=self._device).expand(batch, heads, -1)
+            increments = _received(last.mass[0][:, :, :kept], real)
+            scores = _received(last.mass[1][:, :, :kept, :kept], real)
+        if not self.plan.evicts or self.seen - self._evicted_at < self.settings.evict_every:
+            kernels = self.settings.kernels
+            self.store.append(last.keys, last.values, newest, real, scores, increments, kernels)
+            return
+        if increments is not None:
+            self.store.add_scores(increments)
+        heads = last.keys.shape[1]
+        columns = newest.expand(len(last.keys), heads, -1)
+        written = torch.ones_like(columns, dtype=torch.bool) if real is None else real[:, None].expand(-1, heads, -1)
+        fresh = Rows(last.keys, last.values, columns, scores, written)
+        evict(self.plan, self.store, fresh, self.transcript, self.seen, self.index, self.settings.evict_every)
+        self._evicted_at = self.seen
 
     @staticmethod
     def _no_rows(store: PagedStore) -> Rows:
@@ -374,8 +301,9 @@ class LayerCache:
         scores = None if store.scores is None else store.scores.new_empty(batch, heads, 0)
         return Rows(keys, values, nothing, scores, nothing.bool())
 
-    @staticmethod
-    def _clock(device: torch.device) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+
+def _received(mass: Float[Tensor, "b h q n"], real: Bool[Tensor, "b q"] | None) -> Float[Tensor, "b h n"]:
+    """Mass from all query rows; a padding query attends to nothing that counts."""
+    if real is not None:
+        mass = mass * real[:, None, :, None]
+    return mass[:, :, 0] if mass.shape[2] == 1 else mass.sum(dim=2)

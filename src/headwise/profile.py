@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from headwise.kernels import Kernels
 from headwise.policies.base import Policy
 from headwise.policies.size import quota_tokens
-from headwise.prefill import HIDDEN, causal, logits_of, query_blocks, softmax
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 
@@ -84,6 +84,7 @@ def profile(
     weights: RowWeights,
     positions: Int[Tensor, "b t"],
     widths: list[Int[Tensor, " b"]],
+    kernels: Kernels,
 ) -> Profile:
     """Sum the attention of the newest q columns over all t, in total and inside each band.
 
@@ -92,52 +93,21 @@ def profile(
         positions: of every column; the band of width w is where the query is less than w positions ahead.
         widths: one window width per sequence, for every distinct window of the policy.
     """
-    batch, heads, group, rows, _ = query.shape
-    columns = keys.shape[2]
-    apart = weights.recovery is not weights.score
-    score = torch.zeros(batch, heads, columns, device=keys.device)
-    mass = torch.zeros(batch, heads, group, columns, device=keys.device)
-    band = [torch.zeros_like(mass) for _ in widths]
 
-    read = ((weights.score > 0) | (weights.recovery > 0)).any(dim=0).nonzero().flatten()
-    everything = len(read) == rows
-    query = query if everything else query[:, :, :, read]
-    for block in query_blocks(query, columns):
-        at = read[block]
-        own = at + columns - rows
-        first, last = int(own[0]), int(own[-1])
-        # Under causality no row of the block sees further than its last row, and all see up to the first.
-        seen = columns if mask is not None else last + 1
-        logits = logits_of(query[:, :, :, block], keys[:, :, :seen], options)
-        if mask is None:
-            logits[..., first:].masked_fill_(~causal(own, seen)[:, first:], HIDDEN)
-        else:
-            logits.masked_fill_(~mask[:, None, None, at], HIDDEN)
-        attention = softmax(logits, options)
-        received = _weighted(attention, weights.recovery[:, at])
-        mass[..., :seen] += received
-        if apart:
-            score[..., :seen] += _weighted(attention, weights.score[:, at]).sum(dim=2)
-        for sums, width in zip(band, widths, strict=True):
-            # From `inner` on, a column is in the band of every row of the block; before `outer`, of none.
-            inner = _first_within(positions, last, width, seen, every=True)
-            outer = _first_within(positions, first, width, seen, every=False)
-            sums[..., inner:seen] += received[..., inner:]
-            distance = positions[:, own, None] - positions[:, None, outer:inner]
-            inside = (distance < width[:, None, None])[:, None, None]
-            edge = attention[..., outer:inner] * inside
-            sums[..., outer:inner] += _weighted(edge, weights.recovery[:, at])
-    if not apart:
-        score = mass.sum(dim=2)
-    return Profile(score, mass, band, weights.recovery.sum(dim=1))
+    def sums(counts: Float[Tensor, "b q"], bands: list[Tensor]) -> tuple[Tensor, Tensor]:
+        read = (counts > 0).any(dim=0).nonzero().flatten()
+        everything = len(read) == counts.shape[1]
+        return kernels.column_mass(
+            query if everything else query[:, :, :, read],
+            keys,
+            read + keys.shape[2] - counts.shape[1],
+            mask if mask is None or everything else mask[:, read],
+            options,
+            counts if everything else counts[:, read],
+            positions,
+            torch.stack(bands) if bands else positions.new_zeros(0, len(positions)),
+        )
 
-
-def _weighted(attention: Float[Tensor, "b h g q t"], weights: Float[Tensor, "b q"]) -> Float[Tensor, "b h g t"]:
-    return (weights[:, None, None, None] @ attention).squeeze(-2)
-
-
-def _first_within(positions: Int[Tensor, "b t"], row: int, width: Int[Tensor, " b"], seen: int, *, every: bool) -> int:
-    """First column less than a width behind the row, in every sequence or in any; `seen` where there is none."""
-    near = positions[:, row, None] - positions[:, :seen] < width[:, None]
-    near = near.all(dim=0) if every else near.any(dim=0)
-    return int(near.int().argmax()) if bool(near.any()) else seen
+    mass, band = sums(weights.recovery, widths)
+    scoring = mass if weights.recovery is weights.score else sums(weights.score, [])[0]
+    return Profile(scoring.sum(dim=2), mass, list(band), weights.recovery.sum(dim=1))

@@ -52,7 +52,7 @@ class LayerReport:
         plan = layer.plan
         labels = (_UNCHOSEN,) if plan is None else tuple(rung.label for rung in plan.rungs)
         choice = np.zeros(tuple(kept.shape), dtype=int) if plan is None else plan.choice.cpu().numpy()
-        profiled = plan is not None and layer.rows_read and plan.prompt.numel()
+        profiled = plan is not None and layer.prompt.rows_read and plan.prompt.numel()
         return cls(
             used_bytes=layer.used_bytes,
             allocated_bytes=storage_bytes(layer.tensors()),
@@ -61,7 +61,7 @@ class LayerReport:
             rules=np.array(labels)[choice],
             rungs=labels,
             recovered=None if plan is None or plan.recovered is None else plan.recovered.cpu(),
-            sampled=min(1.0, layer.rows_read / max(1, int(plan.prompt.max()))) if plan and profiled else None,
+            sampled=min(1.0, layer.prompt.rows_read / max(1, int(plan.prompt.max()))) if plan and profiled else None,
         )
 
 
@@ -74,14 +74,18 @@ class Report:
         seen_tokens: columns the model was given, padding included.
         layers: one entry per layer of the cache.
         transcript_bytes: what the cache knows about tokens beside the rows.
-        profile_seconds: time spent on profiling, planning and compacting so far.
+        kernel: name of the kernels that read and write the pages.
+        profile_seconds: time spent on profiling the prompt and choosing the rules.
+        compact_seconds: time spent on copying the prompt's kept rows into pages.
     """
 
     policy: str
     seen_tokens: int
     layers: list[LayerReport]
     transcript_bytes: int
+    kernel: str
     profile_seconds: float
+    compact_seconds: float
 
     @property
     def used_bytes(self) -> int:
@@ -142,7 +146,9 @@ class Report:
             "full_bytes": self.full_bytes,
             "saved_bytes": self.saved_bytes,
             "kept_ratio": self.kept_ratio,
+            "kernel": self.kernel,
             "profile_seconds": self.profile_seconds,
+            "compact_seconds": self.compact_seconds,
             "profiled_rows": self.sampled,
             "rule_counts": self.rule_counts,
             "kept_tokens": [None if kept is None else kept.tolist() for kept in self.kept_tokens],
@@ -163,6 +169,7 @@ class Report:
         if self.sampled is not None:
             exact = "every query row" if self.sampled >= 1 else f"a sample of {self.sampled:.1%} of the query rows"
             lines.append(("profile", f"{exact}, {self.profile_seconds:.2f} s"))
+        lines.append(("kernels", self.kernel))
         total = sum(self.rule_counts.values())
         lines += [(f"  {name}", f"{count} of {total} heads") for name, count in self.rule_counts.items()]
         width = max(len(name) for name, _ in lines)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from headwise.kernels import Kernels
 from headwise.types import Bool, Float, Int, PageView, Tensor
 
 # The pool grows by this share beyond what is needed, and shrinks when more than twice of it lies free.
@@ -66,8 +67,27 @@ class PagedStore:
         self.scores = empty(0, page_size, dtype=torch.float32, device=device) if scored else None
         self.table = torch.full((batch, heads, 0), -1, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(batch, heads, dtype=torch.long, device=device)
+        # No head is longer; exact but for padding columns, which are appended to no head.
         self.longest = 0
+        # Rows that every head can still take in without another page, as far as is known without asking the device.
+        self._room = 0
         self._free: list[int] = []
+
+    @classmethod
+    def like(
+        cls, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n e"], *, page_size: int, scored: bool
+    ) -> PagedStore:
+        """An empty store for rows of that kind."""
+        return cls(
+            batch=keys.shape[0],
+            heads=keys.shape[1],
+            key_dim=keys.shape[-1],
+            value_dim=values.shape[-1],
+            dtype=keys.dtype,
+            device=keys.device,
+            page_size=page_size,
+            scored=scored,
+        )
 
     # What it holds.
 
@@ -92,7 +112,7 @@ class PagedStore:
 
     def view(self) -> PageView:
         """What a decode kernel reads."""
-        return PageView(self.keys, self.values, self.columns, self.table, self.lengths, self.longest)
+        return PageView(self.keys, self.values, self.columns, self.scores, self.table, self.lengths, self.longest)
 
     def kept_columns(self) -> Int[Tensor, "b h n"]:
         """Column of every row, padded to the longest head; undefined where `occupied` is False."""
@@ -121,10 +141,39 @@ class PagedStore:
         at = self._addresses(self.longest)[occupied]
         self.scores.view(-1)[at] += increments[occupied]
 
-    def commit(self, keep: Bool[Tensor, "b h n"], new: Rows) -> None:
+    def append(
+        self,
+        keys: Float[Tensor, "b h f d"],
+        values: Float[Tensor, "b h f e"],
+        columns: Int[Tensor, " f"],
+        real: Bool[Tensor, "b f"] | None,
+        scores: Float[Tensor, "b h f"] | None,
+        increments: Float[Tensor, "b h n"] | None,
+        kernels: Kernels,
+    ) -> None:
+        """Take in new rows, in every head the same, and drop nothing.
+
+        Waits for the device only where pages run out, which is once in `page_size` rows.
+
+        Args:
+            real: rows to take in; None means all of them.
+            scores: of the new rows, where rows carry one.
+            increments: to add to the scores of the rows already there.
+        """
+        count = keys.shape[2]
+        if self._room < count:
+            self._fit(self.lengths, count + self.page_size - 1)
+        kernels.append(self.view(), keys, values, columns, real, scores, increments)
+        self._room -= count
+        self.longest = min(self.longest + count, self.table.shape[-1] * self.page_size)
+
+    def commit(self, keep: Bool[Tensor, "b h n"], new: Rows, spare: int = 0) -> None:
         """Keep the rows named by `keep`, drop the others, and take in the new ones that `new.keep` names.
 
         Nothing is shuffled that need not be: new rows, and the rows beyond a head's new length, fill the holes.
+
+        Args:
+            spare: rows per head that are going to be appended, for which pages are kept.
         """
         survivors = keep & self.occupied()
         lengths = survivors.sum(dim=-1) + new.keep.sum(dim=-1)
@@ -142,7 +191,9 @@ class PagedStore:
         from_pages = self._addresses(self.longest)[moved] if moving else None
         pages_moved = [pool.flatten(0, 1)[from_pages] if moving else None for pool in self._pools()]
 
-        self._resize(lengths)
+        self.longest = longest
+        self._fit(lengths, spare)
+        self.lengths = lengths
         targets = self._addresses(longest)[holes]
         contents = [new.keys, new.values, new.columns.to(torch.int32), new.scores]
         for pool, content, rest in zip(self._pools(), contents, pages_moved, strict=False):
@@ -165,6 +216,7 @@ class PagedStore:
         copies = [row for row, source in enumerate(chosen) if source in chosen[:row]]
         self.table, self.lengths = table, self.lengths[indices]
         self.longest = int(self.lengths.max()) if self.lengths.numel() else 0
+        self._room = 0
         if copies:
             again = torch.zeros(len(chosen), dtype=torch.bool, device=self.device)
             again[copies] = True
@@ -201,9 +253,9 @@ class PagedStore:
         at = starts[:, :, :, None] + torch.arange(self.page_size, device=self.device)
         return at.flatten(2)[:, :, :rows]
 
-    def _resize(self, lengths: Int[Tensor, "b h"]) -> None:
-        """Give back and take pages until every head has just enough for its new length."""
-        needed = (lengths + self.page_size - 1) // self.page_size
+    def _fit(self, lengths: Int[Tensor, "b h"], spare: int) -> None:
+        """Give back and take pages until every head has just enough for so many rows and `spare` more."""
+        needed = (lengths + (spare + self.page_size - 1)) // self.page_size
         width = int(needed.max()) if needed.numel() else 0
         if width > self.table.shape[-1]:
             more = self.table.new_full((*lengths.shape, width - self.table.shape[-1]), -1)
@@ -214,20 +266,21 @@ class PagedStore:
         if surplus.any():
             self._release(self.table[surplus])
             self.table = self.table.masked_fill(surplus, -1)
-        self.lengths, self.longest = lengths, int(lengths.max()) if lengths.numel() else 0
         wanted = ~owned & (place < needed[:, :, None])
         count = int(wanted.sum())
         if count:
             self._reserve(count)
             pages = torch.tensor(self._take(count), dtype=torch.int32, device=self.device)
             self.table = self.table.masked_scatter(wanted, pages)
+        self._room = int((needed * self.page_size - lengths).min()) if needed.numel() else 0
         self._shrink()
 
     def _release(self, pages: Tensor) -> None:
         self._free.extend(page for page in pages.flatten().tolist() if page >= 0)
 
     def _take(self, count: int) -> list[int]:
-        taken, self._free = self._free[len(self._free) - count :], self._free[: len(self._free) - count]
+        # In ascending order, so that a head's first pages lie side by side.
+        taken, self._free = self._free[len(self._free) - count :][::-1], self._free[: len(self._free) - count]
         return taken
 
     def _reserve(self, count: int) -> None:
@@ -252,7 +305,7 @@ class PagedStore:
         self._rebuild(pages, capacity)
         renumbered = torch.arange(live, dtype=torch.int32, device=self.device)
         self.table = torch.full_like(self.table, -1).masked_scatter(owned, renumbered)
-        width = math.ceil(self.longest / self.page_size)
+        width = int(owned.any(dim=0).any(dim=0).sum())
         self.table = self.table[:, :, :width].clone()
         self._free = list(range(capacity - 1, live - 1, -1))
 

@@ -100,6 +100,10 @@ class Transcript:
             return torch.ones_like(columns, dtype=torch.bool)
         return _look_up(self._real, columns)
 
+    def real_at(self, columns: Int[Tensor, " n"]) -> Bool[Tensor, "b n"] | None:
+        """Whether those columns of every sequence hold real tokens; None where no column is padding."""
+        return None if self._real is None else self._real[:, columns.long()]
+
     def real_tokens(self, batch: int, columns: int, device: torch.device) -> Int[Tensor, " b"]:
         """Real tokens of each sequence in its first `columns` columns."""
         if self._real is None:

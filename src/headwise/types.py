@@ -34,7 +34,7 @@ else:
 
         Bool = Float = Int = UInt8 = _Shape
 
-__all__ = ["Bool", "Float", "Int", "Kind", "LogitOptions", "PageView", "Tensor", "Tokens", "UInt8"]
+__all__ = ["Bool", "Decoded", "Float", "Int", "Kind", "LogitOptions", "PageView", "Tensor", "Tokens", "UInt8"]
 
 
 class Kind(IntFlag):
@@ -116,11 +116,36 @@ class PageView:
 
     Row i of head (b, h) lies in page `table[b, h, i // s]` at offset `i % s`, for i below `lengths[b, h]`.
     What lies beyond a head's length is undefined and must not be used.
+
+    Attributes:
+        columns: of every row; what a mask is looked up by.
+        scores: accumulated score of every row; None where no rule ranks by it.
+        longest: no head is longer; known without asking the device.
     """
 
     keys: Float[Tensor, "pages s d"]
     values: Float[Tensor, "pages s e"]
     columns: Int[Tensor, "pages s"]
+    scores: Float[Tensor, "pages s"] | None
     table: Int[Tensor, "b h p"]
     lengths: Int[Tensor, "b h"]
     longest: int
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What came of the attention of a few query rows over pages and fresh rows.
+
+    Attributes:
+        output: of every query head, in the values' dtype.
+        lse: natural logarithm of the softmax's denominator, the sink logit included, in fp32; minus infinity for
+            a row that sees nothing and has no sink.
+        on_kept: probability of every kept row, summed over the group, in fp32; 0 beyond a head's length. None
+            unless asked for.
+        on_fresh: the same for the fresh rows.
+    """
+
+    output: Float[Tensor, "b h g q e"]
+    lse: Float[Tensor, "b h g q"]
+    on_kept: Float[Tensor, "b h q n"] | None
+    on_fresh: Float[Tensor, "b h q f"] | None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import platform
@@ -36,8 +35,7 @@ def doctor(json_output: options.Json = False) -> None:
 def _examine() -> dict[str, Any]:
     import torch
 
-    from headwise import HeadwiseCache, __version__
-    from headwise.decode import KERNELS
+    from headwise import __version__
 
     return {
         "versions": {
@@ -49,12 +47,19 @@ def _examine() -> dict[str, Any]:
         "extras": {extra: {name: _version(name) for name in names} for extra, names in _EXTRAS.items()},
         "devices": [{"name": name, "description": _device(name)} for name in device_names()],
         "threads": torch.get_num_threads(),
-        "kernels": {
-            "available": list(KERNELS),
-            "default": inspect.signature(HeadwiseCache).parameters["kernel"].default,
-        },
+        "kernels": {name: _kernels(name) for name in device_names()},
         "default_model": _default_model(),
     }
+
+
+def _kernels(device: str) -> dict[str, Any]:
+    """Which kernels would run on that device, and why the others would not."""
+    import torch
+
+    from headwise.kernels import AUTO, NAMES, choose, obstacle
+
+    where = torch.device(device)
+    return {"default": choose(AUTO, where).name, "obstacles": {name: obstacle(name, where) for name in NAMES}}
 
 
 def _default_model() -> dict[str, Any]:
@@ -106,8 +111,10 @@ def _show(found: dict[str, Any]) -> None:
     for device in found["devices"]:
         table.add_row(f"device {device['name']}", device["description"])
     table.add_row("threads", str(found["threads"]))
-    kernels = found["kernels"]
-    table.add_row("decode kernels", f"{', '.join(kernels['available'])}; {kernels['default']} would run")
+    for device, kernels in found["kernels"].items():
+        table.add_row(f"kernels on {device}", f"{kernels['default']} would run")
+        for name, reason in kernels["obstacles"].items():
+            table.add_row("", f"{name}: {reason or 'can run'}")
     model = found["default_model"]
     by = f" (chosen by {model['chosen_by']})" if model["chosen_by"] else ""
     table.add_row("default model", f"{model['name']}{by}")

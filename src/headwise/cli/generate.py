@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headwise.cli import options
-from headwise.cli.loading import load, parse_device, parse_dtype
+from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype
 from headwise.cli.prompt import check_fit, encode, read_prompt
 from headwise.cli.running import Run, Sampling, differing_words, first_difference, run, stock_memory
 from headwise.cli.settings import build_policy, describe_policy
@@ -41,12 +41,13 @@ class Outcome:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Where the time went. Prefill is the time to the first token without what the profile took of it."""
-        profile = self.report.profile_seconds
+        """Where the time went. Prefill is the time to the first token without what profile and pages took of it."""
+        profile, compact = self.report.profile_seconds, self.report.compact_seconds
         return {
             "load": self.load_seconds,
-            "prefill": max(0.0, self.run.first - profile),
+            "prefill": max(0.0, self.run.first - profile - compact),
             "profile": profile,
+            "compact": compact,
             "decode": self.run.rest,
         }
 
@@ -70,6 +71,7 @@ class Outcome:
             },
             "kept_ratio": report.kept_ratio,
             "rules": report.rule_counts,
+            "kernel": report.kernel,
             "seconds": self.seconds,
         }
         if report.sampled is not None and report.sampled < 1:
@@ -90,6 +92,7 @@ def generate(
     policy: options.PolicyName = "fastgen",
     recovery: options.Recovery = None,
     settings: options.Settings = None,
+    evict_every: options.EvictEvery = 16,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="New tokens at most.", rich_help_panel=_SAMPLING)
     ] = 200,
@@ -104,6 +107,7 @@ def generate(
     model: options.Model = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    kernel: options.Kernel = "auto",
     prefill_chunk: Annotated[
         int | None,
         typer.Option(
@@ -132,6 +136,7 @@ def generate(
     if png is not None:
         check_target(png)
     where = parse_dtype(dtype), parse_device(device)
+    check_kernel(kernel)
 
     started = time.perf_counter()
     loaded, tokenizer = load(model, *where)
@@ -143,7 +148,9 @@ def generate(
     from headwise import HeadwiseCache
 
     prompt_tokens = ids.shape[-1] if prefill_chunk else None
-    cache = HeadwiseCache(loaded, chosen, tokenizer=tokenizer, prompt_tokens=prompt_tokens)
+    cache = HeadwiseCache(
+        loaded, chosen, tokenizer=tokenizer, prompt_tokens=prompt_tokens, kernel=kernel, evict_every=evict_every
+    )
     load_seconds = time.perf_counter() - started
     if compare_full and not json_output:
         heading(str(chosen))

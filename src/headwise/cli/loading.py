@@ -30,6 +30,17 @@ def parse_dtype(name: str) -> torch.dtype | None:
     return dtype
 
 
+def check_kernel(name: str) -> None:
+    """Refuse a name that no kernels have, before anything is loaded.
+
+    Raises:
+        ConfigurationError: with the names there are.
+    """
+    from headwise.kernels import check_name
+
+    check_name(name)
+
+
 def parse_device(name: str | None) -> torch.device | None:
     """The device of that name; None for the default.
 

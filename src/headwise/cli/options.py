@@ -75,6 +75,25 @@ Device = Annotated[
         "--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; the GPU where there is one.", rich_help_panel=MODEL
     ),
 ]
+Kernel = Annotated[
+    str,
+    typer.Option(
+        "--kernel",
+        metavar="NAME",
+        help="cpu (compiled), triton, reference (plain torch), or auto: the fastest that runs on the device.",
+        rich_help_panel=MODEL,
+    ),
+]
+EvictEvery = Annotated[
+    int,
+    typer.Option(
+        "--evict-every",
+        metavar="N",
+        min=1,
+        help="New tokens between two evictions; 1 applies the rules after every token.",
+        rich_help_panel=POLICY,
+    ),
+]
 Png = Annotated[
     Path | None,
     typer.Option(

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headwise.cli import options
-from headwise.cli.loading import load, parse_device, parse_dtype
+from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype
 from headwise.cli.prompt import check_fit, encode, read_prompt
 from headwise.cli.settings import build_policy, describe_policy
 from headwise.cli.tables import add_rules, message, output, plain_table
@@ -35,6 +35,7 @@ def profile(
     model: options.Model = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    kernel: options.Kernel = "auto",
     json_output: options.Json = False,
     png: options.Png = None,
 ) -> None:
@@ -44,13 +45,14 @@ def profile(
     if png is not None:
         check_target(png)
     where = parse_dtype(dtype), parse_device(device)
+    check_kernel(kernel)
     loaded, tokenizer = load(model, *where)
     ids = encode(tokenizer, text, raw=raw)
     check_fit(loaded, ids.shape[-1])
 
     from headwise import HeadwiseCache
 
-    cache = HeadwiseCache(loaded, chosen, tokenizer=tokenizer)
+    cache = HeadwiseCache(loaded, chosen, tokenizer=tokenizer, kernel=kernel)
     _read_prompt(loaded, ids, cache)
     report = cache.report()
     if png is not None:
@@ -85,7 +87,8 @@ def _to_dict(policy: Policy, report: Report) -> dict[str, Any]:
         "kept_ratio": report.kept_ratio,
         "rules": report.rule_counts,
         "sampled": report.sampled,
-        "seconds": {"profile": report.profile_seconds},
+        "kernel": report.kernel,
+        "seconds": {"profile": report.profile_seconds, "compact": report.compact_seconds},
         "rungs": list(_rungs(report)),
         "layers": [
             {"layer": index, "heads": None if layer.rules is None else _heads(layer)}

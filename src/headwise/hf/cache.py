@@ -16,11 +16,12 @@ from headwise.hf.attachment import attach
 from headwise.hf.attention import NAME
 from headwise.hf.kinds import KindTable
 from headwise.hf.layer import HeadwiseLayer
-from headwise.kernels import reference
-from headwise.layer import LayerCache, Settings
+from headwise.kernels import AUTO, REFERENCE, choose, obstacle
+from headwise.layer import LayerCache
 from headwise.policies.base import Policy
 from headwise.policies.full import Full
 from headwise.report import LayerReport, Report, storage_bytes
+from headwise.settings import Settings
 from headwise.transcript import Transcript
 from headwise.types import Int, Kind, Tensor
 
@@ -47,10 +48,14 @@ class HeadwiseCache(Cache):
         markers: texts such as "[INST]" that count as special tokens.
         prompt_tokens: columns of the prompt, padding included, where it comes in several passes.
         page_size: rows in a page of the store.
-        kernel: name of the decode kernel.
+        kernel: name of the kernels: "cpu" (compiled), "triton", "reference" (plain torch), or "auto", which takes
+            the fastest that run on the model's device; `report()` says which.
+        evict_every: new tokens between two evictions. 1 applies the rules after every token, as the papers do; more
+            lets a head hold up to so many rows beyond its rule, and costs that much less time.
 
     Raises:
-        ConfigurationError: when the policy needs a tokenizer and there is none, or an option is out of range.
+        ConfigurationError: when the policy needs a tokenizer and there is none, an option is out of range, or the
+            kernels asked for cannot run on the model's device.
         UnsupportedModelError: when no layer of the model can be compressed and the policy is not `Full`, or the
             model does not take attention functions.
     """
@@ -64,15 +69,17 @@ class HeadwiseCache(Cache):
         markers: Sequence[str] = (),
         prompt_tokens: int | None = None,
         page_size: int = 16,
-        kernel: str = reference.NAME,
+        kernel: str = AUTO,
+        evict_every: int = 16,
     ) -> None:
-        _check_options(policy, tokenizer, page_size, prompt_tokens, kernel)
+        _check_options(policy, tokenizer, page_size, prompt_tokens, evict_every)
         self._options: dict[str, Any] = {
             "tokenizer": tokenizer,
             "markers": tuple(markers),
             "prompt_tokens": prompt_tokens,
             "page_size": page_size,
             "kernel": kernel,
+            "evict_every": evict_every,
         }
         needs_kinds = "kind" in policy.facts
         self.policy = policy
@@ -81,7 +88,17 @@ class HeadwiseCache(Cache):
         self._model = weakref.ref(model)
         self.kind_table = KindTable(tokenizer, markers) if needs_kinds and tokenizer is not None else None
         self.passes = 0
-        settings = Settings(page_size, prompt_tokens, kernel)
+        kernels = choose(kernel, model.device, model.dtype)
+        self.kernel = kernels.name
+        if kernel == AUTO and kernels.name == REFERENCE:
+            reason = obstacle("cpu" if model.device.type == "cpu" else "triton", model.device, model.dtype)
+            warnings.warn(
+                f"running the plain torch kernels, which are several times slower: {reason}; "
+                'ask for kernel="reference" where this is meant',
+                HeadwiseWarning,
+                stacklevel=2,
+            )
+        settings = Settings(page_size, prompt_tokens, kernels, evict_every)
         stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         # The exact type: its subclasses are layers of other kinds, which stay as they are.
         mine = [type(layer) is DynamicLayer for layer in stock]
@@ -217,7 +234,9 @@ class HeadwiseCache(Cache):
             seen_tokens=self.get_seq_length(),
             layers=[self._report_layer(layer) for layer in self.layers],
             transcript_bytes=storage_bytes(self._token_facts()),
-            profile_seconds=sum((layer.core.profile_seconds for layer in self.headwise_layers), 0.0),
+            kernel=self.kernel,
+            profile_seconds=sum((layer.core.prompt.profile_seconds for layer in self.headwise_layers), 0.0),
+            compact_seconds=sum((layer.core.prompt.compact_seconds for layer in self.headwise_layers), 0.0),
         )
 
     def save(self, path: str | Path) -> None:
@@ -302,10 +321,8 @@ def _check_options(
     tokenizer: PreTrainedTokenizerBase | None,
     page_size: int,
     prompt_tokens: int | None,
-    kernel: str,
+    evict_every: int,
 ) -> None:
-    from headwise.decode import KERNELS
-
     if not isinstance(policy, Policy):
         raise ConfigurationError(f"policy must be a headwise policy such as FastGen(recovery=0.95), got {policy!r}")
     if "kind" in policy.facts and tokenizer is None:
@@ -313,11 +330,10 @@ def _check_options(
             f"{type(policy).__name__} looks at the kind of each token (special, punctuation) and needs a tokenizer: "
             "HeadwiseCache(model, policy, tokenizer=tokenizer)"
         )
-    for name, value in (("page_size", page_size), ("prompt_tokens", prompt_tokens)):
+    counts = {"page_size": page_size, "prompt_tokens": prompt_tokens, "evict_every": evict_every}
+    for name, value in counts.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigurationError(f"{name} must be a count of 1 or more, got {value!r}")
-    if kernel not in KERNELS:
-        raise ConfigurationError(f"unknown kernel {kernel!r}; available: {', '.join(KERNELS)}")
 
 
 __all__ = ["HeadwiseCache", "HeadwiseWarning"]

@@ -17,7 +17,7 @@ from headwise.hf.cache import HeadwiseCache
 from headwise.hf.layer import HeadwiseLayer
 from headwise.types import Tensor
 
-_FORMAT = "headwise-cache-1"
+_FORMAT = "headwise-cache-2"
 
 # Of every parameter: enough numbers to tell two trainings of one architecture apart.
 _SAMPLED_WEIGHTS = 16

@@ -1,14 +1,16 @@
-"""Reference kernels, plain torch with fp32 inside: query rows and a layer's pages -> attention output."""
+"""Reference kernels, plain torch with fp32 inside: they define what every other kernel computes."""
 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
-from headwise.prefill import logits_of, probabilities
-from headwise.types import Bool, Float, LogitOptions, PageView, Tensor
+from headwise.prefill import HIDDEN, causal, logits_of, probabilities, query_blocks, softmax
+from headwise.types import Bool, Decoded, Float, Int, LogitOptions, PageView, Tensor
 
-NAME = "reference"
+
+def obstacle(device: torch.device) -> str | None:
+    """Why these kernels cannot run on that device: they run everywhere."""
+    return None
 
 
 def ragged_decode(
@@ -16,48 +18,170 @@ def ragged_decode(
     pages: PageView,
     fresh_keys: Float[Tensor, "b h f d"],
     fresh_values: Float[Tensor, "b h f e"],
-    visible: Bool[Tensor, "b h q n"] | None,
-    fresh_visible: Bool[Tensor, "b q f"],
+    mask: Bool[Tensor, "b q t"] | None,
     options: LogitOptions,
-) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h q n"], Float[Tensor, "b h q f"]]:
+    *,
+    with_mass: bool,
+) -> Decoded:
     """Attention of a few query rows over each KV head's own pages and over the fresh rows, in one softmax.
 
     Args:
         query: the newest tokens; the q-th is also the q-th last fresh row.
-        pages: kept rows; n is the length of the longest head.
+        pages: kept rows; n is `pages.longest`.
         fresh_keys, fresh_values: rows that are not in the pages yet.
-        visible: True where a query may see a kept row; None means all of them.
-        fresh_visible: True where a query may see a fresh row.
-
-    Returns:
-        the output in the values' dtype, and the probability of every kept and every fresh row, summed over the
-        group in fp32; 0 for rows beyond a head's length.
+        mask: True where a query may see a column; its last f columns are the fresh rows. None lets every query see
+            all kept rows and the fresh rows up to its own.
+        with_mass: whether to return the probabilities; they take q x (n + f) numbers per KV head.
     """
-    heads = pages.lengths.shape[1]
+    batch, heads, _, queries, _ = query.shape
+    fresh = fresh_keys.shape[2]
     # Whole pages are gathered, up to the longest head's last; rows beyond a head's length are hidden below.
     used = -(-pages.longest // pages.keys.shape[1])
-    own = pages.table[:, :, :used].long().clamp(min=0)
-    keys = pages.keys.index_select(0, own.flatten()).view(*own.shape[:2], -1, pages.keys.shape[-1])
-    values = pages.values.index_select(0, own.flatten()).view(*own.shape[:2], -1, pages.values.shape[-1])
+    own = pages.table[:, :, :used].long().clamp(min=0).flatten()
+    keys, values = (
+        pool.index_select(0, own).view(batch, heads, used * pool.shape[1], pool.shape[2])
+        for pool in (pages.keys, pages.values)
+    )
     gathered = keys.shape[2]
     occupied = torch.arange(gathered, device=keys.device) < pages.lengths[:, :, None]
     # That memory is undefined. A key's logit is overwritten, but 0 times a value that is NaN would still be NaN.
     values.masked_fill_(~occupied[..., None], 0)
-    if visible is not None:
-        visible = functional.pad(visible, (0, gathered - pages.longest))
 
-    kept_visible = occupied[:, :, None] if visible is None else occupied[:, :, None] & visible
-    queries = query.shape[3]
-    sees = torch.cat(
-        [
-            kept_visible.expand(-1, -1, queries, -1),
-            fresh_visible[:, None].expand(-1, heads, -1, -1),
-        ],
-        dim=-1,
-    )
+    sees = occupied[:, :, None].expand(-1, -1, queries, -1)
+    if mask is None:
+        rows = torch.arange(fresh - queries, fresh, device=query.device)
+        sees_fresh = causal(rows, fresh)[None].expand(batch, -1, -1)
+    else:
+        columns = pages.columns.index_select(0, own).view(batch, heads, gathered).masked_fill(~occupied, 0)
+        sees = sees & _at_columns(mask, columns.long())
+        sees_fresh = mask[:, :, mask.shape[-1] - fresh :]
+    sees = torch.cat([sees, sees_fresh[:, None].expand(-1, heads, -1, -1)], dim=-1)
     logits = torch.cat([logits_of(query, keys, options), logits_of(query, fresh_keys, options)], dim=-1)
+    lse = _log_sum_exp(logits, sees[:, :, None], options)
     weights = probabilities(logits, sees[:, :, None], options)
     output = torch.einsum("bhgqn,bhne->bhgqe", weights[..., :gathered], values.float())
     output = output + torch.einsum("bhgqf,bhfe->bhgqe", weights[..., gathered:], fresh_values.float())
-    attention = weights.sum(dim=2)
-    return output.to(fresh_values.dtype), attention[..., : pages.longest], attention[..., gathered:]
+    mass = weights.sum(dim=2) if with_mass else None
+    return Decoded(
+        output.to(fresh_values.dtype),
+        lse,
+        None if mass is None else mass[..., : pages.longest],
+        None if mass is None else mass[..., gathered:],
+    )
+
+
+def append(
+    pages: PageView,
+    keys: Float[Tensor, "b h f d"],
+    values: Float[Tensor, "b h f e"],
+    columns: Int[Tensor, " f"],
+    real: Bool[Tensor, "b f"] | None,
+    scores: Float[Tensor, "b h f"] | None,
+    increments: Float[Tensor, "b h n"] | None,
+) -> None:
+    """Write rows behind the kept ones of every head, and count them in `pages.lengths`, in place.
+
+    The pages for them must be in the table already. Without `real`, nothing waits for the device.
+
+    Args:
+        real: rows to write, the same in every head; None means all of them.
+        scores: of the new rows, where the pages carry scores.
+        increments: to add to the scores of the rows already there; ignored beyond a head's length.
+    """
+    batch, heads, fresh, _ = keys.shape
+    size = pages.keys.shape[1]
+    starts = pages.table.long() * size
+    if increments is not None:
+        assert pages.scores is not None
+        rows = torch.arange(increments.shape[-1], device=keys.device)
+        held = rows < pages.lengths[:, :, None]
+        # A row beyond a head's length has no address: nothing is added to the first one instead.
+        at = (starts[:, :, rows // size] + rows % size).where(held, 0)
+        pages.scores.view(-1).index_add_(0, at.flatten(), increments.where(held, 0).flatten())
+    written = torch.ones(batch, fresh, dtype=torch.bool, device=keys.device) if real is None else real
+    place = pages.lengths[:, :, None] + (written.cumsum(dim=1) - 1)[:, None]
+    at = starts.gather(2, (place // size).clamp(0, starts.shape[-1] - 1)) + place % size
+    chosen = slice(None) if real is None else real[:, None].expand_as(at).flatten()
+    contents = (keys, values, columns.expand(batch, heads, -1), scores)
+    for pool, content in zip((pages.keys, pages.values, pages.columns, pages.scores), contents, strict=True):
+        if pool is not None:
+            assert content is not None
+            rows = content.flatten(0, 2)[chosen].to(pool.dtype)
+            pool.flatten(0, 1).index_copy_(0, at.flatten()[chosen], rows)
+    pages.lengths.add_(written.sum(dim=1)[:, None])
+
+
+def column_mass(
+    query: Float[Tensor, "b h g q d"],
+    keys: Float[Tensor, "b h t d"],
+    columns: Int[Tensor, " q"],
+    mask: Bool[Tensor, "b q t"] | None,
+    options: LogitOptions,
+    weights: Float[Tensor, "b q"],
+    positions: Int[Tensor, "b t"],
+    widths: Int[Tensor, "w b"],
+) -> tuple[Float[Tensor, "b h g t"], Float[Tensor, "w b h g t"]]:
+    """Weighted column sums of the attention map, in blocks of rows: memory grows with t, not with t x t.
+
+    Args:
+        columns: each query row's own column, ascending.
+        mask: True where a query may see a key; None means causal.
+        weights: how much each query row counts.
+        positions: of every column; a key is in the band where the query is less than the width ahead of it.
+        widths: of the bands, for every sequence.
+
+    Returns:
+        the mass on every column, and the part of it inside each band, in fp32.
+    """
+    batch, heads, group, _, _ = query.shape
+    total = keys.shape[2]
+    mass = torch.zeros(batch, heads, group, total, device=keys.device)
+    band = mass.new_zeros(len(widths), *mass.shape)
+    for block in query_blocks(query, total):
+        own = columns[block]
+        first, last = int(own[0]), int(own[-1])
+        # Under causality no row of the block sees further than its last row, and all see up to the first.
+        seen = total if mask is not None else last + 1
+        logits = logits_of(query[:, :, :, block], keys[:, :, :seen], options)
+        if mask is None:
+            logits[..., first:].masked_fill_(~causal(own, seen)[:, first:], HIDDEN)
+        else:
+            logits.masked_fill_(~mask[:, None, None, block], HIDDEN)
+        attention = softmax(logits, options)
+        received = _weighted(attention, weights[:, block])
+        mass[..., :seen] += received
+        for sums, width in zip(band, widths, strict=True):
+            # From `inner` on, a column is in the band of every row of the block; before `outer`, of none.
+            inner = _first_within(positions, last, width, seen, every=True)
+            outer = _first_within(positions, first, width, seen, every=False)
+            sums[..., inner:seen] += received[..., inner:]
+            distance = positions[:, own, None] - positions[:, None, outer:inner]
+            inside = (distance < width[:, None, None])[:, None, None]
+            sums[..., outer:inner] += _weighted(attention[..., outer:inner] * inside, weights[:, block])
+    return mass, band
+
+
+def _at_columns(mask: Bool[Tensor, "b q t"], columns: Int[Tensor, "b h n"]) -> Bool[Tensor, "b h q n"]:
+    """The mask's entries at the columns that each head kept."""
+    batch, heads, rows = columns.shape
+    index = columns.reshape(batch, 1, heads * rows).expand(-1, mask.shape[1], -1)
+    return mask.gather(2, index).view(batch, mask.shape[1], heads, rows).transpose(1, 2)
+
+
+def _log_sum_exp(
+    logits: Float[Tensor, "b h g q n"], sees: Bool[Tensor, "b h 1 q n"], options: LogitOptions
+) -> Float[Tensor, "b h g q"]:
+    seen = logits.masked_fill(~sees, -torch.inf)
+    lse = seen.logsumexp(dim=-1)
+    return lse if options.sinks is None else torch.logaddexp(lse, options.sinks.float()[None, :, :, None])
+
+
+def _weighted(attention: Float[Tensor, "b h g q t"], weights: Float[Tensor, "b q"]) -> Float[Tensor, "b h g t"]:
+    return (weights[:, None, None, None] @ attention).squeeze(-2)
+
+
+def _first_within(positions: Int[Tensor, "b t"], row: int, width: Int[Tensor, " b"], seen: int, *, every: bool) -> int:
+    """First column less than a width behind the row, in every sequence or in any; `seen` where there is none."""
+    near = positions[:, row, None] - positions[:, :seen] < width[:, None]
+    near = near.all(dim=0) if every else near.any(dim=0)
+    return int(near.int().argmax()) if bool(near.any()) else seen

@@ -1,0 +1,92 @@
+// The interface between headwise/kernels/cpu.py and the compiled kernels: plain C structs, filled by ctypes.
+//
+// Nothing here depends on torch's headers or C++ ABI, so one build serves every torch and every Python. Threads are
+// torch's own: `parallel_for` is torch's stable C function of that name.
+#pragma once
+#include <cstdint>
+
+namespace headwise {
+
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
+
+enum Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Pages of one layer: row i of head x lies in page table[x * table_width + i / page_size] at i % page_size.
+struct Pages {
+  void* keys;        // [pages, page_size, key_dim]
+  void* values;      // [pages, page_size, value_dim]
+  int32_t* columns;  // [pages, page_size]
+  float* scores;     // [pages, page_size], or null
+  const int32_t* table;
+  int64_t* lengths;
+  int64_t page_size, table_width, longest;
+  int64_t key_dim, value_dim, type;
+};
+
+// Rows beside the pages: [batch, heads, fresh, dim], the last dimension contiguous; strides in elements.
+struct Fresh {
+  const void* keys;
+  const void* values;
+  int64_t count;
+  int64_t key_strides[4], value_strides[4];
+};
+
+struct Decode {
+  Pages pages;
+  Fresh fresh;
+  const void* query;   // [batch, heads, group, queries, key_dim] of the pages' type, strides below
+  const bool* mask;    // [batch, queries, columns] with the strides below, or null
+  const float* sinks;  // [heads, group], or null
+  float* output;       // [batch, heads, group, queries, value_dim]
+  float* lse;          // [batch, heads, group, queries]
+  float* on_kept;      // [batch, heads, queries, longest], or null
+  float* on_fresh;     // [batch, heads, queries, fresh], or null
+  int64_t batch, heads, group, queries, shares;
+  int64_t query_strides[5];
+  int64_t mask_columns, mask_strides[3];
+  float scaling, softcap;  // softcap 0: none
+  ParallelFor parallel_for;
+};
+
+struct Append {
+  Pages pages;
+  Fresh rows;
+  const int32_t* columns;   // [fresh]
+  const bool* real;         // [batch, fresh], or null
+  const float* scores;      // [batch, heads, fresh], or null
+  const float* increments;  // [batch, heads, increment_rows], or null
+  int64_t batch, heads, increment_rows;
+  ParallelFor parallel_for;
+};
+
+// One block of query rows against the first `seen` keys.
+struct ColumnMass {
+  float* products;           // [lanes, rows, seen]: query times key, scaled; overwritten with probabilities
+  const int64_t* own;        // [rows]: each query row's own column
+  const bool* mask;          // [batch, rows, columns] with the strides below, or null: causal
+  const float* sinks;        // [lanes of one sequence], or null
+  const float* weights;      // [batch, rows], strided
+  const int64_t* positions;  // [batch, total]
+  const int64_t* widths;     // [bands, batch]
+  float* mass;               // [parts, lanes, total]
+  float* band;               // [bands, parts, lanes, total]
+  int64_t batch, lanes, rows, seen, total, bands, parts, weight_stride;
+  int64_t mask_strides[3];
+  float softcap;
+  ParallelFor parallel_for;
+};
+
+// The same kernels, compiled for one set of vector instructions.
+struct Kernels {
+  const char* name;
+  void (*decode)(const Decode*);
+  void (*column_mass)(const ColumnMass*);
+};
+
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+#endif
+extern const Kernels kernels_base;
+
+}  // namespace headwise

@@ -1,0 +1,142 @@
+// Vectors of floats as wide as the instruction set this file is compiled for; GCC's and Clang's vector extension.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace HEADWISE_ISA {
+
+#if defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+// The logit of what is hidden.
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(kWidth * 2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+inline Vec load(const BFloat16* from) {
+  HalfVec half;
+  std::memcpy(&half, from, sizeof half);
+  return (Vec)(__builtin_convertvector(half, IntVec) << 16);
+}
+
+inline Vec load(const Float16* from) {
+#if defined(__F16C__) && defined(__AVX2__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#else
+  HalfVec half;
+  std::memcpy(&half, from, sizeof half);
+  IntVec bits = __builtin_convertvector(half, IntVec);
+  // The exponent is rebiased by a multiplication, which also turns denormals into normal numbers.
+  Vec magnitude = (Vec)((bits & 0x7fff) << 13) * 0x1p112f;
+  IntVec special = ((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+  return (Vec)((IntVec)magnitude | special | ((bits & 0x8000) << 16));
+#endif
+}
+
+inline float scalar(float x) { return x; }
+
+inline float scalar(BFloat16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline float scalar(Float16 x) {
+  Float16 padded[kWidth] = {x};
+  return load(padded)[0];
+}
+
+inline float sum(Vec v) {
+  float s = 0;
+  for (int i = 0; i < kWidth; i++) s += v[i];
+  return s;
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define HEADWISE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define HEADWISE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntVec){__VA_ARGS__})
+#endif
+
+// The sums of four vectors, one behind the other.
+inline void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
+#if defined(__AVX2__)
+  Vec ab = HEADWISE_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + HEADWISE_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  Vec cd = HEADWISE_SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13) + HEADWISE_SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
+  Vec all = HEADWISE_SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + HEADWISE_SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+  all += HEADWISE_SHUFFLE(all, all, 4, 5, 6, 7, 0, 1, 2, 3);
+#else
+  Vec ab = HEADWISE_SHUFFLE(a, b, 0, 4, 1, 5) + HEADWISE_SHUFFLE(a, b, 2, 6, 3, 7);
+  Vec cd = HEADWISE_SHUFFLE(c, d, 0, 4, 1, 5) + HEADWISE_SHUFFLE(c, d, 2, 6, 3, 7);
+  Vec all = HEADWISE_SHUFFLE(ab, cd, 0, 1, 4, 5) + HEADWISE_SHUFFLE(ab, cd, 2, 3, 6, 7);
+#endif
+  std::memcpy(to, &all, 4 * sizeof(float));
+}
+
+inline float largest(Vec v) {
+  float s = v[0];
+  for (int i = 1; i < kWidth; i++) s = v[i] > s ? v[i] : s;
+  return s;
+}
+
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+// exp to about 1e-7, relative; 0 below -87, minus infinity included. Range reduction by powers of 2, then the Taylor
+// polynomial of degree 7, whose remainder on |r| <= ln(2) / 2 is below 6e-9.
+inline Vec exponential(Vec x) {
+  const Vec zero = {};
+  IntVec vanishes = x < -87.0f;
+  Vec y = vanishes ? zero : x;
+  y = y > 88.0f ? zero + 88.0f : y;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  Vec n = (y * 1.44269504f + magic) - magic;
+  Vec r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  return vanishes ? zero : p * (Vec)power;
+}
+
+inline float exponential(float x) { return exponential(broadcast(x))[0]; }
+
+inline Vec tangent(Vec x) {
+  // Beyond 10 the hyperbolic tangent is 1 in fp32.
+  x = x > 10.0f ? broadcast(10.0f) : x;
+  x = x < -10.0f ? broadcast(-10.0f) : x;
+  return 1.0f - 2.0f / (exponential(x * 2.0f) + 1.0f);
+}
+
+}  // namespace HEADWISE_ISA

@@ -1,0 +1,24 @@
+"""Settings: the options of a cache, as all of its layers share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headwise.kernels import Kernels
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a cache works, whatever its policy.
+
+    Attributes:
+        page_size: rows in a page.
+        prompt_columns: columns of the prompt, where it arrives in several passes; None: the first pass is all.
+        kernels: what reads and writes the pages.
+        evict_every: new columns between two evictions; 1 applies the rules after every token.
+    """
+
+    page_size: int
+    prompt_columns: int | None
+    kernels: Kernels
+    evict_every: int
