@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from headwise.hf.cache import HeadwiseCache, HeadwiseWarning
+    from headwise.hf.graph import DecodeGraph
     from headwise.hf.models import load_default_model, load_model
     from headwise.policies import (
         H2O,
@@ -42,6 +43,7 @@ __all__ = [
     "H2O",
     "CacheStateError",
     "ConfigurationError",
+    "DecodeGraph",
     "FastGen",
     "Full",
     "HeadwiseCache",
@@ -70,6 +72,7 @@ __all__ = [
 _HOMES = {
     "CacheStateError": "headwise.errors",
     "ConfigurationError": "headwise.errors",
+    "DecodeGraph": "headwise.hf.graph",
     "HeadwiseCache": "headwise.hf.cache",
     "HeadwiseError": "headwise.errors",
     "HeadwiseWarning": "headwise.hf.cache",

@@ -6,7 +6,7 @@ Knows nothing of transformers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,6 +66,8 @@ class LayerCache:
         # Columns seen when the rules were last applied.
         self._evicted_at = 0
         self._unsettled: _Pass | None = None
+        # Column of the new token, where the step is captured and replayed.
+        self._captured: Int[Tensor, " 1"] | None = None
 
     def attend(
         self,
@@ -84,6 +86,8 @@ class LayerCache:
         Raises:
             InputError: when the policy needs the kinds of tokens and has not been given them.
         """
+        if self._captured is not None:
+            return self._attend_captured(query, keys, values, options, self._captured)
         if self._unsettled is not None:
             self._settle(0)
         batch, _, count, _ = keys.shape
@@ -110,6 +114,41 @@ class LayerCache:
         if not self.recording:
             self._settle(0)
         return output
+
+    def begin_capture(self, column: Int[Tensor, " 1"], room: int) -> None:
+        """From now on every pass is one token, and its work the same operations on the same memory.
+
+        Args:
+            column: of the new token; on the device, because it differs from step to step.
+            room: tokens until `end_capture`.
+
+        Raises:
+            CacheStateError: before the whole prompt is in.
+        """
+        self.settle()
+        if self.store is None:
+            raise CacheStateError("a step can be captured once the prompt is in")
+        self.store.reserve(room)
+        self.store.frozen = True
+        self._captured = column
+
+    def end_capture(self) -> None:
+        """Back to passes of any kind."""
+        self._captured = None
+        if self.store is not None:
+            self.store.frozen = False
+
+    def advance(self, spare: int) -> None:
+        """Take note that a captured step was replayed, and apply the rules where that is due.
+
+        Args:
+            spare: tokens until `end_capture`.
+        """
+        assert self.store is not None and self.plan is not None
+        self.seen += 1
+        self.store.count(1)
+        if self.plan.evicts and self.seen - self._evicted_at >= self.settings.evict_every:
+            self._evict(self._no_rows(self.store), spare)
 
     def take_back(self, count: int) -> None:
         """Remove the newest tokens.
@@ -289,9 +328,31 @@ class LayerCache:
         heads = last.keys.shape[1]
         columns = newest.expand(len(last.keys), heads, -1)
         written = torch.ones_like(columns, dtype=torch.bool) if real is None else real[:, None].expand(-1, heads, -1)
-        fresh = Rows(last.keys, last.values, columns, scores, written)
-        evict(self.plan, self.store, fresh, self.transcript, self.seen, self.index, self.settings.evict_every)
+        self._evict(Rows(last.keys, last.values, columns, scores, written), self.settings.evict_every)
+
+    def _evict(self, fresh: Rows, spare: int) -> None:
+        assert self.store is not None and self.plan is not None
+        evict(self.plan, self.store, fresh, self.transcript, self.seen, self.index, spare)
         self._evicted_at = self.seen
+
+    def _attend_captured(
+        self,
+        query: Float[Tensor, "b h g 1 d"],
+        keys: Float[Tensor, "b h 1 d"],
+        values: Float[Tensor, "b h 1 e"],
+        options: LogitOptions,
+        column: Int[Tensor, " 1"],
+    ) -> Float[Tensor, "b h g 1 e"]:
+        """One step without any number that the host would have to know: what is kept is real, so there is no mask."""
+        assert self.store is not None and self.plan is not None
+        kernels = self.settings.kernels
+        pages = replace(self.store.view(), longest=self.store.table.shape[-1] * self.store.page_size)
+        decoded = kernels.ragged_decode(query, pages, keys, values, None, options, with_mass=self.plan.scored)
+        increments = scores = None
+        if decoded.on_kept is not None and decoded.on_fresh is not None:
+            increments, scores = _received(decoded.on_kept, None), _received(decoded.on_fresh, None)
+        kernels.append(pages, keys, values, column, None, scores, increments)
+        return decoded.output
 
     @staticmethod
     def _no_rows(store: PagedStore) -> Rows:

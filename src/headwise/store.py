@@ -71,6 +71,8 @@ class PagedStore:
         self.longest = 0
         # Rows that every head can still take in without another page, as far as is known without asking the device.
         self._room = 0
+        # While frozen no memory is given back, so that what a captured step reads and writes stays in its place.
+        self.frozen = False
         self._free: list[int] = []
 
     @classmethod
@@ -164,8 +166,16 @@ class PagedStore:
         if self._room < count:
             self._fit(self.lengths, count + self.page_size - 1)
         kernels.append(self.view(), keys, values, columns, real, scores, increments)
-        self._room -= count
-        self.longest = min(self.longest + count, self.table.shape[-1] * self.page_size)
+        self.count(count)
+
+    def count(self, appended: int) -> None:
+        """Take note of rows that were appended to every head."""
+        self._room -= appended
+        self.longest = min(self.longest + appended, self.table.shape[-1] * self.page_size)
+
+    def reserve(self, rows: int) -> None:
+        """Take pages, so that `append` can take in so many rows without any other."""
+        self._fit(self.lengths, rows)
 
     def commit(self, keep: Bool[Tensor, "b h n"], new: Rows, spare: int = 0) -> None:
         """Keep the rows named by `keep`, drop the others, and take in the new ones that `new.keep` names.
@@ -193,7 +203,7 @@ class PagedStore:
 
         self.longest = longest
         self._fit(lengths, spare)
-        self.lengths = lengths
+        self.lengths.copy_(lengths)
         targets = self._addresses(longest)[holes]
         contents = [new.keys, new.values, new.columns.to(torch.int32), new.scores]
         for pool, content, rest in zip(self._pools(), contents, pages_moved, strict=False):
@@ -222,7 +232,7 @@ class PagedStore:
             again[copies] = True
             shared = again[:, None, None] & (table >= 0)
             sources = table[shared].long()
-            self._reserve(len(sources))
+            self._grow(len(sources))
             pages = torch.tensor(self._take(len(sources)), dtype=torch.long, device=self.device)
             for pool in self._pools():
                 pool[pages] = pool[sources]
@@ -265,13 +275,13 @@ class PagedStore:
         surplus = owned & (place >= needed[:, :, None])
         if surplus.any():
             self._release(self.table[surplus])
-            self.table = self.table.masked_fill(surplus, -1)
+            self.table.masked_fill_(surplus, -1)
         wanted = ~owned & (place < needed[:, :, None])
         count = int(wanted.sum())
         if count:
-            self._reserve(count)
+            self._grow(count)
             pages = torch.tensor(self._take(count), dtype=torch.int32, device=self.device)
-            self.table = self.table.masked_scatter(wanted, pages)
+            self.table.masked_scatter_(wanted, pages)
         self._room = int((needed * self.page_size - lengths).min()) if needed.numel() else 0
         self._shrink()
 
@@ -283,8 +293,9 @@ class PagedStore:
         taken, self._free = self._free[len(self._free) - count :][::-1], self._free[: len(self._free) - count]
         return taken
 
-    def _reserve(self, count: int) -> None:
+    def _grow(self, count: int) -> None:
         """Make sure that many pages are free, growing the pool where they are not."""
+        assert not self.frozen or count <= len(self._free)
         missing = count - len(self._free)
         if missing <= 0:
             return
@@ -297,7 +308,7 @@ class PagedStore:
     def _shrink(self) -> None:
         """Return memory when more pages lie free than the slack allows."""
         live = len(self.keys) - len(self._free)
-        if len(self._free) <= 2 * math.ceil(live * _SLACK):
+        if self.frozen or len(self._free) <= 2 * math.ceil(live * _SLACK):
             return
         owned = self.table >= 0
         pages = self.table[owned].long()

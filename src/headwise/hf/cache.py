@@ -88,6 +88,8 @@ class HeadwiseCache(Cache):
         self._model = weakref.ref(model)
         self.kind_table = KindTable(tokenizer, markers) if needs_kinds and tokenizer is not None else None
         self.passes = 0
+        # Set while a step of it is captured: its bookkeeping is then done between the passes, not in them.
+        self.captured = False
         kernels = choose(kernel, model.device, model.dtype)
         self.kernel = kernels.name
         if kernel == AUTO and kernels.name == REFERENCE:
@@ -147,7 +149,7 @@ class HeadwiseCache(Cache):
             CacheStateError: when the last pass was broken off, or the model's attention was changed.
         """
         layers = self.headwise_layers
-        if not layers:
+        if not layers or self.captured:
             return
         seen = layers[0].core.seen
         if self.awaits_attention or any(length != seen for length in self._lengths()):
@@ -171,6 +173,17 @@ class HeadwiseCache(Cache):
                 HeadwiseWarning,
                 stacklevel=2,
             )
+        self.passes += 1
+
+    def announce(self, input_ids: Int[Tensor, "b q"]) -> None:
+        """Take note of tokens that a captured step is going to process; all of them are real."""
+        if self.kind_table is not None:
+            self.transcript.announce(self.kind_table.kinds(input_ids))
+            marked = self.kind_table.marked(input_ids)
+            if marked is not None:
+                self.transcript.mark(marked, int(Kind.SPECIAL))
+        batch, count = input_ids.shape
+        self.transcript.extend(batch, count, None, input_ids.device)
         self.passes += 1
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:

@@ -127,7 +127,8 @@ def column_mass(
         columns: each query row's own column, ascending.
         mask: True where a query may see a key; None means causal.
         weights: how much each query row counts.
-        positions: of every column; a key is in the band where the query is less than the width ahead of it.
+        positions: of every column, never falling; a key is in the band where the query is less than the width
+            ahead of it.
         widths: of the bands, for every sequence.
 
     Returns:
@@ -145,9 +146,9 @@ def column_mass(
         logits = logits_of(query[:, :, :, block], keys[:, :, :seen], options)
         if mask is None:
             logits[..., first:].masked_fill_(~causal(own, seen)[:, first:], HIDDEN)
+            attention = softmax(logits, options)
         else:
-            logits.masked_fill_(~mask[:, None, None, block], HIDDEN)
-        attention = softmax(logits, options)
+            attention = probabilities(logits, mask[:, None, None, block], options)
         received = _weighted(attention, weights[:, block])
         mass[..., :seen] += received
         for sums, width in zip(band, widths, strict=True):
