@@ -173,3 +173,42 @@ def test_an_empty_head_costs_no_page():
     assert store.lengths.tolist() == [[5, 0]]
     assert (store.table[0, 1] >= 0).sum() == 0
     check_pages(store)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_the_first_filling_equals_a_commit(share, page_size, scored):
+    generator = torch.Generator().manual_seed(5)
+    keep = torch.rand(3, 2, 37, generator=generator) < share
+    keep[1, 0], keep[2, 1] = True, False
+    ids = torch.arange(37).expand(3, 2, -1)
+    filled, committed = (new_store(3, 2, page_size, scored) for _ in range(2))
+    filled.fill(rows_with_ids(ids, keep, scored))
+    committed.commit(committed.occupied(), rows_with_ids(ids, keep, scored))
+    assert contents(filled) == contents(committed)
+    assert torch.equal(filled.lengths, committed.lengths)
+    assert filled.longest == committed.longest
+    check_pages(filled)
+    # It goes on like any other store.
+    filled.commit(filled.occupied() & (filled.kept_columns() % 2 == 0), everything(3, 2, 5, start=100))
+    for head, before in zip(contents(filled), contents(committed), strict=True):
+        assert set(head) == {c for c in before if c % 2 == 0} | set(range(100, 105))
+    check_pages(filled)
+
+
+def test_the_first_filling_needs_no_second_copy():
+    """Beside the store and what is put in there is next to nothing."""
+    keep = torch.rand(2, 4, 1000) < 0.9
+    rows = torch.randn(2, 4, 1000, 64)
+    store = PagedStore.like(rows, rows, page_size=16, scored=False)
+    at = torch.arange(1000).expand(2, 4, -1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watched:
+        store.fill(Rows(rows, rows, at, None, keep))
+    held = sum(tensor.nbytes for tensor in store.tensors())
+    requested, most = 0, 0
+    for event in watched.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            requested += event.nbytes()
+            most = max(most, requested)
+    assert held <= most < 1.06 * held

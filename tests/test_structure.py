@@ -48,6 +48,7 @@ def test_extras_are_not_loaded_by_the_core():
     program = f"""
 import sys, transformers
 from transformers import Cache, DynamicCache, AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import sdpa_mask
 before = set(sys.modules)
 import headwise
 headwise.HeadwiseCache, headwise.load_model, headwise.Report, headwise.list_policies()
@@ -68,7 +69,9 @@ def test_only_the_hf_folder_imports_transformers():
     inside = {p for p in MODULES if any(name.split(".")[0] == "transformers" for name in imports(p))}
     outside = {p.relative_to(ROOT).as_posix() for p in inside if ROOT / "hf" not in p.parents}
     assert inside
-    assert {p for p in outside if not p.startswith("cli/")} == set()
+    # The bench measures transformers' own caches, and kvpress in another interpreter.
+    rivals = {"bench/stock.py", "bench/kvpress_peer.py"}
+    assert {p for p in outside if not p.startswith("cli/")} == rivals
 
 
 def test_stages_do_not_import_what_comes_after_them():

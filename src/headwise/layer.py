@@ -285,7 +285,7 @@ class LayerCache:
             spread(keys), spread(values), spread(state["columns"]), spread(state["scores"]) if scored else None, keep
         )
         self.store = PagedStore.like(filling.keys, filling.values, page_size=self.settings.page_size, scored=scored)
-        self.store.commit(self.store.occupied(), filling)
+        self.store.fill(filling)
 
     def _waiting(self) -> list[Tensor]:
         last = self._unsettled

@@ -54,7 +54,7 @@ def save_map(report: Report, path: str | Path, sequence: int = 0) -> None:
     if not 0 <= sequence < batch:
         raise ConfigurationError(f"there is no sequence {sequence} in a batch of {batch}")
     figure = _draw(report, sequence)
-    with _atomic(target) as file:
+    with atomic(target) as file:
         figure.savefig(file, format="png", dpi=_DPI)
 
 
@@ -231,7 +231,7 @@ def _ink_on(colour: str) -> str:
 
 
 @contextmanager
-def _atomic(target: Path) -> Iterator[BinaryIO]:
+def atomic(target: Path) -> Iterator[BinaryIO]:
     """A file that appears under its name only when it is whole."""
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

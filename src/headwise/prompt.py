@@ -114,7 +114,7 @@ class Prompt:
         self.profile_seconds += planned - started
         self._held = self._profile = None
         store = PagedStore.like(keys, values, page_size=self.settings.page_size, scored=plan.scored)
-        store.commit(store.occupied(), Rows(keys, values, at, scores if plan.scored else None, keep))
+        store.fill(Rows(keys, values, at, scores if plan.scored else None, keep))
         self.compact_seconds += clock(keys.device) - planned
         return plan, store
 

@@ -143,6 +143,31 @@ class PagedStore:
         at = self._addresses(self.longest)[occupied]
         self.scores.view(-1)[at] += increments[occupied]
 
+    def fill(self, rows: Rows) -> None:
+        """Take in the first rows; of an empty store, the same as `commit`, with less memory in between."""
+        assert self.longest == 0
+        lengths = rows.keep.sum(dim=-1)
+        self.longest = int(lengths.max()) if lengths.numel() else 0
+        self._fit(lengths, 0)
+        self.lengths.copy_(lengths)
+        if self.longest == 0:
+            return
+        # The first pages of a head lie side by side, so its rows are copied in one piece, without a list of addresses.
+        starts = (self.table[:, :, 0].long() * self.page_size).tolist()
+        contents = (rows.keys, rows.values, rows.columns, rows.scores)
+        for b, sequence in enumerate(lengths.tolist()):
+            kept = rows.keep[b].nonzero()[:, 1].split(sequence)
+            for h, count in enumerate(sequence):
+                for pool, content in zip(self._pools(), contents, strict=False):
+                    assert content is not None
+                    target = pool.flatten(0, 1)[starts[b][h] : starts[b][h] + count]
+                    if count == content.shape[2]:
+                        target.copy_(content[b, h])
+                    elif pool.dtype == content.dtype:
+                        torch.index_select(content[b, h], 0, kept[h], out=target)
+                    else:
+                        target.copy_(content[b, h][kept[h]])
+
     def append(
         self,
         keys: Float[Tensor, "b h f d"],

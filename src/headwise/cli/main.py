@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from headwise.cli.bench import bench
 from headwise.cli.doctor import doctor
 from headwise.cli.generate import generate
 from headwise.cli.policies import policies
@@ -53,6 +54,7 @@ app.command()(generate)
 app.command()(profile)
 app.command()(policies)
 app.command()(doctor)
+app.command()(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

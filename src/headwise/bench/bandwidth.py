@@ -1,0 +1,151 @@
+"""Bandwidth: a filled cache -> bytes per second of the decode kernel alone, and the most that the memory gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headwise.prompt import clock
+from headwise.types import LogitOptions, Tensor
+
+if TYPE_CHECKING:
+    from headwise import HeadwiseCache
+
+# Far beyond any last-level cache.
+_BUFFER_BYTES = 512 * 2**20
+_REPEATS = 5
+_KERNEL_REPEATS = 15
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The most that memory gives: reading on a CPU; reading and writing, as a copy does, on a GPU.
+
+    Attributes:
+        method: which way of reading was the fastest.
+    """
+
+    bytes_per_second: float
+    method: str
+
+
+@dataclass(frozen=True)
+class KernelSpeed:
+    """The decode kernel alone, over all layers in turn.
+
+    Attributes:
+        bytes: kept keys and values that one turn reads.
+        best, median: bytes per second.
+        beyond_cache: whether they are more than the last-level cache holds; None where its size is not known.
+    """
+
+    bytes: int
+    best: float
+    median: float
+    beyond_cache: bool | None
+
+
+def measure_ceiling(device: torch.device, size: int = _BUFFER_BYTES) -> Ceiling:
+    """Read a buffer with everything that is quick at it, and take the best."""
+    # Written to: memory that was never touched is one page of zeros, which the cache holds.
+    buffer = torch.ones(size // 4, device=device)
+    if device.type == "cuda":
+        target = torch.empty_like(buffer)
+        methods: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(buffer)}
+        moved = 2 * buffer.nbytes
+    else:
+        matrix, vector = buffer.view(-1, 1024), torch.ones(1024, device=device)
+        methods = {
+            "sum": buffer.sum,
+            "amax": buffer.amax,
+            "matrix times vector": lambda: matrix @ vector,
+            **_own_reader(buffer),
+        }
+        moved = buffer.nbytes
+    best = {name: min(_timed(method, device) for _ in range(_REPEATS)) for name, method in methods.items()}
+    method = min(best, key=lambda name: best[name])
+    return Ceiling(moved / best[method], method)
+
+
+def measure_kernel(cache: HeadwiseCache, group: int, size_of_cache: int | None) -> KernelSpeed | None:
+    """Let the decode kernel attend with one made-up query per sequence, again and again; None where nothing is kept.
+
+    Args:
+        cache: that has seen its prompt; it is not changed.
+        group: query heads per KV head.
+        size_of_cache: bytes of the last-level cache, where known.
+    """
+    calls, moved = [], 0
+    for layer in cache.headwise_layers:
+        store = layer.core.store
+        if store is None:
+            continue
+        calls.append(_decode_call(store, layer.core.settings.kernels.ragged_decode, group))
+        row = (store.keys.shape[-1] + store.values.shape[-1]) * store.keys.element_size()
+        moved += int(store.lengths.sum()) * row
+    if not moved:
+        return None
+
+    def all_layers() -> None:
+        for call in calls:
+            call()
+
+    all_layers()
+    seconds = [_timed(all_layers, cache.model.device) for _ in range(_KERNEL_REPEATS)]
+    beyond = None if size_of_cache is None else moved > size_of_cache
+    return KernelSpeed(moved, moved / min(seconds), moved / median(seconds), beyond)
+
+
+def last_level_cache(device: torch.device) -> int | None:
+    """Bytes of the largest cache between the processor and its memory; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [0]
+    if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names:
+        sizes.append(os.sysconf("SC_LEVEL3_CACHE_SIZE"))
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        sizes.append(_bytes_of(file.read_text(encoding="ascii").strip()))
+    return max(sizes) or None
+
+
+def _decode_call(store: Any, kernel: Callable[..., object], group: int) -> Callable[[], object]:
+    pages = store.view()
+    batch, heads = store.lengths.shape
+    key_dim, value_dim = store.keys.shape[-1], store.values.shape[-1]
+
+    def row(*shape: int) -> Tensor:
+        return torch.randn(batch, heads, *shape, device=store.device).to(store.keys.dtype)
+
+    query, key, value = row(group, 1, key_dim), row(1, key_dim), row(1, value_dim)
+    options = LogitOptions(scaling=key_dim**-0.5)
+    return lambda: kernel(query, pages, key, value, None, options, with_mass=False)
+
+
+def _own_reader(buffer: Tensor) -> dict[str, Callable[[], object]]:
+    """The compiled library's own loop, where the package has one."""
+    try:
+        from headwise.kernels import cpu
+    except ImportError:
+        return {}
+    read = getattr(cpu, "read", None)
+    if read is None or cpu.obstacle(buffer.device) is not None:
+        return {}
+    return {"headwise.kernels.cpu.read": lambda: read(buffer)}
+
+
+def _timed(action: Callable[[], object], device: torch.device) -> float:
+    started = clock(device)
+    action()
+    return clock(device) - started
+
+
+def _bytes_of(text: str) -> int:
+    """A size as Linux writes it, such as 32768K."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return int(text.rstrip("KMG")) * units.get(text[-1:], 1)

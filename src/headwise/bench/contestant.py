@@ -1,0 +1,176 @@
+"""Contestant: a candidate and a model -> something that reads a prompt, decodes in its turn, and tells its costs."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+from headwise.bench import stock
+from headwise.bench.bandwidth import KernelSpeed, last_level_cache, measure_kernel
+from headwise.bench.candidates import HEADWISE, QUANTIZED, Candidate
+from headwise.bench.memory import peak_memory
+from headwise.bench.plan import Plan
+from headwise.bench.record import Held, Prefill
+from headwise.prompt import clock
+from headwise.report import storage_bytes
+from headwise.types import Int, Tensor
+
+
+class Contestant(ABC):
+    """One candidate at work."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.candidate = candidate
+
+    @property
+    def kernel(self) -> str | None:
+        """Name of headwise's kernels, once the prompt has been read; None for others."""
+        return None
+
+    @abstractmethod
+    def prefill(self, ids: Int[Tensor, "b t"], repeats: int = 1) -> Prefill:
+        """Read the prompt into an empty cache; then repeat every sequence in it, which is not part of the time."""
+
+    @abstractmethod
+    def decode(self, ids: Int[Tensor, "b t"]) -> float:
+        """Feed the tokens one by one; returns the seconds it took."""
+
+    @abstractmethod
+    def held(self) -> Held:
+        """What the cache holds now."""
+
+    def attention_share(self, ids: Int[Tensor, "b t"]) -> float | None:
+        """Feed the tokens one by one, and return which part of the time went to cache and attention."""
+        return None
+
+    def kernel_speed(self) -> KernelSpeed | None:
+        """The decode kernel alone, where there is one of headwise's."""
+        return None
+
+    def close(self) -> None:
+        """Give everything back."""
+        return
+
+
+class Local(Contestant):
+    """A candidate in this process, on a model of its own that shares its weights with the others.
+
+    A living headwise cache changes its model's attention; on a twin, nobody else's.
+    """
+
+    def __init__(self, candidate: Candidate, model: stock.Model, tokenizer: stock.Tokenizer | None, plan: Plan) -> None:
+        super().__init__(candidate)
+        self._model: Any = stock.twin(model)
+        self._device = model.device
+        self._tokenizer = tokenizer
+        self._plan = plan
+        self._cache: Any = None
+        config = model.config.get_text_config(decoder=True)
+        self._group = config.num_attention_heads // (
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )
+        # Nobody reads the logits of a prompt but the last.
+        takes = inspect.signature(model.forward).parameters
+        self._few = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+    @property
+    def kernel(self) -> str | None:
+        """Name of headwise's kernels."""
+        return self._cache.kernel if self.candidate.kind == HEADWISE and self._cache is not None else None
+
+    def prefill(self, ids: Int[Tensor, "b t"], repeats: int = 1) -> Prefill:
+        """Read the prompt into a new cache."""
+        ids = ids.to(self._device)
+        # The old one goes first, or there would be two.
+        self._cache = None
+        self._cache = self._new_cache()
+        with torch.inference_mode():
+            with peak_memory(self._device) as peak:
+                started = clock(self._device)
+                self._forward(ids)
+                seconds = clock(self._device) - started
+            if repeats > 1:
+                self._cache.batch_repeat_interleave(repeats)
+        profile = compact = None
+        if self.candidate.kind == HEADWISE:
+            report = self._cache.report()
+            profile, compact = float(report.profile_seconds), float(report.compact_seconds)
+        return Prefill(seconds, ids.numel(), profile, compact, peak.bytes)
+
+    def decode(self, ids: Int[Tensor, "b t"]) -> float:
+        """Forward passes of one token, and the likeliest next token, which is not used."""
+        columns = ids.to(self._device).split(1, dim=1)
+        with torch.inference_mode():
+            started = clock(self._device)
+            for column in columns:
+                self._forward(column).logits[:, -1].argmax(dim=-1)
+            return clock(self._device) - started
+
+    def attention_share(self, ids: Int[Tensor, "b t"]) -> float | None:
+        """On a GPU every call is waited for, so that the time is the call's own."""
+        spent = 0.0
+
+        def watch(function: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(function)
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                nonlocal spent
+                started = clock(self._device)
+                result = function(*args, **kwargs)
+                spent += clock(self._device) - started
+                return result
+
+            return watched
+
+        self._cache.update = watch(self._cache.update)
+        try:
+            with stock.watched_attention(self._model, watch):
+                total = self.decode(ids)
+        finally:
+            del self._cache.update
+        return spent / total
+
+    def held(self) -> Held:
+        """By the storage of its tensors."""
+        if self.candidate.kind == HEADWISE:
+            report = self._cache.report()
+            return Held(report.used_bytes, report.allocated_bytes, float(report.kept_ratio))
+        tensors = stock.tensors_of(self._cache)
+        return Held(sum(tensor.nbytes for tensor in tensors), storage_bytes(tensors), 1.0)
+
+    def kernel_speed(self) -> KernelSpeed | None:
+        """Over the pages as they are now."""
+        if self.candidate.kind != HEADWISE:
+            return None
+        with torch.inference_mode():
+            return measure_kernel(self._cache, self._group, last_level_cache(self._device))
+
+    def close(self) -> None:
+        """Drop cache and twin."""
+        self._cache = self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _forward(self, ids: Int[Tensor, "b t"]) -> Any:
+        return self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._few)
+
+    def _new_cache(self) -> Any:
+        if self.candidate.policy is not None:
+            from headwise import HeadwiseCache
+
+            return HeadwiseCache(
+                self._model,
+                self.candidate.policy,
+                tokenizer=self._tokenizer,
+                kernel=self._plan.kernel,
+                evict_every=self._plan.evict_every,
+            )
+        if self.candidate.kind == QUANTIZED:
+            return stock.quantized_cache(self._model, str(self.candidate.backend))
+        return stock.dynamic_cache(self._model)

@@ -1,0 +1,229 @@
+"""Expectations: a record -> each thing that was promised of headwise, met, missed or not run.
+
+They are benchmarks, not tests: they were written for one machine and model, and judge what was run all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from headwise.bench.candidates import FULL, HEADWISE, keep_name
+from headwise.bench.plan import dtype_name
+from headwise.bench.record import Measurement, Record, Result
+
+MET, MISSED, NOT_RUN = "met", "missed", "not run"
+
+WRITTEN_FOR = {
+    "cpu": "the default model (SmolLM2-135M), float32, 2 CPU cores, --policy h2o",
+    "cuda": "Llama-3-8B's shape, bfloat16, one data-centre GPU, --policy h2o",
+}
+
+# A ratio to what could not run at all; JSON has no infinity.
+BOUNDLESS = 1e9
+
+# Contexts from which the decode kernel is expected to be as fast as memory.
+_KERNEL_CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One figure that was promised.
+
+    Attributes:
+        bound: of the figure.
+        at_least: whether the figure is to be the bound or more; else the bound or less.
+        unit: "x" for a ratio, "%" for a share, or words.
+        measure: the figure in a record; None where what it is about was not run.
+        missing: why not, where running more would not help.
+    """
+
+    name: str
+    bound: float
+    at_least: bool
+    unit: str
+    measure: Callable[[Record], float | None]
+    missing: str = ""
+
+    def judge(self, record: Record) -> Verdict:
+        """Met, missed or not run."""
+        measured = self.measure(record)
+        if measured is None:
+            return Verdict(self.name, self.target, None, NOT_RUN, self.missing)
+        met = measured >= self.bound if self.at_least else measured <= self.bound
+        return Verdict(self.name, self.target, measured, MET if met else MISSED, self.shown(measured))
+
+    @property
+    def target(self) -> str:
+        """For people."""
+        return f"{'>=' if self.at_least else '<='} {self.shown(self.bound)}"
+
+    def shown(self, figure: float) -> str:
+        """The figure with its unit."""
+        if figure >= BOUNDLESS:
+            return "stock's cache does not fit"
+        if self.unit == "%":
+            return f"{figure * 100:.3g} %"
+        return f"{figure:.2f}{self.unit}" if self.unit == "x" else f"{figure:.2f} {self.unit}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of an expectation.
+
+    Attributes:
+        measured: the figure; None where it was not run.
+        verdict: "met", "missed" or "not run".
+        shown: the figure for people, or why there is none.
+    """
+
+    name: str
+    target: str
+    measured: float | None
+    verdict: str
+    shown: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def judge(record: Record, device: str) -> list[Verdict]:
+    """Every expectation for that kind of device, in order; none for kinds that nothing was promised for."""
+    return [expectation.judge(record) for expectation in EXPECTATIONS.get(device, ())]
+
+
+# Figures of a record.
+
+
+def speedup(batch: int, context: int, dtype: torch.dtype, name: str) -> Callable[[Record], float | None]:
+    """Decode speed of a candidate against stock: the median over the rounds of both."""
+
+    def of(record: Record) -> float | None:
+        for result, measurement in _measured(record, dtype):
+            configuration = result.configuration
+            if (configuration.batch, configuration.context, measurement.name) == (batch, context, name):
+                ratios = result.ratios(measurement)
+                return median(ratios) if ratios else None
+        return None
+
+    return of
+
+
+def kernel_share(batch: int, dtype: torch.dtype) -> Callable[[Record], float | None]:
+    """Bandwidth of the decode kernel against the ceiling: the least over all that was run with enough context."""
+
+    def of(record: Record) -> float | None:
+        shares = [
+            result.kernel_share(measurement)
+            for result, measurement in _measured(record, dtype)
+            if result.configuration.batch == batch
+            and result.configuration.context >= _KERNEL_CONTEXT
+            # What the last-level cache holds does not come from memory.
+            and measurement.kernel_speed is not None
+            and measurement.kernel_speed.beyond_cache is not False
+        ]
+        return min((share for share in shares if share is not None), default=None)
+
+    return of
+
+
+def peak_excess(dtype: torch.dtype) -> Callable[[Record], float | None]:
+    """Prefill's peak beyond what is held and what stock needs besides its cache, in full layers: the most."""
+
+    def of(record: Record) -> float | None:
+        excess = [result.excess_layers(measurement, record.layers) for result, measurement in _measured(record, dtype)]
+        return max((layers for layers in excess if layers is not None), default=None)
+
+    return of
+
+
+def profile_share(dtype: torch.dtype, kind: str) -> Callable[[Record], float | None]:
+    """Seconds of FastGen's "exact" or "sampled" profile against stock's prefill."""
+
+    def of(record: Record) -> float | None:
+        cost = record.profile
+        if cost is None or cost.dtype != dtype_name(dtype):
+            return None
+        return cost.exact_share if kind == "exact" else cost.sampled_share
+
+    return of
+
+
+def _measured(record: Record, dtype: torch.dtype) -> Iterable[tuple[Result, Measurement]]:
+    """Every headwise candidate that ran, in results of that dtype."""
+    for result in record.results:
+        if result.configuration.dtype == dtype:
+            for measurement in result.measurements:
+                if measurement.kind == HEADWISE and measurement.failure is None:
+                    yield result, measurement
+
+
+def outlives_full(batch: int, context: int, dtype: torch.dtype, name: str) -> Callable[[Record], float | None]:
+    """Speed against stock; without limit where stock's full cache does not fit and the candidate's does."""
+    ratio = speedup(batch, context, dtype, name)
+
+    def of(record: Record) -> float | None:
+        for result, measurement in _measured(record, dtype):
+            configuration = result.configuration
+            if (configuration.batch, configuration.context, measurement.name) == (batch, context, name):
+                stock = result.stock
+                if stock is not None and stock.failure is not None and measurement.round_seconds:
+                    return BOUNDLESS
+        return ratio(record)
+
+    return of
+
+
+def _cpu() -> tuple[Expectation, ...]:
+    dtype = torch.float32
+    half, quarter = keep_name(0.5), keep_name(0.25)
+
+    def decode(batch: int, context: int, name: str, bound: float) -> Expectation:
+        title = f"decode, batch {batch}, context {context:,}, {name}, against stock"
+        return Expectation(title, bound, True, "x", speedup(batch, context, dtype, name))
+
+    return (
+        decode(8, 4096, FULL, 2.2),
+        decode(8, 4096, half, 3.0),
+        decode(8, 4096, quarter, 3.5),
+        decode(1, 4096, half, 1.5),
+        decode(1, 512, half, 1.0),
+        Expectation("decode kernel, batch 8, context 1,024+, of ceiling", 0.7, True, "%", kernel_share(8, dtype)),
+        Expectation("exact profile, 2,048 tokens, of stock's prefill", 0.25, False, "%", profile_share(dtype, "exact")),
+        Expectation(
+            "sampled profile, 2,048 tokens, of stock's prefill", 0.04, False, "%", profile_share(dtype, "sampled")
+        ),
+        Expectation("peak of prefill over held bytes and stock's needs", 1.5, False, "layers", peak_excess(dtype)),
+    )
+
+
+def _gpu() -> tuple[Expectation, ...]:
+    dtype = torch.bfloat16
+    half, quarter = keep_name(0.5), keep_name(0.25)
+    graph = "headwise cannot capture its step in a graph yet"
+
+    def decode(batch: int, context: int, name: str, bound: float, missing: str = "") -> Expectation:
+        title = f"decode, batch {batch}, context {context:,}, {name}, against stock"
+        return Expectation(title, bound, True, "x", speedup(batch, context, dtype, name), missing)
+
+    return (
+        decode(8, 8192, f"{half}, graph", 3.0, graph),
+        decode(8, 8192, half, 1.2),
+        Expectation("decode kernel, batch 8, context 1,024+, of copy", 0.75, True, "%", kernel_share(8, dtype)),
+        Expectation(
+            f"decode, batch 32, context 16,384, {quarter}, against stock, or stock does not fit",
+            4.0,
+            True,
+            "x",
+            outlives_full(32, 16384, dtype, quarter),
+        ),
+        decode(1, 2048, half, 1.0),
+    )
+
+
+EXPECTATIONS = {"cpu": _cpu(), "cuda": _gpu()}

@@ -1,0 +1,175 @@
+"""Plan: options of the command line, or the targets -> configurations to run, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headwise.bench.candidates import Candidate, check_names, full, kept, stock
+from headwise.errors import ConfigurationError, InputError
+
+# What the cost of the profile is defined for: one prompt of so many tokens.
+PROFILE_CONTEXT = 2048
+
+# Rounds of tokens that are fed beside those that count: one warms up, one is taken apart.
+_OTHER_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One workload and the caches that run it.
+
+    Attributes:
+        batch: sequences.
+        context: tokens of the prompt.
+        distinct: sequences of the prompt that are read; the rest of the batch repeats them.
+    """
+
+    batch: int
+    context: int
+    dtype: torch.dtype
+    candidates: tuple[Candidate, ...]
+    distinct: int
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"batch {self.batch}, context {self.context:,}, {dtype_name(self.dtype)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run does.
+
+    Attributes:
+        steps: tokens that a candidate decodes before the next has its turn.
+        rounds: turns of every candidate that count.
+        kernel, evict_every: of every headwise cache.
+        profile_repeats: times the cost of the profile is measured; 0 where it is not.
+    """
+
+    configurations: tuple[Configuration, ...]
+    steps: int
+    rounds: int
+    kernel: str
+    evict_every: int
+    profile_repeats: int
+
+    @property
+    def new_tokens(self) -> int:
+        """What every candidate decodes in all."""
+        return self.steps * (self.rounds + _OTHER_ROUNDS)
+
+    def round_ids(self, number: int, context: int) -> slice:
+        """Columns of the tokens that a round feeds; round 0 warms up, the one behind the last is taken apart."""
+        return slice(context + number * self.steps, context + (number + 1) * self.steps)
+
+    def check_positions(self, positions: int | None) -> None:
+        """Refuse contexts that the model has no room for.
+
+        Raises:
+            InputError: with the longest that fits.
+        """
+        longest = max(configuration.context for configuration in self.configurations)
+        if positions is not None and longest + self.new_tokens > positions:
+            raise InputError(
+                f"a context of {longest:,} and {self.new_tokens:,} decoded tokens do not fit into the model's "
+                f"{positions:,} positions; the longest context is {max(0, positions - self.new_tokens):,}"
+            )
+
+    def cache_bytes(self, row_bytes: Callable[[torch.dtype], int]) -> int:
+        """Bytes of the caches that live at the same time, at the most; only an estimate.
+
+        Args:
+            row_bytes: what a full cache holds per token of a sequence, by dtype.
+        """
+
+        def of(configuration: Configuration) -> float:
+            # Those that decide by themselves may keep everything.
+            shares = [candidate.keep or 1.0 for candidate in configuration.candidates]
+            tokens = configuration.batch * (configuration.context + self.new_tokens)
+            return sum(shares) * tokens * row_bytes(configuration.dtype)
+
+        return math.ceil(max(of(configuration) for configuration in self.configurations))
+
+
+def grid(
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    rivals: Callable[[int], Sequence[Candidate]],
+    distinct: int | None = None,
+) -> tuple[Configuration, ...]:
+    """Every batch with every context and dtype.
+
+    Args:
+        rivals: the candidates for a context.
+        distinct: as in `Configuration`, default the whole batch.
+
+    Raises:
+        ConfigurationError: for a number out of range or given twice.
+    """
+    _check_counts("--batch", batches)
+    _check_counts("--context", contexts)
+    _check_unique("--dtype", [dtype_name(dtype) for dtype in dtypes])
+    for batch in batches:
+        if distinct is not None and batch % distinct:
+            raise ConfigurationError(f"--distinct {distinct} must divide every batch, and does not divide {batch}")
+    return tuple(
+        Configuration(batch, context, dtype, check_names(rivals(context)), distinct or batch)
+        for dtype in dtypes
+        for batch in batches
+        for context in contexts
+    )
+
+
+def targets(device: str, dtype: torch.dtype, policy: str) -> tuple[Configuration, ...]:
+    """What the expectations of that kind of device are about.
+
+    Raises:
+        ConfigurationError: for a kind that nothing is expected of.
+    """
+
+    def of(batch: int, context: int, *keeps: float, distinct: int | None = None) -> Configuration:
+        ours = [full() if keep == 1 else kept(policy, keep, context) for keep in keeps]
+        return Configuration(batch, context, dtype, (stock(), *ours), distinct or batch)
+
+    if device == "cpu":
+        return (of(1, 512, 0.5), of(1, 4096, 0.5), of(8, 4096, 1.0, 0.5, 0.25))
+    if device == "cuda":
+        # Half a million prompt tokens in one pass would need more memory than the cache; one sequence stands for all.
+        return (of(1, 2048, 0.5), of(8, 8192, 1.0, 0.5), of(32, 16384, 0.25, distinct=1))
+    raise ConfigurationError(f"there are no targets for {device!r}, only for cpu and cuda")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As options and tables have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_share(name: str, share: float) -> None:
+    """Refuse what is no share that can be kept.
+
+    Raises:
+        ConfigurationError: for 0 or less, more than 1, or not a number.
+    """
+    if not 0 < share <= 1:
+        raise ConfigurationError(f"{name} must be more than 0 and at most 1, got {share:g}")
+
+
+def _check_counts(name: str, values: Sequence[int]) -> None:
+    for value in values:
+        if value < 1:
+            raise ConfigurationError(f"{name} must be a count of 1 or more, got {value}")
+    _check_unique(name, values)
+
+
+def _check_unique(name: str, values: Sequence[object]) -> None:
+    if not values:
+        raise ConfigurationError(f"{name} needs at least one value")
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ConfigurationError(f"{name} {value} is given twice")

@@ -1,0 +1,30 @@
+"""Workload: a tokenizer or a vocabulary, a batch and a length -> token ids; text of Python's own manual, or random."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from headwise.types import Int, Tensor
+
+if TYPE_CHECKING:
+    from headwise.bench.stock import Tokenizer
+
+
+def text_ids(tokenizer: Tokenizer, batch: int, length: int) -> Int[Tensor, "b t"]:
+    """English prose and code that every Python has: its manual of topics, from another place in every sequence.
+
+    The manual is about 170,000 tokens long and begins anew where it ends.
+    """
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    stream = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    starts = torch.arange(batch)[:, None] * (len(stream) // batch)
+    return stream[(starts + torch.arange(length)) % len(stream)]
+
+
+def random_ids(vocabulary: int, batch: int, length: int, seed: int = 0) -> Int[Tensor, "b t"]:
+    """Uniform ids, for weights that make no sense of text either; the same on every device."""
+    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))

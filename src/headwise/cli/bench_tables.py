@@ -1,0 +1,131 @@
+"""Bench tables: a record of a run and the verdicts on it -> lines for people, on standard output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from headwise.cli.tables import output, plain_table
+
+if TYPE_CHECKING:
+    from headwise.bench.expectations import Verdict
+    from headwise.bench.record import Measurement, Record, Result
+
+_NOTHING = "-"
+_STYLES = {"met": "bold green", "missed": "yellow", "not run": "dim"}
+
+
+def show_record(record: Record, verdicts: list[Verdict], written_for: str | None) -> None:
+    """Everything measured, then what was expected."""
+    console = output()
+    console.print(_setting(record))
+    for note in record.notes:
+        console.print(Text(f"note: {note}", style="yellow"))
+    for result in record.results:
+        console.print(Text(f"\n{result.configuration.title}", style="bold"))
+        console.print(_costs(result))
+        for measurement in result.measurements:
+            if measurement.failure is not None:
+                console.print(Text(f"{measurement.name}: {measurement.failure}", style="yellow"))
+        for line in _bandwidth(result):
+            console.print(line)
+    if record.profile is not None:
+        exact, sampled = record.profile.exact_share, record.profile.sampled_share
+        console.print(
+            f"\nFastGen's profile of {record.profile.context:,} tokens takes {_share(exact)} of stock's prefill; "
+            f"of a tenth of the rows, {_share(sampled)}"
+        )
+    if written_for is not None:
+        console.print(Text("\nExpectations", style="bold"))
+        console.print(f"written for: {written_for}")
+        console.print(_expectations(verdicts))
+
+
+def _setting(record: Record) -> Table:
+    machine, settings = record.machine, record.settings
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    table.add_row("model", str(record.model.get("name", "not loaded")))
+    cores = f"{machine['processor']}, {machine['cores']} cores, threads: {machine['threads']}"
+    table.add_row("machine", f"{cores}, {machine['gpu']}" if "gpu" in machine else cores)
+    kernels = {m.kernel for result in record.results for m in result.measurements if m.kernel is not None}
+    table.add_row("kernels", ", ".join(sorted(kernels)))
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items()))
+    table.add_row(
+        "measured",
+        f"{settings['rounds']} rounds in turn, {settings['steps']} steps each; medians, and the least and the most; "
+        f"evictions every {settings['evict_every']} tokens",
+    )
+    return table
+
+
+def _costs(result: Result) -> Table:
+    table = plain_table("", "tokens/s", "range", "x stock", "ms/step", "attn", "prefill", "profile", "held", "peak")
+    table.add_column("kept")
+    for column in table.columns:
+        column.no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for measurement in result.measurements:
+        if measurement.prefill is not None:
+            table.add_row(*_cells(result, measurement))
+    return table
+
+
+def _cells(result: Result, measurement: Measurement) -> list[str | Text]:
+    from headwise.bench.record import Spread
+
+    speed, ratio = Spread.of(result.tokens_per_second(measurement)), Spread.of(result.ratios(measurement))
+    step, prefill, held = result.step_ms(measurement), measurement.prefill, measurement.after_prompt
+    assert prefill is not None
+    return [
+        measurement.name,
+        _NOTHING if speed is None else _number(speed.median),
+        _NOTHING if speed is None else f"{_number(speed.least)}..{_number(speed.most)}",
+        Text(_NOTHING if ratio is None else f"{ratio.median:.2f}", style="bold"),
+        _NOTHING if step is None else _number(step),
+        _share(measurement.attention_share),
+        f"{prefill.seconds:.2f} s",
+        _share(result.profile_share(measurement)),
+        _size(None if held is None else held.allocated_bytes),
+        _size(prefill.peak_bytes),
+        _NOTHING if held is None else f"{held.kept_ratio:.1%}",
+    ]
+
+
+def _bandwidth(result: Result) -> list[str]:
+    if result.ceiling is None:
+        return []
+    lines = [f"memory gives {result.ceiling.bytes_per_second / 1e9:.1f} GB/s ({result.ceiling.method})"]
+    for measurement in result.measurements:
+        speed, share = measurement.kernel_speed, result.kernel_share(measurement)
+        if speed is not None and share is not None:
+            beyond = "" if speed.beyond_cache is not False else "; they fit into the processor's cache"
+            rate = f"{speed.bytes / 2**20:.1f} MiB at {speed.best / 1e9:.1f} GB/s"
+            lines.append(f"{measurement.name}: decode kernel reads {rate}, {share:.0%} of that{beyond}")
+    return lines
+
+
+def _expectations(verdicts: list[Verdict]) -> Table:
+    table = plain_table("expectation", "wanted", "measured", "")
+    for verdict in verdicts:
+        word = Text(verdict.verdict, style=_STYLES[verdict.verdict])
+        table.add_row(verdict.name, verdict.target, verdict.shown or _NOTHING, word)
+    return table
+
+
+def _share(share: float | None) -> str:
+    return _NOTHING if share is None else f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+
+
+def _number(figure: float) -> str:
+    return f"{figure:.1f}" if figure < 100 else f"{figure:,.0f}"
+
+
+def _size(count: int | None) -> str:
+    from headwise.report import format_bytes
+
+    return _NOTHING if count is None else format_bytes(count)
