@@ -43,23 +43,23 @@ def facts(
 
 
 def evict(
-    plan: Plan, store: PagedStore, fresh: Rows, transcript: Transcript, seen: int, layer: int, spare: int
+    plan: Plan, store: PagedStore, fresh: Rows | None, transcript: Transcript, seen: int, layer: int, spare: int
 ) -> None:
     """Let every head's rule decide over what it holds and the fresh rows, and keep only what it names.
 
     Args:
-        fresh: rows attended to but not yet stored; those it does not name in `keep` (padding) are left out.
+        fresh: rows attended to but not yet stored, if any; those not named in its `keep` (padding) are left out.
         seen: columns seen so far, the fresh ones included.
         spare: rows that are going to be appended before the next eviction.
     """
-    held = store.occupied()
-    valid = torch.cat([held, fresh.keep], dim=-1)
-    columns = torch.cat([store.kept_columns(), fresh.columns], dim=-1)
-    scores = None
-    if plan.scored:
-        kept_scores = store.kept_scores()
-        assert kept_scores is not None and fresh.scores is not None
-        scores = torch.cat([kept_scores, fresh.scores], dim=-1)
+    valid, columns, scores = store.occupied(), store.kept_columns(), store.kept_scores()
+    if fresh is not None:
+        valid = torch.cat([valid, fresh.keep], dim=-1)
+        columns = torch.cat([columns, fresh.columns], dim=-1)
+        scores = None if scores is None or fresh.scores is None else torch.cat([scores, fresh.scores], dim=-1)
     keep = plan.keep(facts(transcript, columns, valid, scores, seen, plan.prompt, layer))
-    fresh.keep = keep[..., store.longest :]
-    store.commit(keep[..., : store.longest], fresh, spare)
+    if fresh is None:
+        store.drop(keep, spare)
+    else:
+        fresh.keep = keep[..., store.longest :]
+        store.commit(keep[..., : store.longest], fresh, spare)

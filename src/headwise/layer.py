@@ -148,7 +148,7 @@ class LayerCache:
         self.seen += 1
         self.store.count(1)
         if self.plan.evicts and self.seen - self._evicted_at >= self.settings.evict_every:
-            self._evict(self._no_rows(self.store), spare)
+            self._evict(None, spare)
 
     def take_back(self, count: int) -> None:
         """Remove the newest tokens.
@@ -165,7 +165,7 @@ class LayerCache:
             self.seen -= count
             if self.store is not None:
                 keep = self.store.occupied() & (self.store.kept_columns() < self.seen)
-                self.store.commit(keep, self._no_rows(self.store))
+                self.store.drop(keep)
 
     def check_take_back(self, count: int) -> None:
         """Refuse what `take_back` would refuse, and change nothing.
@@ -319,18 +319,22 @@ class LayerCache:
             assert last.mass is not None
             increments = _received(last.mass[0][:, :, :kept], real)
             scores = _received(last.mass[1][:, :, :kept, :kept], real)
-        if not self.plan.evicts or self.seen - self._evicted_at < self.settings.evict_every:
-            kernels = self.settings.kernels
-            self.store.append(last.keys, last.values, newest, real, scores, increments, kernels)
+        every = self.settings.evict_every
+        due = self.plan.evicts and self.seen - self._evicted_at >= every
+        if not due or kept < every:
+            self.store.append(last.keys, last.values, newest, real, scores, increments, self.settings.kernels)
+            if due:
+                self._evict(None, every)
             return
+        # As many rows as that are looked at first, and only those that stay are taken in.
         if increments is not None:
             self.store.add_scores(increments)
         heads = last.keys.shape[1]
         columns = newest.expand(len(last.keys), heads, -1)
         written = torch.ones_like(columns, dtype=torch.bool) if real is None else real[:, None].expand(-1, heads, -1)
-        self._evict(Rows(last.keys, last.values, columns, scores, written), self.settings.evict_every)
+        self._evict(Rows(last.keys, last.values, columns, scores, written), every)
 
-    def _evict(self, fresh: Rows, spare: int) -> None:
+    def _evict(self, fresh: Rows | None, spare: int) -> None:
         assert self.store is not None and self.plan is not None
         evict(self.plan, self.store, fresh, self.transcript, self.seen, self.index, spare)
         self._evicted_at = self.seen
@@ -353,14 +357,6 @@ class LayerCache:
             increments, scores = _received(decoded.on_kept, None), _received(decoded.on_fresh, None)
         kernels.append(pages, keys, values, column, None, scores, increments)
         return decoded.output
-
-    @staticmethod
-    def _no_rows(store: PagedStore) -> Rows:
-        batch, heads = store.lengths.shape
-        keys, values = (pool.new_empty(batch, heads, 0, pool.shape[-1]) for pool in (store.keys, store.values))
-        nothing = store.lengths.new_empty(batch, heads, 0)
-        scores = None if store.scores is None else store.scores.new_empty(batch, heads, 0)
-        return Rows(keys, values, nothing, scores, nothing.bool())
 
 
 def _received(mass: Float[Tensor, "b h q n"], real: Bool[Tensor, "b q"] | None) -> Float[Tensor, "b h n"]:

@@ -202,6 +202,26 @@ class PagedStore:
         """Take pages, so that `append` can take in so many rows without any other."""
         self._fit(self.lengths, rows)
 
+    def drop(self, keep: Bool[Tensor, "b h n"], spare: int = 0) -> None:
+        """Keep the rows named by `keep`: the last ones of each head move into the holes that the others leave.
+
+        Args:
+            spare: rows per head that are going to be appended, for which pages are kept.
+        """
+        survivors = keep & self.occupied()
+        lengths = survivors.sum(dim=-1)
+        beyond = torch.arange(self.longest, device=self.device) >= lengths[:, :, None]
+        at = self._addresses(self.longest)
+        # Listed head by head, and every head has as many of the one as of the other.
+        moved, holes = at[survivors & beyond], at[~survivors & ~beyond]
+        if len(moved):
+            for pool in self._pools():
+                flat = pool.flatten(0, 1)
+                flat[holes] = flat[moved]
+        self.longest = int(lengths.max()) if lengths.numel() else 0
+        self._fit(lengths, spare)
+        self.lengths.copy_(lengths)
+
     def commit(self, keep: Bool[Tensor, "b h n"], new: Rows, spare: int = 0) -> None:
         """Keep the rows named by `keep`, drop the others, and take in the new ones that `new.keep` names.
 

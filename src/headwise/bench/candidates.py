@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headwise.errors import ConfigurationError
 from headwise.policies import H2O, FastGen, Full, Policy, Random, StreamingLLM, Window
@@ -32,6 +32,7 @@ class Candidate:
         policy: of a headwise cache.
         backend: of a quantized cache, or the press of kvpress.
         keep: the share of the prompt that was asked for; None where the candidate decides by itself.
+        graph: whether its decode step is captured in a CUDA graph.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Candidate:
     policy: Policy | None = None
     backend: str | None = None
     keep: float | None = None
+    graph: bool = False
 
     @property
     def setting(self) -> str:
@@ -83,6 +85,11 @@ def check_policy(name: str) -> None:
     """
     if name not in _KEEPERS:
         raise ConfigurationError(f"--policy must be one that keeps a given share: {', '.join(_KEEPERS)}; got {name!r}")
+
+
+def captured(candidate: Candidate) -> Candidate:
+    """The same, its decode step captured in a CUDA graph."""
+    return replace(candidate, name=f"{candidate.name}, graph", graph=True)
 
 
 def recovering(recovery: float) -> Candidate:

@@ -71,6 +71,7 @@ class Local(Contestant):
         self._tokenizer = tokenizer
         self._plan = plan
         self._cache: Any = None
+        self._graph: Any = None
         config = model.config.get_text_config(decoder=True)
         self._group = config.num_attention_heads // (
             getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -88,7 +89,7 @@ class Local(Contestant):
         """Read the prompt into a new cache."""
         ids = ids.to(self._device)
         # The old one goes first, or there would be two.
-        self._cache = None
+        self._cache = self._graph = None
         self._cache = self._new_cache()
         with torch.inference_mode():
             with peak_memory(self._device) as peak:
@@ -107,13 +108,20 @@ class Local(Contestant):
         """Forward passes of one token, and the likeliest next token, which is not used."""
         columns = ids.to(self._device).split(1, dim=1)
         with torch.inference_mode():
+            if self.candidate.graph and self._graph is None:
+                from headwise import DecodeGraph
+
+                self._graph = DecodeGraph(self._model, self._cache, room=self._plan.new_tokens)
             started = clock(self._device)
             for column in columns:
-                self._forward(column).logits[:, -1].argmax(dim=-1)
+                logits = self._forward(column).logits[:, -1] if self._graph is None else self._graph.step(column)
+                logits.argmax(dim=-1)
             return clock(self._device) - started
 
     def attention_share(self, ids: Int[Tensor, "b t"]) -> float | None:
-        """On a GPU every call is waited for, so that the time is the call's own."""
+        """On a GPU every call is waited for, so that the time is the call's own; a graph has no calls in it."""
+        if self.candidate.graph:
+            return None
         spent = 0.0
 
         def watch(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,7 +160,7 @@ class Local(Contestant):
 
     def close(self) -> None:
         """Drop cache and twin."""
-        self._cache = self._model = None
+        self._cache = self._graph = self._model = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

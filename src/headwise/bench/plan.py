@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.bench.candidates import Candidate, check_names, full, kept, stock
+from headwise.bench.candidates import Candidate, captured, check_names, full, kept, stock
 from headwise.errors import ConfigurationError, InputError
 
 # What the cost of the profile is defined for: one prompt of so many tokens.
@@ -133,15 +133,16 @@ def targets(device: str, dtype: torch.dtype, policy: str) -> tuple[Configuration
         ConfigurationError: for a kind that nothing is expected of.
     """
 
-    def of(batch: int, context: int, *keeps: float, distinct: int | None = None) -> Configuration:
+    def of(batch: int, context: int, *keeps: float, distinct: int | None = None, graph: bool = False) -> Configuration:
         ours = [full() if keep == 1 else kept(policy, keep, context) for keep in keeps]
+        ours += [captured(candidate) for candidate in ours if graph]
         return Configuration(batch, context, dtype, (stock(), *ours), distinct or batch)
 
     if device == "cpu":
         return (of(1, 512, 0.5), of(1, 4096, 0.5), of(8, 4096, 1.0, 0.5, 0.25))
     if device == "cuda":
         # Half a million prompt tokens in one pass would need more memory than the cache; one sequence stands for all.
-        return (of(1, 2048, 0.5), of(8, 8192, 1.0, 0.5), of(32, 16384, 0.25, distinct=1))
+        return (of(1, 2048, 0.5), of(8, 8192, 0.5, graph=True), of(32, 16384, 0.25, distinct=1))
     raise ConfigurationError(f"there are no targets for {device!r}, only for cpu and cuda")
 
 

@@ -76,6 +76,12 @@ def bench(
         str | None,
         typer.Option(metavar="SHARE,...", help="Run FastGen with these recoveries too.", rich_help_panel=_CANDIDATES),
     ] = None,
+    graph: Annotated[
+        bool,
+        typer.Option(
+            "--graph", help="Run headwise's caches with a captured step too, on a GPU.", rich_help_panel=_CANDIDATES
+        ),
+    ] = False,
     quantized: Annotated[
         str,
         typer.Option(
@@ -139,6 +145,8 @@ def bench(
 
     where = parse_device(device) or default_device()
     choose(kernel, where)
+    if graph and where.type != "cuda":
+        raise ConfigurationError(f"--graph needs a GPU, not {where}")
     dtypes = [_resolve(parse_dtype(name.strip()), where) for name in dtype.split(",")]
     notes: list[str] = []
     if targets:
@@ -154,7 +162,7 @@ def bench(
             raise ConfigurationError("--recovery needs a tokenizer, which a --shape does not have")
         shares = _shares("--keep", _DEFAULT_KEEP if keep is None else keep)
         recoveries = [] if recovery is None else _shares("--recovery", recovery)
-        rivals = _rivals(policy, shares, recoveries, quantized, kvpress and kvpress_press, notes)
+        rivals = _rivals(policy, shares, recoveries, graph, quantized, kvpress and kvpress_press, notes)
         batches = _numbers("--batch", "1" if batch is None else batch, int)
         contexts = _numbers("--context", _DEFAULT_CONTEXT if context is None else context, int)
         configurations = grid(batches, contexts, dtypes, rivals, distinct)
@@ -192,7 +200,13 @@ def _present(record: Record, device: str, json_output: bool, png: Path | None) -
 
 
 def _rivals(
-    policy: str, keeps: list[float], recoveries: list[float], quantized: str, press: str | None, notes: list[str]
+    policy: str,
+    keeps: list[float],
+    recoveries: list[float],
+    graph: bool,
+    quantized: str,
+    press: str | None,
+    notes: list[str],
 ) -> Callable[[int], list[Candidate]]:
     """What competes, for every context; what cannot is noted."""
     from headwise.bench import candidates
@@ -204,12 +218,16 @@ def _rivals(
         notes.append(f"quantized: {missing}")
 
     def rivals(context: int) -> list[Candidate]:
-        return [
-            candidates.stock(),
-            *([candidates.quantized(backend)] if backend else []),
+        ours = [
             candidates.full(),
             *(candidates.kept(policy, share, context) for share in keeps),
             *(candidates.recovering(share) for share in recoveries),
+        ]
+        return [
+            candidates.stock(),
+            *([candidates.quantized(backend)] if backend else []),
+            *ours,
+            *(candidates.captured(candidate) for candidate in ours if graph),
             *(candidates.pressed(press, share) for share in keeps if press),
         ]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -159,7 +160,9 @@ def append(
     library, parallel_for = _library()
     held, rows = _fresh(keys, values, pages.keys.dtype)
     columns = columns.to(torch.int32).contiguous()
-    real, scores, increments = (None if t is None else t.contiguous() for t in (real, scores, increments))
+    real = None if real is None else real.contiguous()
+    scores = None if scores is None else scores.contiguous()
+    increments = None if increments is None else increments.contiguous()
     batch, heads = pages.lengths.shape
     library.headwise_append(
         ctypes.byref(
@@ -203,15 +206,13 @@ def column_mass(
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
     weights, positions, widths = weights.float().contiguous(), positions.long().contiguous(), widths.long().contiguous()
     columns = columns.long().contiguous()
-    buffer = torch.empty(0)
     for block in query_blocks(query, total):
         own = columns[block]
         seen = total if mask is not None else int(own[-1]) + 1
         asked = scaled[:, :, :, block].reshape(batch * heads, -1, query.shape[-1])
         visible = None if mask is None else mask[:, block]
         size = asked.shape[0] * asked.shape[1] * seen
-        buffer = buffer if buffer.numel() >= size else torch.empty(size)
-        products = buffer[:size].view(asked.shape[0], asked.shape[1], seen)
+        products = _scratch(size).view(asked.shape[0], asked.shape[1], seen)
         torch.bmm(asked, transposed[:, :, :seen], out=products)
         library.headwise_column_mass(
             ctypes.byref(
@@ -250,6 +251,19 @@ def read(buffer: Tensor) -> int:
     sums = torch.zeros(shares, dtype=torch.int64)
     library.headwise_read(buffer.data_ptr(), buffer.nbytes // 8, shares, sums.data_ptr(), parallel_for)
     return int(sums.sum())
+
+
+def _scratch(size: int) -> Tensor:
+    """Memory of this thread that is used again and again: fresh pages from the system cost as much as the products."""
+    held: Tensor | None = getattr(_kept, "scratch", None)
+    if held is None or held.numel() < size:
+        # It outlives an inference mode that may be on now.
+        with torch.inference_mode(False):
+            held = _kept.scratch = torch.empty(size)
+    return held[:size]
+
+
+_kept = threading.local()
 
 
 @cache

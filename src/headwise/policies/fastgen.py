@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from headwise.errors import ConfigurationError
@@ -89,7 +90,7 @@ class FastGen(Policy):
         if not any(isinstance(rung, Full) for rung in self.rungs):
             raise ConfigurationError('the ladder must have "full" for heads that no cheaper rung serves')
 
-    @property
+    @cached_property
     def rungs(self) -> tuple[Rule, ...]:
         """The rules of the ladder."""
         return tuple(self._rung(rung) for rung in self.ladder)

@@ -15,6 +15,7 @@ namespace {
 
 using headwise::Decode;
 
+constexpr int64_t kFewLogits = 1 << 15;
 constexpr int kChunk = 64;  // rows whose logits are in flight
 
 int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
@@ -168,7 +169,12 @@ class Worker {
       }
     parallel([](Worker& w, int64_t share) { w.attend(share); });
     join();
-    if (logits) parallel([](Worker& w, int64_t share) { w.probabilities(share); });
+    if (!logits) return;
+    // Few exponentials take less time than waking the threads once more.
+    if (heads * rows * logit_stride < kFewLogits)
+      for (int64_t share = 0; share < a.shares; share++) probabilities(share);
+    else
+      parallel([](Worker& w, int64_t share) { w.probabilities(share); });
   }
 
  private:
@@ -378,18 +384,16 @@ class Worker {
     }
   }
 
+  // Of one query position: the group's probabilities of `count` rows, added up.
   void summed(const float* first, const float* lse, int64_t count, float* to) const {
-    for (int64_t i = 0; i < count; i += kWidth) {
-      int64_t part = std::min(count - i, int64_t(kWidth));
-      Vec total = {};
-      for (int64_t g = 0; g < a.group; g++) {
-        float denominator = lse[g * a.queries];
-        if (denominator == kNone) continue;
-        Vec x = broadcast(kNone);
-        std::memcpy(&x, first + g * a.queries * logit_stride + i, part * sizeof(float));
-        total += exponential(x - denominator);
-      }
-      std::memcpy(to + i, &total, part * sizeof(float));
+    std::fill_n(to, count, 0.0f);
+    for (int64_t g = 0; g < a.group; g++) {
+      const float* x = first + g * a.queries * logit_stride;
+      float denominator = lse[g * a.queries];
+      if (denominator == kNone) continue;
+      int64_t i = 0;
+      for (; i + kWidth <= count; i += kWidth) store(to + i, load(to + i) + exponential(load(x + i) - denominator));
+      for (; i < count; i++) to[i] += exponential(x[i] - denominator);
     }
   }
 
