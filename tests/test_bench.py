@@ -131,7 +131,10 @@ def test_json_is_one_object_of_this_schema(told):
     for result in found["results"]:
         assert [c["name"] for c in result["candidates"]] == ["stock", "full", "keep 50%", "keep 25%"]
         assert result["ceiling"]["bytes_per_second"] > 0
-    assert [verdict["verdict"] for verdict in found["expectations"]] == [NOT_RUN] * 8 + ["missed"]
+    *others, peak = found["expectations"]
+    assert [verdict["verdict"] for verdict in others] == [NOT_RUN] * 8
+    # Toy layers are smaller than what any pass needs for itself: either verdict is right that follows from the figure.
+    assert peak["verdict"] == (MET if peak["measured"] <= 1.5 else MISSED)
 
 
 def test_progress_goes_to_standard_error(told):
