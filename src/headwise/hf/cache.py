@@ -162,10 +162,7 @@ class HeadwiseCache(Cache):
             if self.kind_table.ids is not None and self.kind_table.ids.shape[1] > seen:
                 # Left behind by a pass that failed before its first layer.
                 self._truncate()
-            self.transcript.announce(None if input_ids is None else self.kind_table.kinds(input_ids))
-            marked = None if input_ids is None else self.kind_table.marked(input_ids)
-            if marked is not None:
-                self.transcript.mark(marked, int(Kind.SPECIAL))
+            self._announce_kinds(self.kind_table, input_ids)
         if self._looks_like_a_chunk(input_ids):
             warnings.warn(
                 f"the first {seen} tokens were profiled as the whole prompt and more of it seems to follow; with "
@@ -178,10 +175,7 @@ class HeadwiseCache(Cache):
     def announce(self, input_ids: Int[Tensor, "b q"]) -> None:
         """Take note of tokens that a captured step is going to process; all of them are real."""
         if self.kind_table is not None:
-            self.transcript.announce(self.kind_table.kinds(input_ids))
-            marked = self.kind_table.marked(input_ids)
-            if marked is not None:
-                self.transcript.mark(marked, int(Kind.SPECIAL))
+            self._announce_kinds(self.kind_table, input_ids)
         batch, count = input_ids.shape
         self.transcript.extend(batch, count, None, input_ids.device)
         self.passes += 1
@@ -286,6 +280,12 @@ class HeadwiseCache(Cache):
         copy = type(self)(self.model, self.policy, **self._options)
         fill(copy, *collect(self))
         return copy
+
+    def _announce_kinds(self, table: KindTable, input_ids: Int[Tensor, "b q"] | None) -> None:
+        self.transcript.announce(None if input_ids is None else table.kinds(input_ids))
+        marked = None if input_ids is None else table.marked(input_ids)
+        if marked is not None:
+            self.transcript.mark(marked, int(Kind.SPECIAL))
 
     def _looks_like_a_chunk(self, input_ids: Int[Tensor, "b q"] | None) -> bool:
         core = self.headwise_layers[0].core
