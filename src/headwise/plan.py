@@ -80,8 +80,7 @@ def make_plan(policy: Policy, tokens: Tokens, profile: Profile | None) -> Plan:
         choice = torch.zeros(batch, heads, dtype=torch.long, device=tokens.valid.device)
         return Plan(policy.rungs, choice, None, prompt)
 
-    widths = distinct_widths(policy, prompt)
-    recovered = torch.stack([_recovered(rung, tokens, profile, widths) for rung in policy.rungs])
+    recovered = _recovered(policy.rungs, tokens, profile)
     recovered = recovered.amin(dim=-1) if selection.fold == "min" else recovered.mean(dim=-1)
     kept = torch.stack([(rung.keep(tokens) & tokens.valid).sum(dim=-1) for rung in policy.rungs])
     enough = recovered >= selection.threshold
@@ -96,16 +95,20 @@ def make_plan(policy: Policy, tokens: Tokens, profile: Profile | None) -> Plan:
     return Plan(policy.rungs, choice, recovered, prompt)
 
 
-def _recovered(rung: Rule, tokens: Tokens, profile: Profile, widths: list[Int[Tensor, " b"]]) -> Float[Tensor, "b h g"]:
-    """Share of the attention mass that a rule retains, per query head: 1 minus what it drops.
+def _recovered(rungs: tuple[Rule, ...], tokens: Tokens, profile: Profile) -> Float[Tensor, "rungs b h g"]:
+    """Share of the attention mass that each rule retains, per query head: 1 minus what it drops.
 
     What is dropped is the mass outside the band on keys that the rule does not keep for every row. Counting the
     dropped mass keeps the sum exact for a rule that drops nothing, and leaves a sink logit's share with the kept.
     """
-    outside = profile.mass
-    width = rung.width(tokens.prompt[:, 0, 0])
-    for known, band in zip(widths, profile.band, strict=True):
-        if torch.equal(width, known):
-            outside = profile.mass - band
-    dropped = (outside * ~rung.static(tokens)[:, :, None]).sum(dim=-1)
-    return (1 - dropped / profile.rows.clamp(min=1)[:, None, None]).clamp(0, 1)
+    prompt = tokens.prompt[:, 0, 0]
+    dropped = []
+    for rung in rungs:
+        width = rung.width(prompt)
+        outside = profile.mass
+        for known, band in zip(profile.widths, profile.band, strict=True):
+            if torch.equal(width, known):
+                outside = profile.mass - band
+        leaves = (~rung.static(tokens)).to(outside.dtype)
+        dropped.append(outside @ leaves[..., None])
+    return (1 - torch.stack(dropped)[..., 0] / profile.rows.clamp(min=1)[:, None, None]).clamp(0, 1)

@@ -24,14 +24,16 @@ class Profile:
     Attributes:
         score: mass each key received from all query rows, summed over the group; what heavy hitters rank by.
         mass: mass each key received from the rows that the recovery test looks at, per query head.
-        band: the same inside the local band, for every window width asked for.
+        band: the same inside the local band, for each of `widths`.
         rows: total weight of the rows that the recovery test looks at.
+        widths: the window widths asked for.
     """
 
     score: Float[Tensor, "b h t"]
     mass: Float[Tensor, "b h g t"]
     band: list[Float[Tensor, "b h g t"]]
     rows: Float[Tensor, " b"]
+    widths: list[Int[Tensor, " b"]]
 
     def __add__(self, later: Profile) -> Profile:
         longer = later.score.shape[-1] - self.score.shape[-1]
@@ -44,6 +46,7 @@ class Profile:
             grown(self.mass) + later.mass,
             [grown(mine) + its for mine, its in zip(self.band, later.band, strict=True)],
             self.rows + later.rows,
+            self.widths,
         )
 
 
@@ -110,4 +113,4 @@ def profile(
 
     mass, band = sums(weights.recovery, widths)
     scoring = mass if weights.recovery is weights.score else sums(weights.score, [])[0]
-    return Profile(scoring.sum(dim=2), mass, list(band), weights.recovery.sum(dim=1))
+    return Profile(scoring.sum(dim=2), mass, list(band), weights.recovery.sum(dim=1), widths)

@@ -118,11 +118,11 @@ class PagedStore:
 
     def kept_columns(self) -> Int[Tensor, "b h n"]:
         """Column of every row, padded to the longest head; undefined where `occupied` is False."""
-        return self.columns.view(-1)[self._addresses(self.longest)]
+        return self._spread(self.columns)
 
     def kept_scores(self) -> Float[Tensor, "b h n"] | None:
         """Score of every row, padded to the longest head; undefined where `occupied` is False."""
-        return None if self.scores is None else self.scores.view(-1)[self._addresses(self.longest)]
+        return None if self.scores is None else self._spread(self.scores)
 
     def occupied(self) -> Bool[Tensor, "b h n"]:
         """True for the rows below each head's length, over as many as the longest head has."""
@@ -211,9 +211,8 @@ class PagedStore:
         survivors = keep & self.occupied()
         lengths = survivors.sum(dim=-1)
         beyond = torch.arange(self.longest, device=self.device) >= lengths[:, :, None]
-        at = self._addresses(self.longest)
         # Listed head by head, and every head has as many of the one as of the other.
-        moved, holes = at[survivors & beyond], at[~survivors & ~beyond]
+        moved, holes = self._addresses_of(survivors & beyond), self._addresses_of(~(survivors | beyond))
         if len(moved):
             for pool in self._pools():
                 flat = pool.flatten(0, 1)
@@ -307,6 +306,18 @@ class PagedStore:
         starts = self.table[:, :, :pages].long().clamp(min=0) * self.page_size
         at = starts[:, :, :, None] + torch.arange(self.page_size, device=self.device)
         return at.flatten(2)[:, :, :rows]
+
+    def _addresses_of(self, rows: Bool[Tensor, "b h n"]) -> Int[Tensor, " named"]:
+        """Indices of the rows named, head by head, in the pool seen as one run of rows."""
+        sequence, head, row = rows.nonzero(as_tuple=True)
+        pages = self.table[sequence, head, row // self.page_size].long()
+        return pages * self.page_size + row % self.page_size
+
+    def _spread(self, pool: Tensor) -> Tensor:
+        """Numbers of every row from the pages of each head, padded to the longest head."""
+        width = math.ceil(self.longest / self.page_size)
+        pages = self.table[:, :, :width].clamp(min=0)
+        return pool[pages].flatten(2)[:, :, : self.longest]
 
     def _fit(self, lengths: Int[Tensor, "b h"], spare: int) -> None:
         """Give back and take pages until every head has just enough for so many rows and `spare` more."""

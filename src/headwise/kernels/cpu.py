@@ -198,7 +198,7 @@ def column_mass(
     batch, heads, group, rows, _ = query.shape
     total, bands, lanes = keys.shape[2], len(widths), batch * heads * group
     # Rows of one head are added up apart where there are too few heads to keep every thread equally busy.
-    parts = max(1, 8 * torch.get_num_threads() // lanes)
+    parts = -(-8 * torch.get_num_threads() // lanes)
     mass = torch.zeros(parts, lanes, total)
     band = torch.zeros(bands, parts, lanes, total)
     scaled = query.float() * options.scaling

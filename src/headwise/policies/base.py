@@ -103,7 +103,7 @@ class Rule(Policy):
 
     def static(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
         """The part of `keep` that is the same for every query row: all of it but a local window."""
-        return self.keep(tokens)
+        return _remembered(self, tokens)
 
     def width(self, prompt: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Tokens in the local window for a prompt of that many tokens; 0 for no window."""

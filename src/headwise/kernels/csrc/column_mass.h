@@ -35,9 +35,13 @@ float exponentials(float* x, int64_t count, float softcap, float sink) {
     for (int64_t i = whole; i < count; i++)
       if (x[i] != kNone) x[i] = tangent(broadcast(x[i] / softcap))[0] * softcap;
   }
-  Vec tops = broadcast(sink);
-  for (int64_t i = 0; i < whole; i += kWidth) tops = maximum(tops, load(x + i));
-  top = largest(tops);
+  // Four at a time: each maximum waits for the one before it.
+  Vec tops[4] = {broadcast(sink), broadcast(sink), broadcast(sink), broadcast(sink)};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= whole; i += 4 * kWidth)
+    for (int64_t k = 0; k < 4; k++) tops[k] = maximum(tops[k], load(x + i + k * kWidth));
+  for (; i < whole; i += kWidth) tops[0] = maximum(tops[0], load(x + i));
+  top = largest(maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3])));
   for (int64_t i = whole; i < count; i++) top = std::max(top, x[i]);
   if (top == kNone) return 0;
   Vec sums = {};
