@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
-# Logits in flight at a time: in fp32 they take 2 MiB, which bounds the memory and stays near the processor.
-_BLOCK_LOGITS = 2**19
+# Logits in flight at a time: in fp32 they take 4 MiB, which bounds the memory and stays near the processor.
+_BLOCK_LOGITS = 2**20
 
 # What a masked logit is set to: unlike minus infinity it leaves no NaN in a row that sees nothing.
 HIDDEN = torch.finfo(torch.float32).min

@@ -194,25 +194,51 @@ def column_mass(
     widths: Int[Tensor, "w b"],
 ) -> tuple[Float[Tensor, "b h g t"], Float[Tensor, "w b h g t"]]:
     """As `reference.column_mass`; the products are torch's, what follows is compiled."""
+    heads, group = query.shape[1:3]
+    total, bands = keys.shape[2], len(widths)
+    mass = torch.empty(len(keys), heads, group, total)
+    band = torch.empty(bands, len(keys), heads, group, total)
+    # One sequence at a time: the more rows of a head a block holds, the faster are the products.
+    for b in range(len(keys)):
+        one = slice(b, b + 1)
+        mass[b], band[:, b] = _sequence_mass(
+            query[b],
+            keys[b],
+            columns.long().contiguous(),
+            None if mask is None else mask[one],
+            options,
+            weights[one].float().contiguous(),
+            positions[one].long().contiguous(),
+            widths[:, one].long().contiguous(),
+        )
+    return mass, band
+
+
+def _sequence_mass(
+    query: Float[Tensor, "h g q d"],
+    keys: Float[Tensor, "h t d"],
+    columns: Int[Tensor, " q"],
+    mask: Bool[Tensor, "1 q t"] | None,
+    options: LogitOptions,
+    weights: Float[Tensor, "1 q"],
+    positions: Int[Tensor, "1 t"],
+    widths: Int[Tensor, "w 1"],
+) -> tuple[Float[Tensor, "h g t"], Float[Tensor, "w h g t"]]:
     library, parallel_for = _library()
-    batch, heads, group, rows, _ = query.shape
-    total, bands, lanes = keys.shape[2], len(widths), batch * heads * group
+    heads, group, rows, key_dim = query.shape
+    total, bands, lanes = keys.shape[1], len(widths), heads * group
     # Rows of one head are added up apart where there are too few heads to keep every thread equally busy.
     parts = -(-8 * torch.get_num_threads() // lanes)
     mass = torch.zeros(parts, lanes, total)
     band = torch.zeros(bands, parts, lanes, total)
-    scaled = query.float() * options.scaling
-    transposed = keys.float().flatten(0, 1).mT
+    transposed = keys.float().mT
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
-    weights, positions, widths = weights.float().contiguous(), positions.long().contiguous(), widths.long().contiguous()
-    columns = columns.long().contiguous()
-    for block in query_blocks(query, total):
+    for block in query_blocks(query[None], total):
         own = columns[block]
         seen = total if mask is not None else int(own[-1]) + 1
-        asked = scaled[:, :, :, block].reshape(batch * heads, -1, query.shape[-1])
+        asked = (query[:, :, block].float() * options.scaling).reshape(heads, -1, key_dim)
         visible = None if mask is None else mask[:, block]
-        size = asked.shape[0] * asked.shape[1] * seen
-        products = _scratch(size).view(asked.shape[0], asked.shape[1], seen)
+        products = _scratch(heads * asked.shape[1] * seen).view(heads, asked.shape[1], seen)
         torch.bmm(asked, transposed[:, :, :seen], out=products)
         library.headwise_column_mass(
             ctypes.byref(
@@ -226,7 +252,7 @@ def column_mass(
                     widths.data_ptr(),
                     mass.data_ptr(),
                     band.data_ptr(),
-                    batch,
+                    1,
                     lanes,
                     len(own),
                     seen,
@@ -240,7 +266,7 @@ def column_mass(
                 )
             )
         )
-    shape = (batch, heads, group, total)
+    shape = (heads, group, total)
     return mass.sum(dim=0).view(shape), band.sum(dim=1).view(bands, *shape)
 
 
