@@ -17,8 +17,8 @@ STEPS = 40
 
 
 def example(policy):
-    """The policy with 0.3 for every parameter that has no default; sizes and targets alike take it."""
-    return policy(**{field.name: 0.3 for field in fields(policy) if field.default is MISSING})
+    """The policy with 0.3 for every parameter that has no default, and for a recovery; sizes and targets take it."""
+    return policy(**{f.name: 0.3 for f in fields(policy) if f.default is MISSING or f.name == "recovery"})
 
 
 EVERY = [example(policy) for policy in headwise.list_policies().values()]

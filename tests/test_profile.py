@@ -9,7 +9,7 @@ import torch
 
 import headwise
 from headwise.kernels import choose
-from headwise.plan import distinct_widths, make_plan
+from headwise.plan import distinct_widths, make_plans, weigh
 from headwise.policies.frequent import Frequent
 from headwise.policies.sinks import Sinks
 from headwise.policies.window import Window
@@ -19,6 +19,11 @@ from headwise.types import LogitOptions, Tokens
 
 B, H, G, T, D = 2, 3, 2, 67, 13
 KERNELS = choose("reference", torch.device("cpu"))
+
+
+def plan_of(policy, tokens, found):
+    ((plan, _),) = make_plans(policy, [weigh(policy, tokens, found, None)])
+    return plan
 
 
 def attention_map(query, keys, visible, options):
@@ -161,7 +166,7 @@ def test_uniform_head_has_the_numbers_of_the_specification(n, mean):
         weights = row_weights(policy, positions, positions >= 0, torch.tensor([n]))
         widths = distinct_widths(policy, torch.tensor([n]))
         found = profile(query, keys, None, LogitOptions(1.0), weights, positions, widths, KERNELS)
-        plan = make_plan(policy, tokens_of(n, found.score), found)
+        plan = plan_of(policy, tokens_of(n, found.score), found)
         assert plan.recovered[3, 0, 0].item() == pytest.approx(expected, abs=5e-5)
         assert plan.rungs[int(plan.choice)].label == "full"
 
@@ -174,7 +179,7 @@ def random_plan(policy, seed=0, length=T):
     kinds = torch.randint(0, 3, (1, 1, length), generator=generator).to(torch.uint8).expand(1, H, -1)
     weights = row_weights(policy, positions, positions >= 0, n)
     found = profile(query, keys, None, LogitOptions(0.3), weights, positions, distinct_widths(policy, n), KERNELS)
-    return make_plan(policy, tokens_of(length, found.score, kinds), found), found
+    return plan_of(policy, tokens_of(length, found.score, kinds), found), found
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, T])
@@ -233,7 +238,7 @@ def test_argmin_of_cost_for_a_ladder_that_is_not_nested():
     positions, prompt = torch.arange(n)[None], torch.tensor([n])
     weights = row_weights(policy, positions, positions >= 0, prompt)
     found = profile(query, keys, None, LogitOptions(1.0), weights, positions, distinct_widths(policy, prompt), KERNELS)
-    plan = make_plan(policy, tokens_of(n, found.score), found)
+    plan = plan_of(policy, tokens_of(n, found.score), found)
     assert plan.choice.tolist() == [[1]]
 
 

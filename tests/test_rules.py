@@ -246,7 +246,7 @@ def test_an_unknown_policy_names_the_nearest():
 
 
 def test_parameters_are_checked_by_name():
-    with pytest.raises(ConfigurationError, match="needs a value for: recovery"):
+    with pytest.raises(ConfigurationError, match="takes a recovery, or a budget"):
         headwise.create_policy("fastgen")
     with pytest.raises(ConfigurationError, match=r"no parameter 'recall'.*recovery"):
         headwise.create_policy("fastgen", recall=0.9)

@@ -18,6 +18,7 @@ def facts(
     seen_columns: int,
     prompt: Int[Tensor, " b"] | None,
     layer: int,
+    layers: int,
 ) -> Tokens:
     """The facts about the tokens in those columns, seen from the newest of `seen_columns`.
 
@@ -39,11 +40,19 @@ def facts(
         kind=transcript.kinds(columns),
         score=None if scores is None else scores.masked_fill(~valid, 0),
         layer=layer,
+        layers=layers,
     )
 
 
 def evict(
-    plan: Plan, store: PagedStore, fresh: Rows | None, transcript: Transcript, seen: int, layer: int, spare: int
+    plan: Plan,
+    store: PagedStore,
+    fresh: Rows | None,
+    transcript: Transcript,
+    seen: int,
+    layer: int,
+    layers: int,
+    spare: int,
 ) -> None:
     """Let every head's rule decide over what it holds and the fresh rows, and keep only what it names.
 
@@ -57,7 +66,7 @@ def evict(
         valid = torch.cat([valid, fresh.keep], dim=-1)
         columns = torch.cat([columns, fresh.columns], dim=-1)
         scores = None if scores is None or fresh.scores is None else torch.cat([scores, fresh.scores], dim=-1)
-    keep = plan.keep(facts(transcript, columns, valid, scores, seen, plan.prompt, layer))
+    keep = plan.keep(facts(transcript, columns, valid, scores, seen, plan.prompt, layer, layers))
     if fresh is None:
         store.drop(keep, spare)
     else:

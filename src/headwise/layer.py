@@ -16,7 +16,7 @@ from headwise.evict import evict
 from headwise.plan import Plan
 from headwise.policies.base import Policy
 from headwise.prefill import dense_attention
-from headwise.prompt import Prompt
+from headwise.prompt import Prompt, compact
 from headwise.settings import Settings
 from headwise.store import PagedStore, Rows
 from headwise.transcript import Transcript
@@ -52,6 +52,8 @@ class LayerCache:
         self.transcript = transcript
         self.settings = settings
         self.recording = False
+        # Columns of the prompt that the model is repeating, while it does.
+        self.repeated: slice | None = None
         self._device = torch.device("cpu")
         # Bytes of a key and its value, what a full cache holds per token and head.
         self.row_bytes = 0
@@ -88,6 +90,8 @@ class LayerCache:
         """
         if self._captured is not None:
             return self._attend_captured(query, keys, values, options, self._captured)
+        if self.repeated is not None:
+            return self.prompt.repeat(query, keys, values, mask, options, self.repeated)
         if self._unsettled is not None:
             self._settle(0)
         batch, _, count, _ = keys.shape
@@ -114,6 +118,11 @@ class LayerCache:
         if not self.recording:
             self._settle(0)
         return output
+
+    def take(self, plan: Plan, store: PagedStore) -> None:
+        """Go on with what was chosen from the prompt."""
+        self.plan, self.store = plan, store
+        self._evicted_at = self.seen
 
     def begin_capture(self, column: Int[Tensor, " 1"], room: int) -> None:
         """From now on every pass is one token, and its work the same operations on the same memory.
@@ -185,7 +194,8 @@ class LayerCache:
             raise CacheStateError(f"cannot remove {count} tokens from a cache that has seen {self.seen}")
         if self.prompt.begun:
             raise CacheStateError("cannot remove tokens while the prompt is still coming in")
-        if not self.restorable:
+        beyond = self.plan is not None and self.plan.settled and self.seen - count < self._evicted_at
+        if beyond or not self.restorable:
             raise CacheStateError(
                 f"cannot remove {count} tokens: rules have evicted or ranked tokens with them in view, and what is "
                 "evicted does not return; reset() the cache and start again"
@@ -242,7 +252,7 @@ class LayerCache:
             held += self.store.tensors()
         if self.plan is not None:
             held += [self.plan.choice, self.plan.prompt]
-            held += [] if self.plan.recovered is None else [self.plan.recovered]
+            held += [t for t in (self.plan.recovered, self.plan.threshold) if t is not None]
         return held
 
     def state(self) -> dict[str, Tensor]:
@@ -265,7 +275,11 @@ class LayerCache:
             "prompt": self.plan.prompt,
             "counters": torch.tensor([self.seen, self._evicted_at, self.prompt.rows_read]),
         }
-        optional = {"scores": None if rows.scores is None else rows.scores[rows.keep], "recovered": self.plan.recovered}
+        optional = {
+            "scores": None if rows.scores is None else rows.scores[rows.keep],
+            "recovered": self.plan.recovered,
+            "threshold": self.plan.threshold,
+        }
         return state | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -274,7 +288,9 @@ class LayerCache:
         self.seen, self._evicted_at, self.prompt.rows_read = state["counters"].tolist()
         self._device = keys.device
         self.row_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
-        self.plan = Plan(self.policy.rungs, state["choice"], state.get("recovered"), state["prompt"])
+        self.plan = Plan(
+            self.policy.rungs, state["choice"], state.get("recovered"), state["prompt"], state.get("threshold")
+        )
         scored = self.plan.scored
         keep = torch.arange(int(lengths.max()), device=keys.device) < lengths[:, :, None]
 
@@ -303,10 +319,9 @@ class LayerCache:
             last.keys, last.values = last.keys[:, :, :kept], last.values[:, :, :kept]
         if self.store is None or self.plan is None:
             mask = None if last.mask is None else last.mask[:, :kept, : self.seen]
-            filled = self.prompt.add(last.query, last.keys, last.values, mask, last.options, self.seen)
-            if filled is not None:
-                self.plan, self.store = filled
-                self._evicted_at = self.seen
+            self.prompt.add(last.query, last.keys, last.values, mask, last.options, self.seen)
+            if self.prompt.complete and not self.policy.deferred:
+                self.take(*next(compact(self.policy, [self.prompt])))
         else:
             self._settle_step(last, kept)
 
@@ -336,7 +351,8 @@ class LayerCache:
 
     def _evict(self, fresh: Rows | None, spare: int) -> None:
         assert self.store is not None and self.plan is not None
-        evict(self.plan, self.store, fresh, self.transcript, self.seen, self.index, spare)
+        layers = self.settings.layers
+        evict(self.plan, self.store, fresh, self.transcript, self.seen, self.index, layers, spare)
         self._evicted_at = self.seen
 
     def _attend_captured(

@@ -1,15 +1,23 @@
-"""Prompt: keys, values and queries of the prompt, pass by pass -> a plan and a filled store; stages 2 to 4."""
+"""Prompt: keys, values and queries of the prompt, pass by pass -> a plan and a filled store; stages 2 to 4.
+
+A layer is compacted as soon as its prompt is in, unless the policy decides over all layers at once.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn import functional
 
 from headwise.evict import facts
-from headwise.plan import Plan, distinct_widths, make_plan
+from headwise.plan import Plan, Weighed, distinct_widths, make_plans, weigh
 from headwise.policies.base import Policy
+from headwise.policies.scored import Evidence, Scored
+from headwise.prefill import causal, dense_attention
 from headwise.profile import Profile, profile, row_weights
+from headwise.reconstruct import largest_attention
 from headwise.settings import Settings
 from headwise.store import PagedStore, Rows
 from headwise.transcript import Transcript
@@ -26,6 +34,8 @@ class Prompt:
 
     Attributes:
         rows_read: query rows that the profile has read.
+        complete: whether all of it is in, and only the choice of what to keep is missing.
+        reconstruction: largest attention that each column got while the model repeated the prompt.
         profile_seconds: time spent on the profile, and on choosing the rules by it.
         compact_seconds: time spent on copying the kept rows into pages.
     """
@@ -37,28 +47,35 @@ class Prompt:
         self.settings = settings
         self.rows_read = 0
         self.profile_seconds = self.compact_seconds = 0.0
+        self.complete = False
+        self.reconstruction: Float[Tensor, "b h t"] | None = None
+        self.held: tuple[Tensor, Tensor] | None = None
         self._profile: Profile | None = None
-        self._held: tuple[Tensor, Tensor] | None = None
+        # The newest queries, their mask and the model's options, as far as the policy looks at them.
+        self._asked: tuple[Tensor, Tensor | None, LogitOptions] | None = None
 
     @property
     def begun(self) -> bool:
         """Whether a part of the prompt is in, and more is to come."""
-        return self._held is not None
+        return self.held is not None
 
     def with_earlier(
         self, keys: Float[Tensor, "b h q d"], values: Float[Tensor, "b h q e"]
     ) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b h t e"]]:
         """Keys and values of everything that has come in, and these behind them."""
-        if self._held is None:
+        if self.held is None:
             return keys, values
-        return torch.cat([self._held[0], keys], dim=2), torch.cat([self._held[1], values], dim=2)
+        return torch.cat([self.held[0], keys], dim=2), torch.cat([self.held[1], values], dim=2)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to."""
-        held = list(self._held or ())
+        held = list(self.held or ())
         if self._profile is not None:
-            held += [self._profile.score, self._profile.mass, *self._profile.band, self._profile.rows]
-        return held
+            profile = self._profile
+            held += [profile.score, profile.mass, *profile.band, profile.rows, *profile.widths]
+        if self._asked is not None:
+            held += [tensor for tensor in self._asked[:2] if tensor is not None]
+        return held if self.reconstruction is None else [*held, self.reconstruction]
 
     def add(
         self,
@@ -68,19 +85,98 @@ class Prompt:
         mask: Bool[Tensor, "b q t"] | None,
         options: LogitOptions,
         seen: int,
-    ) -> tuple[Plan, PagedStore] | None:
-        """Take in the newest of `seen` columns; at the prompt's end choose the rules and fill a store by them."""
-        keys, values = self.with_earlier(keys, values)
+    ) -> None:
+        """Take in the newest of `seen` columns."""
+        self.held = keys, values = self.with_earlier(keys, values)
+        started = clock(keys.device)
         if self.policy.selection is not None or "score" in self.policy.facts:
-            started = clock(keys.device)
             new = self._read(query, keys, mask, options, seen)
             self._profile = new if self._profile is None else self._profile + new
-            self.profile_seconds += clock(keys.device) - started
+        if isinstance(self.policy, Scored):
+            self._remember(query, mask, options, self.policy.query_rows, seen)
+        self.profile_seconds += clock(keys.device) - started
         expected = self.settings.prompt_columns
-        if expected is not None and seen < expected:
-            self._held = (keys, values)
-            return None
-        return self._compact(keys, values)
+        self.complete = expected is None or seen >= expected
+
+    def repeat(
+        self,
+        query: Float[Tensor, "b h g q d"],
+        keys: Float[Tensor, "b h q d"],
+        values: Float[Tensor, "b h q e"],
+        mask: Bool[Tensor, "b q all"] | None,
+        options: LogitOptions,
+        chunk: slice,
+    ) -> Float[Tensor, "b h g q e"]:
+        """Attend with tokens that repeat a part of the complete prompt, and note only what they look at."""
+        assert self.held is not None
+        held = self.held[0]
+        if self.reconstruction is None:
+            self.reconstruction = torch.zeros(held.shape[:3], device=held.device)
+        found = largest_attention(query, held, keys, mask, options, chunk)
+        self.reconstruction[:, :, chunk] = self.reconstruction[:, :, chunk].maximum(found)
+        return dense_attention(query, *self.with_earlier(keys, values), mask, options)
+
+    def weigh(self) -> Weighed:
+        """What the layer would keep, once its prompt is complete."""
+        assert self.held is not None
+        keys, values = self.held
+        batch, heads, columns, _ = keys.shape
+        started = clock(keys.device)
+        at: Int[Tensor, "b h t"] = torch.arange(columns, device=keys.device).expand(batch, heads, -1)
+        everything = torch.ones_like(at, dtype=torch.bool)
+        scores = None if self._profile is None else self._profile.score
+        tokens = facts(self.transcript, at, everything, scores, columns, None, self.layer, self.settings.layers)
+        worth = None
+        if isinstance(self.policy, Scored):
+            worth = self.policy.score(self._evidence(keys, values)).float()
+        weighed = weigh(self.policy, tokens, self._profile, worth)
+        self.profile_seconds += clock(keys.device) - started
+        return weighed
+
+    def fill(self, plan: Plan, keep: Bool[Tensor, "b h t"]) -> PagedStore:
+        """Copy the kept rows into a store, and let go of everything else."""
+        assert self.held is not None
+        keys, values = self.held
+        started = clock(keys.device)
+        store = PagedStore.like(keys, values, page_size=self.settings.page_size, scored=plan.scored)
+        scores = self._profile.score if plan.scored and self._profile is not None else None
+        columns = torch.arange(keys.shape[2], device=keys.device).expand(*keys.shape[:2], -1)
+        self.held = self._profile = self._asked = self.reconstruction = None
+        self.complete = False
+        store.fill(Rows(keys, values, columns, scores, keep))
+        self.compact_seconds += clock(keys.device) - started
+        return store
+
+    def _remember(
+        self,
+        query: Float[Tensor, "b h g q d"],
+        mask: Bool[Tensor, "b q t"] | None,
+        options: LogitOptions,
+        rows: int | None,
+        seen: int,
+    ) -> None:
+        """Keep the newest queries until the prompt is complete; all of them where it comes in one pass anyway."""
+        if self._asked is not None:
+            earlier, hidden, _ = self._asked
+            if mask is not None or hidden is not None:
+                before = earlier.shape[3]
+                hidden = _causal_mask(earlier, seen - query.shape[3]) if hidden is None else hidden
+                mask = _causal_mask(query, seen) if mask is None else mask
+                mask = torch.cat([functional.pad(hidden, (0, seen - hidden.shape[-1])), mask], dim=1)
+                assert mask.shape[1] == before + query.shape[3]
+            query = torch.cat([earlier, query], dim=3)
+        if self.settings.prompt_columns is not None and rows is not None:
+            first = max(0, query.shape[3] - rows)
+            query, mask = query[:, :, :, first:], None if mask is None else mask[:, first:]
+        self._asked = query, mask, options
+
+    def _evidence(self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]) -> Evidence:
+        assert self._asked is not None
+        query, mask, options = self._asked
+        columns = torch.arange(keys.shape[2], device=keys.device).expand(len(keys), 1, -1)
+        positions, real = self.transcript.positions(columns)[:, 0], self.transcript.real(columns)[:, 0]
+        rotation = self.settings.rotation
+        return Evidence(query, keys, values, mask, options, positions, real, rotation, self.reconstruction)
 
     def _read(
         self,
@@ -101,22 +197,25 @@ class Prompt:
         widths = distinct_widths(self.policy, prompt)
         return profile(query, keys, mask, options, weights, positions, widths, self.settings.kernels)
 
-    def _compact(self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]) -> tuple[Plan, PagedStore]:
-        batch, heads, columns, _ = keys.shape
-        started = clock(keys.device)
-        scores = None if self._profile is None else self._profile.score
-        at: Int[Tensor, "b h t"] = torch.arange(columns, device=keys.device).expand(batch, heads, -1)
-        everything = torch.ones_like(at, dtype=torch.bool)
-        tokens = facts(self.transcript, at, everything, scores, columns, None, self.layer)
-        plan = make_plan(self.policy, tokens, self._profile)
-        keep = plan.keep(tokens)
-        planned = clock(keys.device)
-        self.profile_seconds += planned - started
-        self._held = self._profile = None
-        store = PagedStore.like(keys, values, page_size=self.settings.page_size, scored=plan.scored)
-        store.fill(Rows(keys, values, at, scores if plan.scored else None, keep))
-        self.compact_seconds += clock(keys.device) - planned
-        return plan, store
+
+def compact(policy: Policy, prompts: Sequence[Prompt]) -> Iterator[tuple[Plan, PagedStore]]:
+    """Choose what every head of those layers keeps, and compact one layer after the other.
+
+    Args:
+        prompts: complete ones; of one layer, or of all of them where the policy is `deferred`.
+    """
+    weighed = [prompt.weigh() for prompt in prompts]
+    device = weighed[0].tokens.valid.device
+    started = clock(device)
+    plans = make_plans(policy, weighed)
+    prompts[0].profile_seconds += clock(device) - started
+    for prompt, (plan, keep) in zip(prompts, plans, strict=True):
+        yield plan, prompt.fill(plan, keep)
+
+
+def _causal_mask(query: Float[Tensor, "b h g q d"], seen: int) -> Bool[Tensor, "b q t"]:
+    columns = torch.arange(seen - query.shape[3], seen, device=query.device)
+    return causal(columns, seen).expand(len(query), -1, -1)
 
 
 def clock(device: torch.device) -> float:

@@ -26,6 +26,7 @@ class LayerReport:
         rules: name of the rule of each head, an array of the same shape; None likewise.
         recovered: mass that every rung retains, `[rungs, batch, KV heads]`; None where nothing was chosen.
         sampled: share of the prompt's query rows that the profile read; None where there was no profile.
+        found: share of the mass that the budget let every head retain, `[batch]`; None where no budget was given.
     """
 
     used_bytes: int
@@ -36,6 +37,7 @@ class LayerReport:
     rungs: tuple[str, ...] = ()
     recovered: Tensor | None = None
     sampled: float | None = None
+    found: Tensor | None = None
 
     @classmethod
     def of_stock(cls, tensors: list[Tensor]) -> LayerReport:
@@ -52,6 +54,8 @@ class LayerReport:
         plan = layer.plan
         labels = (_UNCHOSEN,) if plan is None else tuple(rung.label for rung in plan.rungs)
         choice = np.zeros(tuple(kept.shape), dtype=int) if plan is None else plan.choice.cpu().numpy()
+        selection = layer.policy.selection
+        budgeted = plan is not None and selection is not None and selection.keep is not None
         profiled = plan is not None and layer.prompt.rows_read and plan.prompt.numel()
         return cls(
             used_bytes=layer.used_bytes,
@@ -62,6 +66,7 @@ class LayerReport:
             rungs=labels,
             recovered=None if plan is None or plan.recovered is None else plan.recovered.cpu(),
             sampled=min(1.0, layer.prompt.rows_read / max(1, int(plan.prompt.max()))) if plan and profiled else None,
+            found=plan.threshold.clamp(max=1).cpu() if plan and budgeted and plan.threshold is not None else None,
         )
 
 
@@ -136,6 +141,11 @@ class Report:
         """Share of the prompt's query rows that the profile read; None where there was no profile."""
         return next((layer.sampled for layer in self.layers if layer.sampled is not None), None)
 
+    @property
+    def found_recovery(self) -> list[float] | None:
+        """Attention mass that the budget let every head of a sequence retain; None where no budget was given."""
+        return next((layer.found.tolist() for layer in self.layers if layer.found is not None), None)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers, strings and lists, ready for JSON."""
         return {
@@ -150,6 +160,7 @@ class Report:
             "profile_seconds": self.profile_seconds,
             "compact_seconds": self.compact_seconds,
             "profiled_rows": self.sampled,
+            "found_recovery": self.found_recovery,
             "rule_counts": self.rule_counts,
             "kept_tokens": [None if kept is None else kept.tolist() for kept in self.kept_tokens],
             "rules": [None if rules is None else rules.tolist() for rules in self.rules],
@@ -169,6 +180,8 @@ class Report:
         if self.sampled is not None:
             exact = "every query row" if self.sampled >= 1 else f"a sample of {self.sampled:.1%} of the query rows"
             lines.append(("profile", f"{exact}, {self.profile_seconds:.2f} s"))
+        if self.found_recovery is not None:
+            lines.append(("recovery found", ", ".join(f"{share:.3f}" for share in self.found_recovery)))
         lines.append(("kernels", self.kernel))
         total = sum(self.rule_counts.values())
         lines += [(f"  {name}", f"{count} of {total} heads") for name, count in self.rule_counts.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headwise.kernels import Kernels
+from headwise.policies.scored import Rotation
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,13 @@ class Settings:
         prompt_columns: columns of the prompt, where it arrives in several passes; None: the first pass is all.
         kernels: what reads and writes the pages.
         evict_every: new columns between two evictions; 1 applies the rules after every token.
+        layers: of the model.
+        rotation: its rotary embedding, for policies that look through it; None where it is not known.
     """
 
     page_size: int
     prompt_columns: int | None
     kernels: Kernels
     evict_every: int
+    layers: int = 1
+    rotation: Rotation | None = None

@@ -59,6 +59,8 @@ class Tokens:
         kind: bits of `Kind`; None where no tokenizer was given.
         score: accumulated attention mass in fp32, summed over the group; None where no rule ranks by it.
         layer: index of the layer.
+        layers: how many the model has.
+        chosen: tokens of the prompt that a policy has chosen by its own scores; None while generating.
         memo: what rules have already answered, so that the rungs of a ladder share their common parts.
     """
 
@@ -71,6 +73,8 @@ class Tokens:
     kind: UInt8[Tensor, "b h n"] | None
     score: Float[Tensor, "b h n"] | None
     layer: int
+    layers: int = 1
+    chosen: Bool[Tensor, "b h n"] | None = None
     memo: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def among(self, pool: Bool[Tensor, "b h n"]) -> Tokens:
@@ -81,15 +85,17 @@ class Tokens:
         """Order by descending priority within each head: 0 is the highest, ties go to the earlier position.
 
         Args:
-            priority: fp32 and not negative.
+            priority: fp32, and not NaN.
 
         Returns:
             the rank of each row among `pool`; rows outside it rank after all of those inside.
         """
-        # The bits of a non-negative float order like the float, so one integer key holds priority and position.
-        bits = priority.contiguous().view(torch.int32).long()
-        key = (bits << 32) | (0x7FFFFFFF - self.position.long())
-        key = key.masked_fill(~self.pool, -1)
+        # The bits of a float order like the float once those below the sign are turned round where it is negative,
+        # so one integer key holds priority and position. Adding 0 makes minus zero equal to zero.
+        bits = (priority + 0.0).view(torch.int32)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        key = (bits.long() << 32) | (0x7FFFFFFF - self.position.long())
+        key = key.masked_fill(~self.pool, torch.iinfo(torch.int64).min)
         # No two keys in the pool are equal, and what is not stable is sorted several times as fast.
         order = key.argsort(dim=-1, descending=True, stable=False)
         places = torch.arange(key.shape[-1], device=key.device).expand_as(order)

@@ -16,9 +16,10 @@ from headwise.bench.measure import measure
 from headwise.bench.peer import Peer, PeerError, Remote
 from headwise.bench.plan import PROFILE_CONTEXT, Configuration, Plan, dtype_name
 from headwise.bench.record import Measurement, ProfileCost, Record, Result
-from headwise.bench.shapes import Shape, available_bytes, full_row_bytes
+from headwise.bench.shapes import Shape, available_bytes
 from headwise.bench.workload import random_ids, text_ids
 from headwise.errors import InputError
+from headwise.hf.budget import row_bytes
 from headwise.policies import FastGen
 from headwise.report import format_bytes
 from headwise.types import Int, Tensor
@@ -91,7 +92,7 @@ def run(
         subject = subject_of(dtype)
         config = subject.model.config.get_text_config(decoder=True)
         plan.check_positions(getattr(config, "max_position_embeddings", None))
-        check_memory(plan, subject.model.device, partial(full_row_bytes, config))
+        check_memory(plan, subject.model.device, partial(row_bytes, config))
         record.model = subject.describe(name)
         peer = None if python is None else Peer(python)
         try:

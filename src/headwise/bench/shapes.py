@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -69,13 +68,6 @@ def find_shape(name: str) -> Shape:
     if name not in SHAPES:
         raise ConfigurationError(f"unknown shape {name!r}; one of {', '.join(SHAPES)}")
     return SHAPES[name]
-
-
-def full_row_bytes(config: Any, dtype: torch.dtype) -> int:
-    """The same for a configuration of transformers; only an estimate where its layers differ."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -80,9 +80,13 @@ def _hooks(module: nn.Module, cache_of: weakref.ref[PassObserver]) -> tuple[Call
             cache.begin_pass(given.get("input_ids"))
             tokens.append(active_cache.set(cache))
 
-    def after(*_: Any) -> None:
+    def after(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        cache = cache_of()
         # An inner call or one without this cache has nothing to undo.
-        if tokens and active_cache.get() is cache_of():
+        if tokens and active_cache.get() is cache:
             active_cache.reset(tokens.pop())
+            # There is no output where the pass failed.
+            if cache is not None and output is not None:
+                cache.end_pass()
 
     return before, after

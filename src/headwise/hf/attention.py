@@ -34,6 +34,10 @@ class PassObserver(Protocol):
         """Called before every forward pass that uses the cache."""
         ...
 
+    def end_pass(self) -> None:
+        """Called after every such pass that did not fail."""
+        ...
+
 
 # The cache of the forward pass in progress: tells a lost attribute from a call that has no headwise cache.
 active_cache: ContextVar[PassObserver | None] = ContextVar("headwise_active_cache", default=None)

@@ -14,12 +14,16 @@ from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedModel, Pre
 from headwise.errors import CacheStateError, ConfigurationError, MismatchError, UnsupportedModelError
 from headwise.hf.attachment import attach
 from headwise.hf.attention import NAME
+from headwise.hf.budget import with_budget
 from headwise.hf.kinds import KindTable
 from headwise.hf.layer import HeadwiseLayer
+from headwise.hf.rotation import find_rotation
+from headwise.hf.together import Together
 from headwise.kernels import AUTO, REFERENCE, choose, obstacle
 from headwise.layer import LayerCache
 from headwise.policies.base import Policy
 from headwise.policies.full import Full
+from headwise.policies.scored import Scored
 from headwise.report import LayerReport, Report, storage_bytes
 from headwise.settings import Settings
 from headwise.transcript import Transcript
@@ -52,6 +56,9 @@ class HeadwiseCache(Cache):
             the fastest that run on the model's device; `report()` says which.
         evict_every: new tokens between two evictions. 1 applies the rules after every token, as the papers do; more
             lets a head hold up to so many rows beyond its rule, and costs that much less time.
+        budget: room for each sequence, whatever the policy's own parameters say: tokens per KV head (int), a fraction
+            of the prompt (float), or bytes of kept rows as text, such as "64MiB". FastGen then finds the recovery
+            that fits it. `report()` has what was achieved.
 
     Raises:
         ConfigurationError: when the policy needs a tokenizer and there is none, an option is out of range, or the
@@ -71,7 +78,10 @@ class HeadwiseCache(Cache):
         page_size: int = 16,
         kernel: str = AUTO,
         evict_every: int = 16,
+        budget: int | float | str | None = None,
     ) -> None:
+        if budget is not None and isinstance(policy, Policy):
+            policy = with_budget(policy, budget, model.config.get_text_config(decoder=True), model.dtype)
         _check_options(policy, tokenizer, page_size, prompt_tokens, evict_every)
         self._options: dict[str, Any] = {
             "tokenizer": tokenizer,
@@ -90,6 +100,7 @@ class HeadwiseCache(Cache):
         self.passes = 0
         # Set while a step of it is captured: its bookkeeping is then done between the passes, not in them.
         self.captured = False
+        self._together = Together(tokenizer)
         kernels = choose(kernel, model.device, model.dtype)
         self.kernel = kernels.name
         if kernel == AUTO and kernels.name == REFERENCE:
@@ -100,7 +111,6 @@ class HeadwiseCache(Cache):
                 HeadwiseWarning,
                 stacklevel=2,
             )
-        settings = Settings(page_size, prompt_tokens, kernels, evict_every)
         stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         # The exact type: its subclasses are layers of other kinds, which stay as they are.
         mine = [type(layer) is DynamicLayer for layer in stock]
@@ -110,6 +120,7 @@ class HeadwiseCache(Cache):
                 f"{self.model_name} has nothing to compress: all of its {len(stock)} layers are {kinds}; "
                 "headwise compresses full-attention layers"
             )
+        settings = Settings(page_size, prompt_tokens, kernels, evict_every, len(stock), find_rotation(model))
         cache = weakref.ref(self)
         layers = [
             HeadwiseLayer(LayerCache(index, policy, self.transcript, settings), cache, self.model_name)
@@ -149,7 +160,7 @@ class HeadwiseCache(Cache):
             CacheStateError: when the last pass was broken off, or the model's attention was changed.
         """
         layers = self.headwise_layers
-        if not layers or self.captured:
+        if not layers or self.captured or self._together.repeating:
             return
         seen = layers[0].core.seen
         if self.awaits_attention or any(length != seen for length in self._lengths()):
@@ -163,6 +174,9 @@ class HeadwiseCache(Cache):
                 # Left behind by a pass that failed before its first layer.
                 self._truncate()
             self._announce_kinds(self.kind_table, input_ids)
+        # Where a pass was judged only after its end, as drafts are.
+        self._together.compact(self)
+        self._together.take_in(self, input_ids)
         if self._looks_like_a_chunk(input_ids):
             warnings.warn(
                 f"the first {seen} tokens were profiled as the whole prompt and more of it seems to follow; with "
@@ -171,6 +185,11 @@ class HeadwiseCache(Cache):
                 stacklevel=2,
             )
         self.passes += 1
+
+    def end_pass(self) -> None:
+        """Called after every such pass that did not fail."""
+        if not self.captured and not self._together.repeating:
+            self._together.compact(self)
 
     def announce(self, input_ids: Int[Tensor, "b q"]) -> None:
         """Take note of tokens that a captured step is going to process; all of them are real."""
@@ -206,6 +225,7 @@ class HeadwiseCache(Cache):
                 layer.keys = layer.values = None
                 layer.is_initialized = False
         self.passes = 0
+        self._together.reset()
         self._truncate()
 
     def reorder_cache(self, beam_idx: Int[Tensor, " new"]) -> None:
@@ -242,7 +262,8 @@ class HeadwiseCache(Cache):
             layers=[self._report_layer(layer) for layer in self.layers],
             transcript_bytes=storage_bytes(self._token_facts()),
             kernel=self.kernel,
-            profile_seconds=sum((layer.core.prompt.profile_seconds for layer in self.headwise_layers), 0.0),
+            profile_seconds=self._together.seconds
+            + sum((layer.core.prompt.profile_seconds for layer in self.headwise_layers), 0.0),
             compact_seconds=sum((layer.core.prompt.compact_seconds for layer in self.headwise_layers), 0.0),
         )
 
@@ -341,6 +362,11 @@ def _check_options(
     if "kind" in policy.facts and tokenizer is None:
         raise ConfigurationError(
             f"{type(policy).__name__} looks at the kind of each token (special, punctuation) and needs a tokenizer: "
+            "HeadwiseCache(model, policy, tokenizer=tokenizer)"
+        )
+    if isinstance(policy, Scored) and policy.reconstructs and tokenizer is None:
+        raise ConfigurationError(
+            f"{type(policy).__name__} asks the model to repeat its prompt and needs a tokenizer: "
             "HeadwiseCache(model, policy, tokenizer=tokenizer)"
         )
     counts = {"page_size": page_size, "prompt_tokens": prompt_tokens, "evict_every": evict_every}

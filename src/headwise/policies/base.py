@@ -8,7 +8,7 @@ them. A rule alone is a policy that leaves nothing to choose; `a | b` keeps what
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -24,15 +24,17 @@ Fact = Literal["kind", "score"]
 class Selection:
     """How the rule of a head is chosen from its profile (FastGen, equation 1; readings named in `FastGen`)."""
 
-    recovery: int | float
+    recovery: int | float | None
+    keep: Size | None
     last_rows: int | None
     fold: Literal["min", "mean"]
     criterion: Literal["mass", "l1"]
 
     @property
     def threshold(self) -> float:
-        """Retained mass that is enough."""
-        return (1 + self.recovery) / 2 if self.criterion == "l1" else float(self.recovery)
+        """Retained mass that is enough, where it is given."""
+        recovery = float(self.recovery or 0)
+        return (1 + recovery) / 2 if self.criterion == "l1" else recovery
 
 
 class Policy(ABC):
@@ -54,6 +56,21 @@ class Policy(ABC):
     def profile_rows(self) -> Size:
         """How many query rows of the prompt the profile reads: a count, or a fraction of the prompt."""
         return 1.0
+
+    @property
+    def deferred(self) -> bool:
+        """Whether a layer waits for all the others before it is compacted; the peak is then the full cache."""
+        return False
+
+    def with_keep(self, keep: Size) -> Policy:
+        """The same policy with room for so many tokens per KV head: a count, or a fraction of the prompt.
+
+        Raises:
+            ConfigurationError: when it has no such budget, or the number is out of range.
+        """
+        if "keep" not in self.parameters():
+            raise ConfigurationError(f"{self.name or type(self).__name__} has no budget of tokens to set")
+        return replace(self, keep=keep)  # type: ignore[type-var]  # subclasses are dataclasses
 
     @property
     def facts(self) -> frozenset[Fact]:
@@ -96,6 +113,11 @@ class Rule(Policy):
     def label(self) -> str:
         """Short name for reports."""
         return self.name
+
+    @property
+    def evicts(self) -> bool:
+        """Whether the rule may drop tokens after the prompt."""
+        return True
 
     @abstractmethod
     def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
@@ -169,6 +191,22 @@ def _remembered(rule: Rule, tokens: Tokens) -> Bool[Tensor, "b h n"]:
     return tokens.memo[rule]
 
 
+def check_target(name: str, recovery: object, keep: Size | None) -> None:
+    """Refuse anything but either a recovery or a budget.
+
+    Raises:
+        ConfigurationError: when both or none are given, or the one given is out of range.
+    """
+    if (recovery is None) == (keep is None):
+        raise ConfigurationError(f"{name} takes a recovery, or a budget of tokens to keep, and not both")
+    if keep is not None:
+        check_size("keep", keep)
+    elif isinstance(recovery, bool) or not isinstance(recovery, int | float):
+        raise ConfigurationError(f"recovery must be a number from 0 to 1, got {recovery!r}")
+    elif not 0 <= recovery <= 1:
+        raise ConfigurationError(f"recovery must be from 0 to 1, got {recovery}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a word that is not among the choices.
 
@@ -189,4 +227,15 @@ def check_switch(name: str, value: object) -> None:
         raise ConfigurationError(f"{name} must be True or False, got {value!r}")
 
 
-__all__ = ["Fact", "Policy", "Rule", "Selection", "Size", "Union", "check_choice", "check_size", "check_switch"]
+__all__ = [
+    "Fact",
+    "Policy",
+    "Rule",
+    "Selection",
+    "Size",
+    "Union",
+    "check_choice",
+    "check_size",
+    "check_switch",
+    "check_target",
+]

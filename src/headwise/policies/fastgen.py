@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 from headwise.errors import ConfigurationError
-from headwise.policies.base import Policy, Rule, Selection, check_choice, check_switch
+from headwise.policies.base import Policy, Rule, Selection, check_choice, check_switch, check_target
 from headwise.policies.frequent import Frequent
 from headwise.policies.full import Full
 from headwise.policies.punctuation import Punctuation
@@ -38,6 +38,9 @@ class FastGen(Policy):
     Args:
         recovery: T of equation 1, the share of attention mass a rule must retain; 1 keeps everything, 0 takes
             the first rung.
+        keep: instead of it, tokens of the prompt per KV head, on average over the model: a count (int), or a
+            fraction (float). Every head then has the highest recovery with which the model stays within it; the
+            whole cache is held until all layers are profiled.
         local: r_l, width of the local window: a fraction of the prompt (float) or a count (int).
         frequent: r_f, heavy hitters: a fraction of the tokens seen so far (float), so that their number grows
             while generating, or a count (int).
@@ -60,7 +63,7 @@ class FastGen(Policy):
         ConfigurationError: for a value out of range, an unknown rule in the ladder, or a ladder without "full".
     """
 
-    recovery: int | float
+    recovery: int | float | None = None
     local: Size = 0.3
     frequent: Size = 0.3
     sinks: int = 0
@@ -72,12 +75,10 @@ class FastGen(Policy):
     normalize: bool = False
     profile_rows: Size = 1.0
     ladder: tuple[str | Rule, ...] = PAPER_LADDER
+    keep: Size | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.recovery, bool) or not isinstance(self.recovery, int | float):
-            raise ConfigurationError(f"recovery must be a number from 0 to 1, got {self.recovery!r}")
-        if not 0 <= self.recovery <= 1:
-            raise ConfigurationError(f"recovery must be from 0 to 1, got {self.recovery}")
+        check_target("fastgen", self.recovery, self.keep)
         if isinstance(self.last_rows, bool) or not isinstance(self.last_rows, int) or self.last_rows < 1:
             raise ConfigurationError(f"last_rows must be a count of 1 or more, got {self.last_rows!r}")
         check_size("profile_rows", self.profile_rows)
@@ -99,7 +100,16 @@ class FastGen(Policy):
     def selection(self) -> Selection:
         """Equation 1 in the reading that the parameters name."""
         last_rows = self.last_rows if self.rows == "last" else None
-        return Selection(self.recovery, last_rows, self.fold, self.criterion)
+        return Selection(self.recovery, self.keep, last_rows, self.fold, self.criterion)
+
+    @property
+    def deferred(self) -> bool:
+        """A budget is the model's."""
+        return self.keep is not None
+
+    def with_keep(self, keep: Size) -> FastGen:
+        """A budget instead of the recovery."""
+        return replace(self, recovery=None, keep=keep)
 
     def _rung(self, rung: str | Rule) -> Rule:
         if isinstance(rung, Rule):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from headwise.policies.base import Fact, Rule, check_choice, check_switch
@@ -53,3 +53,7 @@ class Frequent(Rule):
         score = tokens.score / queries if self.normalize else tokens.score
         quota = quota_tokens(self.size, tokens.seen if self.of == "seen" else tokens.prompt)
         return (tokens.rank(score) < quota) & tokens.pool
+
+    def with_keep(self, keep: Size) -> Frequent:
+        """So many of the heaviest."""
+        return replace(self, size=keep)

@@ -16,6 +16,11 @@ from headwise.types import Bool, Tensor, Tokens
 class Full(Rule):
     """Keeps everything: the reference every other policy is measured against (FastGen, section 3.4)."""
 
+    @property
+    def evicts(self) -> bool:
+        """Never."""
+        return False
+
     def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
         """Everything."""
         return torch.ones_like(tokens.valid)

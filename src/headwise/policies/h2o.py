@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headwise.policies.base import Policy, Rule
 from headwise.policies.frequent import Frequent
 from headwise.policies.registry import register
-from headwise.policies.size import Size
+from headwise.policies.size import Size, check_size
 from headwise.policies.window import Window
 
 
@@ -33,3 +33,9 @@ class H2O(Policy):
     def rungs(self) -> tuple[Rule, ...]:
         """One rule for every head."""
         return (Frequent(self.heavy, of="prompt", among="rest") | Window(self.recent),)
+
+    def with_keep(self, keep: Size) -> H2O:
+        """Half of them heavy hitters, half of them recent."""
+        check_size("keep", keep)
+        half = keep / 2 if isinstance(keep, float) else keep // 2
+        return replace(self, heavy=half, recent=keep - half)

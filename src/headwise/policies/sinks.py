@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headwise.errors import ConfigurationError
 from headwise.policies.base import Rule
 from headwise.policies.registry import register
+from headwise.policies.size import check_count
 from headwise.types import Bool, Tensor, Tokens
 
 
@@ -22,8 +22,7 @@ class Sinks(Rule):
     count: int = 4
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 0:
-            raise ConfigurationError(f"sinks must be a count of 0 or more, got {self.count!r}")
+        check_count("sinks", self.count, 0)
 
     def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
         """Positions below `count`."""

@@ -30,6 +30,16 @@ def check_size(name: str, size: Size) -> None:
         raise ConfigurationError(f"{name} must be a fraction from 0.0 to 1.0, got {size} (a count is an int)")
 
 
+def check_count(name: str, count: int, least: int, *, odd: bool = False) -> None:
+    """Refuse what is no whole number of at least `least`.
+
+    Raises:
+        ConfigurationError: naming the parameter.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < least or (odd and count % 2 == 0):
+        raise ConfigurationError(f"{name} must be {'an odd' if odd else 'a'} count of {least} or more, got {count!r}")
+
+
 def window_tokens(size: Size, length: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """Width of a local window: 0 for size 0, else the rounded fraction of `length` and at least 1."""
     if isinstance(size, int):

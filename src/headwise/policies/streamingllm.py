@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from headwise.policies.base import Policy, Rule
+from headwise.policies.base import Policy, Rule, check_switch
 from headwise.policies.registry import register
 from headwise.policies.sinks import Sinks
 from headwise.policies.size import Size
@@ -20,16 +20,23 @@ class StreamingLLM(Policy):
 
     Args:
         window: newest tokens to keep: a count (int), or a fraction of the prompt (float).
-        sinks: first tokens to keep.
+        sinks: first tokens to keep, beside the window.
+        within: whether `window` counts the sinks too, and so is all that is kept.
     """
 
     window: Size
     sinks: int = 4
+    within: bool = False
 
     def __post_init__(self) -> None:
+        check_switch("within", self.within)
         _ = self.rungs  # the rules check their own sizes
 
     @property
     def rungs(self) -> tuple[Rule, ...]:
         """One rule for every head."""
-        return (Sinks(self.sinks) | Window(self.window),)
+        return (Sinks(self.sinks) | Window(self.window, less=self.sinks if self.within else 0),)
+
+    def with_keep(self, keep: Size) -> StreamingLLM:
+        """Sinks and window together."""
+        return replace(self, window=keep, within=True)

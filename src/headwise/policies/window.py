@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from headwise.policies.base import Rule
 from headwise.policies.registry import register
-from headwise.policies.size import Size, check_size, window_tokens
+from headwise.policies.size import Size, check_count, check_size, window_tokens
 from headwise.types import Bool, Int, Tensor, Tokens
 
 
@@ -19,12 +19,15 @@ class Window(Rule):
 
     Args:
         size: tokens (int), or a fraction of the prompt (float), rounded and at least 1.
+        less: tokens of those that others need, such as sinks; at least 1 remains.
     """
 
     size: Size
+    less: int = 0
 
     def __post_init__(self) -> None:
         check_size("window size", self.size)
+        check_count("less", self.less, 0)
 
     @property
     def label(self) -> str:
@@ -41,4 +44,9 @@ class Window(Rule):
 
     def width(self, prompt: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """The size in tokens."""
-        return window_tokens(self.size, prompt)
+        width = window_tokens(self.size, prompt)
+        return (width - self.less).clamp(min=1) if self.less else width
+
+    def with_keep(self, keep: Size) -> Window:
+        """So many of the newest."""
+        return replace(self, size=keep)

@@ -1,0 +1,60 @@
+"""Budget: tokens, a share or bytes, and a model -> the policy with room for so much."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from headwise.errors import ConfigurationError
+from headwise.policies.base import Policy
+from headwise.policies.size import Size
+
+# What a row holds beside its key and value: its column, and its score where a rule ranks while generating.
+_COLUMN_BYTES = _SCORE_BYTES = 4
+
+_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**k for k, p in enumerate("kMGT", 1)}}
+_UNITS |= {f"{p}iB": 1024**k for k, p in enumerate("KMGT", 1)}
+
+
+def with_budget(policy: Policy, budget: int | float | str, config: Any, dtype: torch.dtype) -> Policy:
+    """The policy with a budget for the rows of one sequence.
+
+    Args:
+        budget: tokens per KV head (int), a fraction of the prompt (float), or bytes as text, such as "64MiB".
+        config: of the model.
+
+    Raises:
+        ConfigurationError: when the policy takes no budget, it is out of range, or too small for a token.
+    """
+    return policy.with_keep(budget if not isinstance(budget, str) else _tokens(policy, budget, config, dtype))
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes with its unit, such as "1.5GB" (thousands) or "64MiB" (1,024s).
+
+    Raises:
+        ConfigurationError: when it is not one.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2] not in _UNITS:
+        raise ConfigurationError(f"a budget in bytes is a number and a unit, such as 64MiB or 1.5GB, got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def row_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token in all layers; only an estimate where layers differ."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize)
+
+
+def _tokens(policy: Policy, text: str, config: Any, dtype: torch.dtype) -> Size:
+    heads: int = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    scored = any("score" in rule.reads for rule in policy.rungs)
+    per_token = row_bytes(config, dtype) + heads * (_COLUMN_BYTES + (_SCORE_BYTES if scored else 0))
+    tokens = parse_bytes(text) // per_token
+    if tokens < 1:
+        raise ConfigurationError(f"{text} is less than one token per KV head takes, which is {per_token} bytes")
+    return tokens

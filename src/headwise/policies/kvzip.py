@@ -1,0 +1,56 @@
+"""KVzip: the tokens that the model needs to repeat its own prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headwise.policies.registry import register
+from headwise.policies.scored import Evidence, Scored, across
+from headwise.policies.size import Size, check_count
+from headwise.types import Bool, Float, Tensor, Tokens
+
+
+@register("kvzip")
+@dataclass(frozen=True)
+class KVzip(Scored):
+    """Keeps what was looked at while the model repeated the prompt (Kim et al., NeurIPS 2025, section 3).
+
+    arXiv 2505.23416. A token's score is the largest attention it received from any query of its group; the budget
+    is shared among all heads of all layers. Repeating costs about two prefills more, and the whole cache is held
+    until then.
+
+    Args:
+        keep: tokens of the prompt per KV head, on average over the model: a count (int), or a fraction (float).
+        sinks: first tokens, which are kept.
+    """
+
+    keep: Size
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("sinks", self.sinks, 0)
+
+    @property
+    def deferred(self) -> bool:
+        """The budget is the model's."""
+        return True
+
+    @property
+    def reconstructs(self) -> bool:
+        """It does."""
+        return True
+
+    def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
+        """Largest attention while repeating."""
+        assert evidence.reconstruction is not None
+        sinks = evidence.position < self.sinks
+        return torch.where(sinks, torch.inf, evidence.reconstruction)
+
+    def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
+        """The best of the model."""
+        heads = sum(score.shape[1] for score in scores)
+        return across(scores, tokens, self.quota(tokens[0]) * heads)

@@ -1,0 +1,82 @@
+"""Recite: every token that some query needed, while the model repeated its prompt or at the prompt's end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from headwise.policies.base import check_target
+from headwise.policies.registry import register
+from headwise.policies.scored import Evidence, Scored, across
+from headwise.policies.size import Size, check_count
+from headwise.types import Bool, Float, Tensor, Tokens
+
+
+@register("recite")
+@dataclass(frozen=True)
+class Recite(Scored):
+    """Keeps each token that one query at least paid enough attention to: FastGen's question, asked for single tokens.
+
+    FastGen asks how much of the attention mass a rule retains on average, and retrieval needs little mass. Here a
+    token's worth is the largest attention it receives from any query of its group: of those that repeat the prompt,
+    as in KVzip (Kim et al., NeurIPS 2025, arXiv 2505.23416, section 3), and of the last rows of the prompt, as in
+    SnapKV (Li et al., NeurIPS 2024, section 4). With a recovery of T, a token is dropped only if no such query gave
+    it 1 - T of its attention; every head then keeps the smallest set that does, however many that are. Sinks and a
+    local window are always kept. Repeating costs about two prefills more, and the whole cache is held until then.
+
+    Args:
+        recovery: T, from 0 to 1; 1 keeps everything.
+        keep: instead of it, tokens of the prompt per KV head, on average over the model: a count (int), or a
+            fraction (float).
+        window: newest tokens that are kept, and whose attention counts.
+        sinks: first tokens, which are kept.
+    """
+
+    recovery: int | float | None = None
+    keep: Size | None = None  # type: ignore[assignment]  # either this or the recovery
+    window: int = 64
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        check_target("recite", self.recovery, self.keep)
+        check_count("window", self.window, 1)
+        check_count("sinks", self.sinks, 0)
+
+    @property
+    def deferred(self) -> bool:
+        """The prompt is repeated once all layers have it."""
+        return True
+
+    @property
+    def reconstructs(self) -> bool:
+        """It does."""
+        return True
+
+    @property
+    def query_rows(self) -> int:
+        """Those of the window."""
+        return self.window
+
+    def with_keep(self, keep: Size) -> Recite:
+        """A budget instead of the recovery."""
+        return replace(self, recovery=None, keep=keep)
+
+    def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
+        """Largest attention from any query that counts; more than 1 for what is always kept."""
+        assert evidence.reconstruction is not None
+        best = evidence.reconstruction
+        for block in evidence.attention(self.window):
+            best = best.maximum(block.amax(dim=(2, 3)))
+        age = evidence.length - 1 - evidence.position
+        # The newest above all, so that a budget smaller than the window keeps the end of the prompt.
+        best = torch.where(age < self.window, 2.0 + evidence.position, best)
+        return torch.where(evidence.position < self.sinks, torch.inf, best)
+
+    def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
+        """What got enough, or the best of the model."""
+        if self.recovery is not None:
+            return [(score >= 1 - self.recovery) & facts.pool for score, facts in zip(scores, tokens, strict=True)]
+        heads = sum(score.shape[1] for score in scores)
+        return across(scores, tokens, self.quota(tokens[0]) * heads)

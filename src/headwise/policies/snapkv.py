@@ -1,0 +1,56 @@
+"""SnapKV: the tokens that the end of the prompt looks at, with their neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.nn import functional
+
+from headwise.policies.registry import register
+from headwise.policies.scored import Evidence, Scored, newest_first
+from headwise.policies.size import Size, check_count
+from headwise.types import Float, Tensor
+
+
+@register("snapkv")
+@dataclass(frozen=True)
+class SnapKV(Scored):
+    """Keeps what an observation window at the end of the prompt attends to (Li et al., NeurIPS 2024, section 4).
+
+    The scores are averaged over the window's rows and the queries of a group, and over neighbouring tokens; the
+    window itself is kept.
+
+    Args:
+        keep: tokens of the prompt per KV head, the window among them: a count (int), or a fraction (float).
+        window: rows at the end of the prompt that vote.
+        kernel: tokens that are averaged, an odd number; 1 leaves the scores as they are.
+    """
+
+    keep: Size
+    window: int = 64
+    kernel: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("window", self.window, 1)
+        check_count("kernel", self.kernel, 1, odd=True)
+
+    @property
+    def query_rows(self) -> int:
+        """The window."""
+        return self.window
+
+    def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
+        """Attention of the window on each token before it, smoothed."""
+        votes = evidence.mean_attention(self.window)
+        age = evidence.length - 1 - evidence.position
+        before = votes.mean(dim=2) * ((age >= self.window) & evidence.real[:, None])
+        return newest_first(smoothed(before, self.kernel), evidence, self.window)
+
+
+def smoothed(score: Float[Tensor, "b h t"], kernel: int) -> Float[Tensor, "b h t"]:
+    """The mean over `kernel` neighbours; there is nothing beyond the ends."""
+    return functional.avg_pool1d(score, kernel, stride=1, padding=kernel // 2)
+
+
+__all__ = ["SnapKV", "smoothed"]

@@ -1,0 +1,36 @@
+"""TOVA: the tokens that the last token looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headwise.policies.registry import register
+from headwise.policies.scored import Evidence, Scored, newest_first
+from headwise.policies.size import Size
+from headwise.types import Float, Tensor
+
+
+@register("tova")
+@dataclass(frozen=True)
+class TOVA(Scored):
+    """Keeps what the last token of the prompt attends to, the same in every head of a layer (Oren et al., 2024).
+
+    arXiv 2401.06104, section 3.2: the attention is averaged over all heads. The original goes on evicting while
+    generating; here what is generated is kept. The last token itself is kept in any case.
+
+    Args:
+        keep: tokens of the prompt per KV head: a count (int), or a fraction (float).
+    """
+
+    keep: Size
+
+    @property
+    def query_rows(self) -> int:
+        """The last."""
+        return 1
+
+    def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
+        """Mean attention of the last token over the heads of the layer."""
+        votes = evidence.mean_attention(1)
+        score = votes.mean(dim=(1, 2))[:, None].expand(-1, votes.shape[1], -1)
+        return newest_first(score, evidence, 1)
