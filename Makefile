@@ -12,7 +12,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Tests whose subject is transformers' side of the contract; they also run on the oldest release.
 CONTRACT_TESTS := tests/test_generate_matrix.py tests/test_contract.py tests/test_persistence.py tests/test_oracle.py
 
-.PHONY: demo test test-oldest check format model clean
+.PHONY: demo test test-oldest check format results model clean
 
 demo: model
 	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
@@ -33,6 +33,10 @@ check: $(VENV)/.ready
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# All tables of docs/results.md, from the records beside it.
+results: $(VENV)/.ready
+	$(BIN)/headwise results docs/results --out docs/results.md
 
 # Fetches and converts the default model once, into the user's cache folder.
 model: $(VENV)/.ready

@@ -15,23 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
+import chatty
+from chatty import KV_HEADS, LAYERS, TEXT
 from headwise.cli.main import main
 from headwise.cli.running import differing_words, first_difference
-from headwise.cli.settings import build_policy, describe_policy
 from headwise.cli.streaming import TextStream
 from headwise.errors import ConfigurationError
 from headwise.policies import H2O, FastGen, StreamingLLM
+from headwise.spec import build_policy, describe_policy
 
 POSITIONS = 128
-LAYERS, KV_HEADS = 2, 2
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TEXT = "The cat sat on the mat, and the dog sat on the log; who sat where? Nobody knows. Ask the cat!"
 QUESTION = "Who sat on the log?"
 
 
@@ -49,44 +44,12 @@ class Result:
 @pytest.fixture(scope="session")
 def tokenizer():
     # Bytes: what a random model writes is mostly not UTF-8, and streaming must cope.
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator([TEXT] * 4, trainer)
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
-    made.chat_template = TEMPLATE
-    return made
+    return chatty.tokenizer()
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory, tokenizer):
-    path = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=POSITIONS,
-        # Sharper than a trained model starts: heads must differ for the profile to have something to tell.
-        initializer_range=0.5,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+def folder(tmp_path_factory):
+    return chatty.save(tmp_path_factory.mktemp("tiny"), POSITIONS)
 
 
 @pytest.fixture

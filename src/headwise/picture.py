@@ -58,6 +58,16 @@ def save_map(report: Report, path: str | Path, sequence: int = 0) -> None:
         figure.savefig(file, format="png", dpi=_DPI)
 
 
+def check_matplotlib() -> None:
+    """Refuse to begin what will need a picture.
+
+    Raises:
+        ConfigurationError: when matplotlib is missing.
+    """
+    if find_spec("matplotlib") is None:
+        raise ConfigurationError("a picture needs matplotlib: pip install 'headwise[plot]'")
+
+
 def check_target(path: str | Path) -> Path:
     """Where a picture will be written, looked at before any work is done for it.
 
@@ -65,8 +75,7 @@ def check_target(path: str | Path) -> Path:
         ConfigurationError: when matplotlib is missing.
         InputError: when no file can be written there.
     """
-    if find_spec("matplotlib") is None:
-        raise ConfigurationError("a picture needs matplotlib: pip install 'headwise[plot]'")
+    check_matplotlib()
     if str(path) == "-":
         raise InputError("a picture needs the name of a file; it cannot go to standard output")
     # The file behind a link is what should change, not the link.

@@ -14,8 +14,8 @@ from headwise.picture import atomic, check_target
 _STOCK = "#222222"
 _PALE_INK = "#666666"
 # Okabe and Ito's colours, which the colour-blind can tell apart; the markers differ too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933")
-_MARKERS = "osD^vPX"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933")
+MARKERS = "osD^vPX"
 
 # Inches.
 _WIDTH, _ROW_HEIGHT, _TITLE = 10.5, 3.6, 0.95
@@ -93,11 +93,11 @@ def _line(axes: Any, results: list[Result], name: str, place: int, figure_of: An
             points.append((result.configuration.context, value))
     if not points:
         return None
-    colour = _STOCK if name == "stock" else _COLOURS[(place - 1) % len(_COLOURS)]
+    colour = _STOCK if name == "stock" else COLOURS[(place - 1) % len(COLOURS)]
     (line,) = axes.plot(
         *zip(*points, strict=True),
         color=colour,
-        marker=_MARKERS[place % len(_MARKERS)],
+        marker=MARKERS[place % len(MARKERS)],
         linestyle="--" if name == "stock" else "-",
         markersize=5,
         lw=1.6,

@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 
 def text_ids(tokenizer: Tokenizer, batch: int, length: int) -> Int[Tensor, "b t"]:
-    """English prose and code that every Python has: its manual of topics, from another place in every sequence.
-
-    The manual is about 170,000 tokens long and begins anew where it ends.
-    """
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    stream = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    """The manual, from another place in every sequence; it is about 170,000 tokens long and begins anew at its end."""
+    stream = torch.tensor(tokenizer(manual(), add_special_tokens=False)["input_ids"])
     starts = torch.arange(batch)[:, None] * (len(stream) // batch)
     return stream[(starts + torch.arange(length)) % len(stream)]
+
+
+def manual() -> str:
+    """English prose and code that every Python has: its manual of topics."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def random_ids(vocabulary: int, batch: int, length: int, seed: int = 0) -> Int[Tensor, "b t"]:

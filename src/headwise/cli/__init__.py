@@ -1,1 +1,1 @@
-"""Command line: `headwise generate`, `profile`, `bench`, `policies` and `doctor`; one file each."""
+"""Command line: `headwise generate`, `profile`, `bench`, `eval`, `policies` and `doctor`; one file each."""

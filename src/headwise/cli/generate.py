@@ -14,9 +14,9 @@ from headwise.cli import options
 from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype
 from headwise.cli.prompt import check_fit, encode, read_prompt
 from headwise.cli.running import Run, Sampling, differing_words, first_difference, run, stock_memory
-from headwise.cli.settings import build_policy, describe_policy
 from headwise.cli.tables import heading, message, show_costs
 from headwise.picture import check_target, save_map
+from headwise.spec import build_policy, describe_policy, read_budget
 
 if TYPE_CHECKING:
     from headwise.policies import Policy
@@ -92,6 +92,7 @@ def generate(
     policy: options.PolicyName = "fastgen",
     recovery: options.Recovery = None,
     settings: options.Settings = None,
+    budget: options.Budget = None,
     evict_every: options.EvictEvery = 16,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="New tokens at most.", rich_help_panel=_SAMPLING)
@@ -129,7 +130,8 @@ def generate(
 
     The text goes to standard output, everything else to standard error.
     """
-    chosen = build_policy(policy, recovery, settings or ())
+    chosen = build_policy(policy, recovery, settings or (), budgeted=budget is not None)
+    room = None if budget is None else read_budget(budget)
     drawn = random.randrange(_SEEDS) if seed is None else seed
     sampling = Sampling(max_new_tokens, temperature, drawn, prefill_chunk)
     text = read_prompt(prompt, file)
@@ -149,8 +151,15 @@ def generate(
 
     prompt_tokens = ids.shape[-1] if prefill_chunk else None
     cache = HeadwiseCache(
-        loaded, chosen, tokenizer=tokenizer, prompt_tokens=prompt_tokens, kernel=kernel, evict_every=evict_every
+        loaded,
+        chosen,
+        tokenizer=tokenizer,
+        prompt_tokens=prompt_tokens,
+        kernel=kernel,
+        evict_every=evict_every,
+        budget=room,
     )
+    chosen = cache.policy
     load_seconds = time.perf_counter() - started
     if compare_full and not json_output:
         heading(str(chosen))

@@ -81,12 +81,17 @@ def load(
     Raises:
         ModelNotFoundError: when it cannot be found or read.
     """
-    from transformers.utils import logging
-
     from headwise import load_default_model, load_model
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quieten_loader()
     if sys.stderr.isatty():
         typer.secho(f"loading {name or 'the default model'} ...", dim=True, err=True)
     return load_default_model(dtype, device) if name is None else load_model(name, dtype, device)
+
+
+def quieten_loader() -> None:
+    """Without transformers' progress bars and advice."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

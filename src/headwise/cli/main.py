@@ -11,10 +11,14 @@ from typing import Annotated
 import typer
 
 from headwise.cli.bench import bench
+from headwise.cli.compare import compare
 from headwise.cli.doctor import doctor
+from headwise.cli.eval import evaluations
 from headwise.cli.generate import generate
+from headwise.cli.lm_eval import SETTINGS, lm_eval
 from headwise.cli.policies import policies
 from headwise.cli.profile import profile
+from headwise.cli.results import results
 from headwise.errors import HeadwiseError
 
 _BAD_INPUT = 2
@@ -55,6 +59,10 @@ app.command()(profile)
 app.command()(policies)
 app.command()(doctor)
 app.command()(bench)
+app.add_typer(evaluations)
+app.command()(compare)
+app.command()(results)
+app.command("lm-eval", context_settings=SETTINGS)(lm_eval)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -45,6 +45,15 @@ Recovery = Annotated[
         rich_help_panel=POLICY,
     ),
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="SIZE",
+        help="Room for the prompt, whatever else is set: tokens per KV head (512), a share (0.25), or bytes (64MiB).",
+        rich_help_panel=POLICY,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

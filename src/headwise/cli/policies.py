@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from headwise.cli import options
-from headwise.cli.settings import DEFAULT_RECOVERY, plain
 from headwise.cli.tables import output, plain_table
+from headwise.spec import DEFAULT_RECOVERY, plain
 
 if TYPE_CHECKING:
     from headwise.policies import Policy
@@ -41,11 +41,12 @@ def _describe(name: str, policy: type[Policy]) -> dict[str, Any]:
     for field in fields(policy):  # type: ignore[arg-type]  # policies are dataclasses
         if not field.init:
             continue
-        default = plain(field.default) if field.default is not MISSING else None
+        required = field.default is MISSING
+        default = None if required else plain(field.default)
         # The command line has an answer where the library asks.
         if field.name == "recovery" and default is None:
-            default = DEFAULT_RECOVERY
-        parameters.append({"name": field.name, "default": default, "required": default is None})
+            default, required = DEFAULT_RECOVERY, False
+        parameters.append({"name": field.name, "default": default, "required": required})
     return {
         "name": name,
         "summary": (inspect.getdoc(policy) or "").partition("\n")[0],
@@ -56,6 +57,8 @@ def _describe(name: str, policy: type[Policy]) -> dict[str, Any]:
 def _parameter(name: str, default: Any, required: bool) -> Text:
     if required:
         return Text.assemble(name, (" (required)", "yellow"))
+    if default is None:
+        return Text.assemble(name, (" (instead of another)", "dim"))
     # As --set takes it.
     shown = ",".join(default) if isinstance(default, list) else str(default)
     return Text.assemble(name, (f"={shown.lower() if isinstance(default, bool) else shown}", "dim"))

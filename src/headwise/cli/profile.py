@@ -12,9 +12,9 @@ from rich.text import Text
 from headwise.cli import options
 from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype
 from headwise.cli.prompt import check_fit, encode, read_prompt
-from headwise.cli.settings import build_policy, describe_policy
 from headwise.cli.tables import add_rules, message, output, plain_table
 from headwise.picture import check_target, save_map
+from headwise.spec import build_policy, describe_policy, read_budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +32,7 @@ def profile(
     policy: options.PolicyName = "fastgen",
     recovery: options.Recovery = None,
     settings: options.Settings = None,
+    budget: options.Budget = None,
     model: options.Model = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -40,7 +41,8 @@ def profile(
     png: options.Png = None,
 ) -> None:
     """Profile a prompt: which rule every KV head gets, and what every rule recovers of its attention."""
-    chosen = build_policy(policy, recovery, settings or ())
+    chosen = build_policy(policy, recovery, settings or (), budgeted=budget is not None)
+    room = None if budget is None else read_budget(budget)
     text = read_prompt(prompt, file)
     if png is not None:
         check_target(png)
@@ -52,13 +54,13 @@ def profile(
 
     from headwise import HeadwiseCache
 
-    cache = HeadwiseCache(loaded, chosen, tokenizer=tokenizer, kernel=kernel)
+    cache = HeadwiseCache(loaded, chosen, tokenizer=tokenizer, kernel=kernel, budget=room)
     _read_prompt(loaded, ids, cache)
     report = cache.report()
     if png is not None:
         save_map(report, png)
     if json_output:
-        output().out(json.dumps(_to_dict(chosen, report), indent=2))
+        output().out(json.dumps(_to_dict(cache.policy, report), indent=2))
         return
     _show(report)
     if png is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from headwise.errors import InputError
+from headwise.textfile import decode_text, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,28 +77,16 @@ def check_fit(model: PreTrainedModel, prompt_tokens: int, new_tokens: int = 0) -
 
 
 def _read_file(file: str) -> str:
-    name = "standard input" if file == _STANDARD_INPUT else repr(file)
+    if file == _STANDARD_INPUT:
+        return decode_text(_read_standard_input(), "standard input")
+    return read_text(file)
+
+
+def _read_standard_input() -> bytes:
     try:
-        if file == _STANDARD_INPUT:
-            data = typer.get_binary_stream("stdin").read()
-        else:
-            with open(file, "rb") as stream:
-                data = stream.read()
-    except FileNotFoundError:
-        raise InputError(f"there is no file {name}") from None
-    except IsADirectoryError:
-        raise InputError(f"{name} is a folder, not a file") from None
-    except (OSError, ValueError) as error:
-        # ValueError: a name with a null character.
-        raise InputError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        # Some editors begin a file with a byte order mark, which is no part of the text.
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text (byte {error.start:,})") from None
-    if not text.strip():
-        raise InputError(f"{name} is empty")
-    return text
+        return typer.get_binary_stream("stdin").read()
+    except OSError as error:
+        raise InputError(f"cannot read standard input: {error.strerror or error}") from error
 
 
 def _is_text(prompt: str) -> bool:

@@ -1,4 +1,7 @@
-"""Settings: a policy's name and parameters as words -> the policy; and back to plain values for JSON."""
+"""Spec: a policy as words, such as `h2o:heavy=0.25,recent=0.25` -> the policy; and back to plain values for JSON.
+
+Policies are imported when one is asked for: the command line answers `--help` without torch.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,38 @@ _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 _LARGEST = 2**63 - 1
 
 
-def build_policy(name: str, recovery: float | None = None, settings: Sequence[str] = ()) -> Policy:
-    """The policy of that name, with `--recovery` and every `--set NAME=VALUE` applied.
+def parse_policy(spec: str) -> Policy:
+    """The policy that `NAME` or `NAME:PARAMETER=VALUE,...` stands for; recovery is 0.95 unless it or a budget is given.
+
+    A value may hold commas itself: in `fastgen:ladder=special,full,local=8` what has no sign continues the ladder.
+
+    Raises:
+        UnknownPolicyError: when there is none of that name; the message names the nearest.
+        ConfigurationError: for an unknown, missing, repeated or unreadable parameter, or one out of range.
+    """
+    name, colon, rest = spec.partition(":")
+    settings: list[str] = []
+    for part in rest.split(",") if colon else ():
+        if settings and "=" not in part:
+            settings[-1] += f",{part}"
+        else:
+            settings.append(part)
+    return build_policy(name.strip(), None, settings, written="parameter")
+
+
+def build_policy(
+    name: str,
+    recovery: float | None = None,
+    settings: Sequence[str] = (),
+    written: str = "--set",
+    *,
+    budgeted: bool = False,
+) -> Policy:
+    """The policy of that name, with the recovery and every NAME=VALUE applied.
+
+    Args:
+        written: what people write before a NAME=VALUE; complaints use it.
+        budgeted: whether a budget is going to replace the sizes, which then need not be given.
 
     Raises:
         UnknownPolicyError: when there is none; the message names the nearest.
@@ -35,19 +68,32 @@ def build_policy(name: str, recovery: float | None = None, settings: Sequence[st
     for setting in settings:
         parameter, equals, text = setting.partition("=")
         if not equals or not parameter.strip() or not text.strip():
-            raise ConfigurationError(f"--set takes NAME=VALUE, such as window=256, got {setting!r}")
+            raise ConfigurationError(f"{written} takes NAME=VALUE, such as window=256, got {setting!r}")
         parameter = parameter.strip()
         if parameter in given:
             raise ConfigurationError(f"parameter {parameter!r} is given twice")
         # An unknown parameter is left to `create_policy`, which says what there is.
-        given[parameter] = _read(setting, text.strip(), hints[parameter]) if parameter in accepted else text
-    if recovery is None and "recovery" in accepted:
-        given.setdefault("recovery", DEFAULT_RECOVERY)
+        known_hint = hints[parameter] if parameter in accepted else str
+        given[parameter] = _read(f"{written} {setting}", text.strip(), known_hint)
+    if "recovery" in accepted and not given.keys() & {"recovery", "keep"}:
+        given["recovery"] = DEFAULT_RECOVERY
     missing = [n for n, field in accepted.items() if field.default is MISSING and n not in given]
-    if missing and all(parameter in accepted for parameter in given):
-        wanted = " ".join(f"--set {parameter}=VALUE" for parameter in missing)
+    if budgeted:
+        given |= dict.fromkeys(missing, 1.0)
+    elif missing and all(parameter in accepted for parameter in given):
+        wanted = " ".join(f"{written} {parameter}=VALUE" for parameter in missing)
         raise ConfigurationError(f"policy {name!r} needs {wanted}")
     return create_policy(name, **given)
+
+
+def read_budget(text: str) -> int | float | str:
+    """Tokens per KV head ("512"), a fraction of the prompt ("0.25"), or bytes ("64MiB"), which stay text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def describe_policy(policy: Policy) -> dict[str, Any]:
@@ -71,14 +117,14 @@ def _read(setting: str, text: str, hint: Any) -> object:
     from headwise.policies.base import check_choice
 
     if get_origin(hint) is Literal:
-        check_choice(f"--set {setting}: the value", text, get_args(hint))
+        check_choice(f"{setting}: the value", text, get_args(hint))
         return text
     if get_origin(hint) is tuple:
         return tuple(part.strip() for part in text.split(","))
     types = get_args(hint) or (hint,)
     if bool in types:
         if text.lower() not in _WORDS:
-            raise ConfigurationError(f"--set {setting}: expected true or false")
+            raise ConfigurationError(f"{setting}: expected true or false")
         return _WORDS[text.lower()]
     # A whole number first: 64 is a count of tokens, 64.0 would be a fraction.
     for kind in (int, float):
@@ -88,8 +134,8 @@ def _read(setting: str, text: str, hint: Any) -> object:
             except ValueError:
                 continue
             if abs(value) > _LARGEST:
-                raise ConfigurationError(f"--set {setting}: the number is too large")
+                raise ConfigurationError(f"{setting}: the number is too large")
             return value
     if str in types:
         return text
-    raise ConfigurationError(f"--set {setting}: expected {'a whole number' if types == (int,) else 'a number'}")
+    raise ConfigurationError(f"{setting}: expected {'a whole number' if types == (int,) else 'a number'}")

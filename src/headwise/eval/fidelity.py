@@ -1,0 +1,69 @@
+"""Fidelity: a passage, its beginning compressed -> how far the predictions of what follows move from the full cache's.
+
+The tokens after the context are fed as if one at a time, exactly as generation would, whatever the model would have
+said itself (teacher forcing). What the context's last token predicts comes from the pass that reads the context, before
+anything is compressed, so it cannot differ: the first prediction that counts is the one after the first fed token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from headwise.eval.passages import Passages
+from headwise.eval.task import Item, Outcome, Subject
+from headwise.policies.base import Policy
+from headwise.types import Float, Int, Tensor
+
+
+@dataclass(frozen=True)
+class Fidelity(Passages):
+    """Continuation of real text on the compressed cache, compared with the full cache. Metrics, per passage:
+
+    `kl`: mean Kullback-Leibler divergence of the compressed cache's predictions from the full cache's, nats per
+    token. `nll_change`: how much less likely the text's own next token became, nats per token. `perplexity_ratio`:
+    perplexity over that of the full cache, the exponential of `nll_change`. `top1`: share of predictions whose
+    likeliest token is the same.
+    """
+
+    name: ClassVar[str] = "fidelity"
+    primary: ClassVar[str] = "kl"
+    higher_is_better: ClassVar[bool] = False
+
+    def reference(self, subject: Subject, item: Item) -> Float[Tensor, "steps vocabulary"]:
+        """Log-probabilities of the full cache, from one pass over the passage."""
+        ids = self.ids(subject, item)[:, :-1]
+        subject.check_room(ids.shape[-1])
+        with torch.inference_mode():
+            logits: Tensor = subject.model(input_ids=ids, use_cache=False).logits[0, self.context :]
+        return logits.float().log_softmax(dim=-1)
+
+    def measure(
+        self, subject: Subject, item: Item, policy: Policy, reference: Float[Tensor, "steps vocabulary"]
+    ) -> Outcome:
+        """Compress the context, and feed the rest."""
+        ids = self.ids(subject, item)
+        context = subject.read(ids[:, : self.context], policy)
+        rows = subject.feed(context.cache, ids[:, self.context : -1]).float().log_softmax(dim=-1)
+        metrics, nll = compare(reference, rows, ids[0, self.context + 1 :])
+        return context.outcome(metrics, nll=nll, document=item.data["document"], start=item.data["start"])
+
+
+def compare(
+    full: Float[Tensor, "n vocabulary"], ours: Float[Tensor, "n vocabulary"], targets: Int[Tensor, " n"]
+) -> tuple[dict[str, float], float]:
+    """The metrics of two caches' log-probabilities, and the mean negative log-likelihood of ours."""
+    # Of equal predictions, rounding could take it below 0.
+    divergence = F.kl_div(ours, full, reduction="none", log_target=True).sum(dim=-1).clamp(min=0)
+    nll, full_nll = (float(F.nll_loss(rows, targets)) for rows in (ours, full))
+    metrics = {
+        "kl": float(divergence.mean()),
+        "nll_change": nll - full_nll,
+        "perplexity_ratio": math.exp(nll - full_nll),
+        "top1": float((full.argmax(dim=-1) == ours.argmax(dim=-1)).float().mean()),
+    }
+    return metrics, nll

@@ -1,0 +1,51 @@
+"""Source: a model's name and options -> the model under test, in whichever process needs it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from headwise.eval.task import Subject
+from headwise.hf.models import DEFAULT_MODEL, load_default_model, load_model
+from headwise.kernels import AUTO
+
+
+@dataclass(frozen=True)
+class Source:
+    """How to load what is measured. Holds names only, so that it can travel to another process.
+
+    Args:
+        model: Hub id or folder; None for the default model.
+        dtype: such as "bfloat16"; None for what suits the device.
+        device: such as "cuda:1"; None for the GPU where there is one.
+        kernel, evict_every: of every cache, see `HeadwiseCache`.
+    """
+
+    model: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    kernel: str = AUTO
+    evict_every: int = 16
+
+    @property
+    def name(self) -> str:
+        """Of the model, for records."""
+        return self.model or os.environ.get("HEADWISE_MODEL") or DEFAULT_MODEL
+
+    def load(self) -> Subject:
+        """The model, its tokenizer, and the options of its caches.
+
+        Raises:
+            ModelNotFoundError: when it cannot be found or read.
+        """
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        where = (dtype, self.device)
+        loaded = load_default_model(*where) if self.model is None else load_model(self.model, *where)
+        return Subject(*loaded, {"kernel": self.kernel, "evict_every": self.evict_every})
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)

@@ -1,0 +1,177 @@
+"""Task: a tokenizer -> items, and an item read into a compressed cache -> what the compression did to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from headwise.errors import InputError
+from headwise.hf.cache import HeadwiseCache
+from headwise.policies.base import Policy
+from headwise.report import Report
+from headwise.types import Float, Int, Tensor
+
+Query = Literal["none", "aware", "agnostic"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to measure.
+
+    Attributes:
+        key: unique within its task, and the same in every run with the same seed and options.
+        data: what the task needs to measure it; plain JSON values.
+    """
+
+    key: str
+    data: dict[str, Any]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the data, so that two runs can be known to have measured the same thing."""
+        return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Outcome:
+    """What was found out about one item under one policy.
+
+    Attributes:
+        metrics: by name; tables show their mean over the items.
+        kept_ratio: kept rows over the rows of a full cache, at the end of the context.
+        used_bytes, full_bytes: of the rows kept, and of a full cache, at the same moment.
+        prefill_seconds: reading the context, compression included.
+        compress_seconds: the part of it that is profiling, scoring and compacting.
+        details: anything else worth keeping, such as the answer given; plain JSON values.
+    """
+
+    metrics: dict[str, float]
+    kept_ratio: float
+    used_bytes: int
+    full_bytes: int
+    prefill_seconds: float
+    compress_seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Subject:
+    """The model under test.
+
+    Attributes:
+        options: of every `HeadwiseCache`, such as `kernel` and `evict_every`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def check_room(self, tokens: int) -> None:
+        """Refuse more tokens than the model has positions for.
+
+        Raises:
+            InputError: with both numbers.
+        """
+        positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if positions is not None and tokens > positions:
+            raise InputError(f"{tokens:,} tokens do not fit into the model's {positions:,} positions; take fewer")
+
+    def read(self, ids: Int[Tensor, "b t"], policy: Policy) -> Context:
+        """Read a context into a new cache and compress it."""
+        # Its length is told, or a question that follows would be taken for the rest of it.
+        told = {"tokenizer": self.tokenizer, "prompt_tokens": ids.shape[-1]}
+        cache = HeadwiseCache(self.model, policy, **told, **self.options)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            output = self.model(input_ids=ids.to(self.model.device), past_key_values=cache, logits_to_keep=1)
+        return Context(cache, cache.report(), time.perf_counter() - started, output.logits[:, -1].float())
+
+    def feed(self, cache: HeadwiseCache, ids: Int[Tensor, "1 t"]) -> Float[Tensor, "t vocabulary"]:
+        """Logits of tokens that follow what the cache holds, as if they had come one at a time.
+
+        The rules are applied once in `evict_every` tokens. What lies between two of those moments goes in one pass:
+        it is the same as token by token.
+        """
+        passes = ids.to(self.model.device).split(self.options.get("evict_every", 1), dim=1)
+        with torch.inference_mode():
+            return torch.cat([self.model(input_ids=part, past_key_values=cache).logits[0] for part in passes])
+
+
+@dataclass
+class Context:
+    """A context in a compressed cache.
+
+    Attributes:
+        report: at its end.
+        seconds: it took to read and compress.
+        logits: of the token that follows.
+    """
+
+    cache: HeadwiseCache
+    report: Report
+    seconds: float
+    logits: Float[Tensor, "b vocabulary"]
+
+    def outcome(self, metrics: dict[str, float], **details: Any) -> Outcome:
+        """Those metrics, with what the compression took and left."""
+        report = self.report
+        return Outcome(
+            metrics=metrics,
+            kept_ratio=report.kept_ratio,
+            used_bytes=report.used_bytes,
+            full_bytes=report.full_bytes,
+            prefill_seconds=self.seconds,
+            compress_seconds=report.profile_seconds + report.compact_seconds,
+            details=details,
+        )
+
+
+class Task(ABC):
+    """Something that can be measured under any policy. Subclasses are frozen dataclasses: their options.
+
+    Attributes:
+        name: as the command line and the records have it.
+        query: whether the question is in the context while it is compressed ("aware"), comes after ("agnostic"), or
+            there is none.
+        primary: the metric that curves and rankings are made of.
+        higher_is_better: of the primary metric.
+    """
+
+    name: ClassVar[str]
+    query: Query = "none"
+    primary: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+
+    @property
+    def title(self) -> str:
+        """What it measures, whatever the query: tasks of the same title share a table."""
+        return self.name
+
+    @property
+    def label(self) -> str:
+        """How records call it; no two tasks of a run have the same."""
+        return self.title if self.query == "none" else f"{self.title}, {self.query}"
+
+    @abstractmethod
+    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+        """What there is to measure.
+
+        Raises:
+            InputError: when the text or file given does not suffice.
+        """
+
+    def reference(self, subject: Subject, item: Item) -> Any:
+        """What the policies are compared with, made once per item; None where nothing is."""
+        return None
+
+    @abstractmethod
+    def measure(self, subject: Subject, item: Item, policy: Policy, reference: Any) -> Outcome:
+        """One item under one policy, which may be `Full`."""

@@ -1,0 +1,54 @@
+"""Text files: a path or bytes -> text, or one line that says why it is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from headwise.errors import InputError
+
+
+def read_text(file: str | Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        InputError: when it cannot be read, is empty or is no UTF-8 text.
+    """
+    return decode_text(read_bytes(file), repr(str(file)))
+
+
+def read_bytes(file: str | Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        InputError: when it cannot be read.
+    """
+    name = repr(str(file))
+    try:
+        with open(file, "rb") as stream:
+            return stream.read()
+    except FileNotFoundError:
+        raise InputError(f"there is no file {name}") from None
+    except IsADirectoryError:
+        raise InputError(f"{name} is a folder, not a file") from None
+    except (OSError, ValueError) as error:
+        # ValueError: a name with a null character.
+        raise InputError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Bytes as UTF-8 text.
+
+    Args:
+        name: of where they come from, for the complaint.
+
+    Raises:
+        InputError: when there are none, or they are no text.
+    """
+    try:
+        # Some editors begin a file with a byte order mark, which is no part of the text.
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text (byte {error.start:,})") from None
+    if not text.strip():
+        raise InputError(f"{name} is empty")
+    return text
