@@ -34,6 +34,7 @@ from headwise.bench.plan import Configuration, Plan
 from headwise.bench.record import Held, Measurement, Prefill, ProfileCost, Record, Result
 from headwise.cli.main import main
 from headwise.errors import CacheStateError, ConfigurationError, InputError
+from headwise.hf.budget import row_bytes
 
 TINY = shapes.SHAPES["tiny"]
 STEPS, ROUNDS = 4, 2
@@ -591,7 +592,7 @@ def test_random_model_has_the_shape_and_the_dtype():
     model = stock.random_model(TINY, torch.bfloat16, torch.device("cpu"))
     assert sum(parameter.numel() for parameter in model.parameters()) == TINY.parameters
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert shapes.full_row_bytes(model.config, torch.bfloat16) == TINY.row_bytes(torch.bfloat16)
+    assert row_bytes(model.config, torch.bfloat16) == TINY.row_bytes(torch.bfloat16)
     assert not model.training
 
 

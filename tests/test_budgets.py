@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import MISSING, fields
 
 import pytest
@@ -13,6 +14,7 @@ import headwise
 import tiny
 from headwise import prompt
 from headwise.errors import ConfigurationError
+from headwise.hf.budget import parse_bytes
 from models import unchecked_shapes
 
 LONG, SHORT = 61, 40
@@ -141,3 +143,60 @@ def test_fastgen_within_a_budget_treats_sequences_apart():
         with torch.no_grad():
             model()(input_ids=tiny.prompt(length, seed=seed), past_key_values=cache)
         assert torch.cat(cache.report().kept_tokens, dim=1)[0].tolist() == together[row].tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("64", 64), ("1.5kB", 1500), ("2KiB", 2048), ("3 MiB", 3 * 2**20), ("0.5GiB", 2**29), ("1TB", 10**12)],
+)
+def test_bytes_are_read_with_their_unit(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "64 mib", "-3MB", "1e6", "64MiB each"])
+def test_what_is_no_number_of_bytes_is_refused(text):
+    with pytest.raises(ConfigurationError, match="64MiB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    "policy", [headwise.SnapKV(0.5), headwise.KVzip(0.5), headwise.H2O(4, 4), headwise.FastGen(0.9)]
+)
+def test_a_budget_in_bytes_is_what_the_rows_take_at_most(policy):
+    model = tiny.llama(layers=2)
+    full = headwise.HeadwiseCache(model, headwise.Full())
+    wanted = 6000
+    cache = headwise.HeadwiseCache(model, policy, tokenizer=tiny.tokenizer(), budget=f"{wanted}B")
+    with torch.no_grad():
+        for each in (full, cache):
+            model(input_ids=tiny.prompt(61, seed=3), past_key_values=each)
+    assert full.report().used_bytes > 2 * wanted
+    used, per_token = cache.report().used_bytes, full.report().used_bytes // LONG
+    assert used <= wanted
+    # Whole rungs do not come to the last token; everything else does.
+    assert used > (0 if isinstance(policy, headwise.FastGen) else wanted - 2 * per_token)
+
+
+def test_a_budget_smaller_than_a_token_is_refused():
+    with pytest.raises(ConfigurationError, match="less than one token"):
+        headwise.HeadwiseCache(tiny.llama(), headwise.SnapKV(0.5), budget="3B")
+
+
+def test_the_recovery_that_was_found_is_reported():
+    model = tiny.llama(layers=2)
+    caches = [
+        headwise.HeadwiseCache(model, policy, tokenizer=tiny.tokenizer(), budget=budget)
+        for policy, budget in ((headwise.FastGen(0.9), 0.6), (headwise.FastGen(0.9), None))
+    ]
+    with torch.no_grad():
+        for cache in caches:
+            model(input_ids=tiny.prompt(61, seed=3), past_key_values=cache)
+    (found,) = caches[0].report().found_recovery
+    assert 0 < found <= 1
+    assert re.search(rf"recovery found +{found:.3f}\n", str(caches[0].report()))
+    assert caches[1].report().found_recovery is None
+    # Asked for by itself, that recovery keeps the same.
+    again = headwise.HeadwiseCache(model, headwise.FastGen(found), tokenizer=tiny.tokenizer())
+    with torch.no_grad():
+        model(input_ids=tiny.prompt(61, seed=3), past_key_values=again)
+    assert again.report().used_bytes == caches[0].report().used_bytes
