@@ -9,12 +9,17 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from headwise import store
 from headwise.kernels import choose
 
 # The models of the tests are small: a second thread gains little, and on a busy machine it costs a lot.
 torch.set_num_threads(1)
+
+# How long an example takes depends on who else uses the machine.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True)
