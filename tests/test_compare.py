@@ -483,7 +483,7 @@ def test_document_has_every_table_and_what_it_was_measured_on(compared, results,
             assert "| " + " | ".join(row) + " |" in lines
     for word in ("float32", results["versions"]["torch"], results["machine"]["processor"], "context 60", "2 items"):
         assert word in out
-    assert "- command: `headwise " in out
+    assert "- command: `headwise compare --model " in out
     assert call("results", tmp_path, "--out", tmp_path / "all.md") == (0, "", "")
     assert (tmp_path / "all.md").read_text() == out
     code, again, err = call("results", tmp_path, "--add", f"c={compared}")

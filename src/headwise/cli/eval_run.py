@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from headwise.cli.eval_options import RunOptions
 from headwise.cli.eval_tables import show_results
+from headwise.cli.invocation import command_line
 from headwise.cli.loading import quieten_loader
 from headwise.cli.tables import message
 
@@ -32,7 +31,7 @@ def carry_out(tasks: Sequence[Task], lineup: Sequence[Entry], given: RunOptions)
 
     executor = given.executor()
     quieten_loader()
-    command = shlex.join(["headwise", *sys.argv[1:]])
+    command = command_line()
     with _progress() as tell:
         return run(tasks, lineup, executor, given.out, seed=given.seed, command=command, resume=given.resume, tell=tell)
 

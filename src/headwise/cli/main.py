@@ -15,6 +15,7 @@ from headwise.cli.compare import compare
 from headwise.cli.doctor import doctor
 from headwise.cli.eval import evaluations
 from headwise.cli.generate import generate
+from headwise.cli.invocation import words
 from headwise.cli.lm_eval import SETTINGS, lm_eval
 from headwise.cli.policies import policies
 from headwise.cli.profile import profile
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A model may write what the terminal's encoding cannot; better a question mark than a broken run.
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # other kinds of stream lack it
+    words.set(tuple(given))
     try:
         code = _run(given or ["--help"])
         sys.stdout.flush()

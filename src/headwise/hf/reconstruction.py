@@ -1,7 +1,7 @@
 """Reconstruction: a prompt in a full cache -> the model asked to repeat it, and what it looked at while it did.
 
 KVzip (Kim et al., NeurIPS 2025, section 3.2), chunk by chunk; nothing of the repetition stays in the cache. Chunks are
-cut by column: a padded sequence of more than one chunk is cut elsewhere than it would be alone, and may score otherwise.
+cut by column: a padded sequence of several chunks is cut elsewhere than it would be alone, and may score otherwise.
 """
 
 from __future__ import annotations
