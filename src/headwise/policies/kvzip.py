@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from headwise.policies.registry import register
-from headwise.policies.scored import Evidence, Scored, across
+from headwise.policies.scored import Evidence, Repeated
 from headwise.policies.size import Size, check_count
-from headwise.types import Bool, Float, Tensor, Tokens
+from headwise.types import Float, Tensor
 
 
 @register("kvzip")
 @dataclass(frozen=True)
-class KVzip(Scored):
+class KVzip(Repeated):
     """Keeps what was looked at while the model repeated the prompt (Kim et al., NeurIPS 2025, section 3).
 
     arXiv 2505.23416. A token's score is the largest attention it received from any query of its group; the budget
@@ -34,23 +33,8 @@ class KVzip(Scored):
         super().__post_init__()
         check_count("sinks", self.sinks, 0)
 
-    @property
-    def deferred(self) -> bool:
-        """The budget is the model's."""
-        return True
-
-    @property
-    def reconstructs(self) -> bool:
-        """It does."""
-        return True
-
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """Largest attention while repeating."""
         assert evidence.reconstruction is not None
         sinks = evidence.position < self.sinks
         return torch.where(sinks, torch.inf, evidence.reconstruction)
-
-    def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
-        """The best of the model."""
-        heads = sum(score.shape[1] for score in scores)
-        return across(scores, tokens, self.quota(tokens[0]) * heads)

@@ -9,14 +9,14 @@ import torch
 
 from headwise.policies.base import check_target
 from headwise.policies.registry import register
-from headwise.policies.scored import Evidence, Scored, across
+from headwise.policies.scored import Evidence, Repeated, newest_first
 from headwise.policies.size import Size, check_count
 from headwise.types import Bool, Float, Tensor, Tokens
 
 
 @register("recite")
 @dataclass(frozen=True)
-class Recite(Scored):
+class Recite(Repeated):
     """Keeps each token that one query at least paid enough attention to: FastGen's question, asked for single tokens.
 
     FastGen asks how much of the attention mass a rule retains on average, and retrieval needs little mass. Here a
@@ -45,16 +45,6 @@ class Recite(Scored):
         check_count("sinks", self.sinks, 0)
 
     @property
-    def deferred(self) -> bool:
-        """The prompt is repeated once all layers have it."""
-        return True
-
-    @property
-    def reconstructs(self) -> bool:
-        """It does."""
-        return True
-
-    @property
     def query_rows(self) -> int:
         """Those of the window."""
         return self.window
@@ -69,14 +59,10 @@ class Recite(Scored):
         best = evidence.reconstruction
         for block in evidence.attention(self.window):
             best = best.maximum(block.amax(dim=(2, 3)))
-        age = evidence.length - 1 - evidence.position
-        # The newest above all, so that a budget smaller than the window keeps the end of the prompt.
-        best = torch.where(age < self.window, 2.0 + evidence.position, best)
-        return torch.where(evidence.position < self.sinks, torch.inf, best)
+        return torch.where(evidence.position < self.sinks, torch.inf, newest_first(best, evidence, self.window))
 
     def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
         """What got enough, or the best of the model."""
         if self.recovery is not None:
             return [(score >= 1 - self.recovery) & facts.pool for score, facts in zip(scores, tokens, strict=True)]
-        heads = sum(score.shape[1] for score in scores)
-        return across(scores, tokens, self.quota(tokens[0]) * heads)
+        return super().select(scores, tokens)

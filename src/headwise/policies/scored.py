@@ -127,6 +127,25 @@ class Scored(Policy):
         return quota_tokens(self.keep, tokens.prompt)
 
 
+class Repeated(Scored):
+    """Scores tokens by a repetition of the prompt, and keeps the best of the whole model."""
+
+    @property
+    def deferred(self) -> bool:
+        """The prompt is repeated once all layers have it."""
+        return True
+
+    @property
+    def reconstructs(self) -> bool:
+        """It does."""
+        return True
+
+    def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
+        """The best of the model."""
+        heads = sum(score.shape[1] for score in scores)
+        return across(scores, tokens, self.quota(tokens[0]) * heads)
+
+
 @dataclass(frozen=True)
 class Chosen(Rule):
     """Keeps what was chosen from the prompt, and everything later. Not registered: policies with scores use it."""
@@ -173,7 +192,7 @@ def newest_first(score: Float[Tensor, "b h t"], evidence: Evidence, rows: int) -
     """The scores, with the last `rows` real tokens above all others and the newest on top.
 
     Args:
-        score: less than 1.
+        score: at most 1.
     """
     age = evidence.length - 1 - evidence.position
     return torch.where((age < rows) & evidence.real[:, None], 2.0 + evidence.position, score)
