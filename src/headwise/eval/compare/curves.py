@@ -137,7 +137,9 @@ def _draw_random(axes: Any, points: Sequence[Point], by_bytes: bool) -> None:
         _draw_series(axes, points, _RANDOM_INK, "none", ".")
         return
     costs = [point.cost for point in points]
-    axes.plot(costs, [point.quality for point in points], color=_RANDOM_INK, lw=1.4, linestyle="--", marker=".", zorder=2)
+    axes.plot(
+        costs, [point.quality for point in points], color=_RANDOM_INK, lw=1.4, linestyle="--", marker=".", zorder=2
+    )
     low = [point.quality if point.low is None else point.low for point in points]
     high = [point.quality if point.high is None else point.high for point in points]
     axes.fill_between(costs, low, high, color=_RANDOM_INK, alpha=0.16, lw=0, zorder=1)
