@@ -78,13 +78,13 @@ def test_random_stands_behind_every_policy_and_has_its_size():
 # texts
 
 
-def test_passages_lie_at_equal_steps_from_end_to_end():
+def test_passages_lie_at_equal_steps_through_a_text():
     text = "".join(chr(ord("a") + index % 26) for index in range(101))
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
     passages = take_passages(TOKENIZER, [Document("letters", text)], 21, 5)
     starts = [passage.start for passage in passages]
-    assert starts == [0, *starts[1:4], len(ids) - 21]
-    assert len({after - before for before, after in pairwise(starts)}) <= 2
+    step = (len(ids) - 21) // 5
+    assert step > 0 and starts == [0, step, 2 * step, 3 * step, 4 * step]
     for passage in passages:
         assert passage.ids == ids[passage.start : passage.start + 21]
         assert passage.document == "letters"
@@ -94,16 +94,17 @@ def test_passages_lie_at_equal_steps_from_end_to_end():
 def test_a_text_too_short_is_refused_with_its_length():
     ids = TOKENIZER(chatty.TEXT, add_special_tokens=False)["input_ids"]
     document = Document("cats", chatty.TEXT)
-    assert len(take_passages(TOKENIZER, [document], len(ids) - 2, 3)) == 3
+    assert [p.start for p in take_passages(TOKENIZER, [document], len(ids) - 3, 3)] == [0, 1, 2]
+    assert [p.start for p in take_passages(TOKENIZER, [document], len(ids), 1)] == [0]
     with pytest.raises(InputError, match=f"cats has {len(ids)} tokens, too few for 4 passages"):
-        take_passages(TOKENIZER, [document], len(ids) - 2, 4)
+        take_passages(TOKENIZER, [document], len(ids) - 3, 4)
 
 
 def test_documents_come_from_files_or_the_manual(tmp_path):
     file = tmp_path / "wiki.txt"
-    file.write_text("a well @-@ known 1 @,@ 234 @.@ 5 at @-@home", encoding="utf-8")
+    file.write_text("a well @-@ known <unk> 1 @,@ 234 @.@ 5 at @-@home", encoding="utf-8")
     assert read_documents([file])[0].text == file.read_text(encoding="utf-8")
-    assert read_documents([file], undo_marks=True) == [Document(str(file), "a well-known 1,234.5 at @-@home")]
+    assert read_documents([file], undo_marks=True) == [Document(str(file), "a well-known unknown 1,234.5 at @-@home")]
     assert "assert" in read_documents([])[0].text
     with pytest.raises(InputError, match="no file"):
         read_documents([tmp_path / "none.txt"])

@@ -32,6 +32,7 @@ SMALL = [
     headwise.Scissorhands(0.3, history=10, recent=3),
     headwise.ExpectedAttention(0.3, future=20),
     headwise.ExpectedAttention(13, future=7, sinks=2),
+    headwise.ExpectedAttention(0.3, epsilon=0.5),
     headwise.AdaKV(0.3, over=headwise.SnapKV(0.3, window=4, kernel=3)),
     headwise.AdaKV(11, over="keydiff", safeguard=0.5),
     headwise.AdaKV(0.3, over="expected-attention", safeguard=0.0),
@@ -178,7 +179,7 @@ def expected_attention(policy, queries, rotated, keys, values, attention):
             mean, spread = turn @ counted.mean(0), turn @ torch.cov(counted.T, correction=0) @ turn.T
             logits = [k @ mean / math.sqrt(DIM) + k @ spread @ k / (2 * DIM) for k in keys[head]]
             shares[policy.sinks :] += torch.stack(logits)[policy.sinks :].softmax(0) / GROUP
-        worth = shares * values[head].norm(dim=-1)
+        worth = (shares + policy.epsilon) * values[head].norm(dim=-1)
         scores.append([math.inf if j < policy.sinks else float(worth[j]) for j in range(t)])
     return scores
 

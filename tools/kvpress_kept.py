@@ -2,10 +2,11 @@
 
 Run by an interpreter that has torch, transformers and kvpress; nothing of headwise is imported here. The request:
 
-    {"model", "threads", "ids", "folder", "runs": [{"name", "presses", "share"}, ...]}
+    {"model", "threads", "ids", "following", "folder", "runs": [{"name", "presses", "share"}, ...]}
 
 `presses` are class names, the outermost first. Each run leaves `name`.safetensors in the folder, with two tensors over
-layers, heads and columns: `kept`, and the `scores` that it was decided by. The answer on standard output: versions.
+layers, heads and columns: `kept`, and the `scores` that it was decided by. Where there are `following` tokens, they are
+fed behind the prompt, and `predictions` has the log-probabilities after each. The answer on standard output: versions.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Watch:
         columns = torch.arange(keys.shape[2], device=keys.device)[None, None, :, None].expand(values.shape)
         kept_keys, kept_columns = self._compress(module, hidden, keys, columns, *rest)
         self._kept_columns[module.layer_idx] = kept_columns[..., 0]
-        return kept_keys, values[:, :, : kept_keys.shape[2]]
+        return kept_keys, values.gather(2, kept_columns)
 
     def _note_scores(self, module: Any, hidden: Any, keys: Any, _: Any, *rest: Any) -> Any:
         # Not copied: a press around this one marks in place what it keeps in any case.
@@ -74,20 +75,37 @@ def make_press(names: list[str], share: float) -> Any:
     return press
 
 
-def run(model: Any, ids: Any, press: Any) -> dict[str, Any]:
-    """Read the prompt under the press; `[layers, heads, columns]` of what it kept, and of its scores."""
+def run(model: Any, ids: Any, press: Any, following: Any = None) -> dict[str, Any]:
+    """Read the prompt under the press; `[layers, heads, columns]` of what it kept, and of its scores.
+
+    With tokens that follow also what is predicted after each of them.
+    """
     import torch
     from transformers import DynamicCache
 
-    watch = Watch(press)
+    watch, cache = Watch(press), DynamicCache()
     with torch.inference_mode(), press(model):
         if hasattr(press, "prefix_length"):
             # So many tokens would be taken for what a chat template puts before the text, and not be repeated.
             press.prefix_length = 0
-        model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     modules = [layer.self_attn for layer in model.model.layers]
     kept = torch.cat([watch.kept(module) for module in modules])
-    return {"kept": kept, "scores": torch.cat([watch.scores[module.layer_idx] for module in modules]).float()}
+    found = {"kept": kept, "scores": torch.cat([watch.scores[module.layer_idx] for module in modules]).float()}
+    return found if following is None else {**found, "predictions": feed(model, cache, following, ids.shape[1])}
+
+
+def feed(model: Any, cache: Any, ids: Any, start: int) -> Any:
+    """Log-probabilities after each of the tokens, one at a time: layers that hold different numbers need that."""
+    import torch
+
+    rows = []
+    with torch.inference_mode():
+        for number, token in enumerate(ids.split(1, dim=1)):
+            # The cache is shorter than the text, so that positions taken from its length would be wrong.
+            position = torch.tensor([[start + number]])
+            rows.append(model(input_ids=token, past_key_values=cache, position_ids=position).logits[0])
+    return torch.cat(rows).float().log_softmax(dim=-1)
 
 
 def main() -> None:
@@ -105,10 +123,10 @@ def main() -> None:
     torch.set_num_threads(ask["threads"])
     options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
     model = AutoModelForCausalLM.from_pretrained(ask["model"], **options).eval()
-    ids = torch.tensor(ask["ids"])
+    ids, following = torch.tensor(ask["ids"]), torch.tensor(ask["following"]) if "following" in ask else None
     for wanted in ask["runs"]:
         sys.stderr.write(f"kvpress: {wanted['name']}\n")
-        found = run(model, ids, make_press(wanted["presses"], wanted["share"]))
+        found = run(model, ids, make_press(wanted["presses"], wanted["share"]), following)
         save_file(found, Path(ask["folder"]) / f"{wanted['name']}.safetensors")
     channel.write(json.dumps({name: metadata.version(name) for name in ("kvpress", "transformers", "torch")}))
 

@@ -39,7 +39,9 @@ Texts = Annotated[
 UndoMarks = Annotated[
     bool,
     typer.Option(
-        "--undo-marks", help="Write WikiText's @-@, @,@ and @.@ as plain signs.", rich_help_panel=options.INPUT
+        "--undo-marks",
+        help="Write WikiText's @-@ and its kin as plain signs, and <unk> as a word.",
+        rich_help_panel=options.INPUT,
     ),
 ]
 

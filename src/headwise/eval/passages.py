@@ -28,7 +28,7 @@ class Passages(Task):
         steps: tokens that are then fed, each of which predicts the next.
         passages: of every file.
         first_token: id to put before every passage, "bos" for the tokenizer's; None for nothing.
-        undo_marks: write WikiText's `@-@`, `@,@` and `@.@` as the signs they stand for.
+        undo_marks: write WikiText's `@-@`, `@,@` and `@.@` as the signs they stand for, and `<unk>` as a word.
 
     Raises:
         ConfigurationError: for a count below 1.

@@ -29,7 +29,7 @@ class Recall(Asking):
     Args:
         files: UTF-8 texts; Python's manual where there are none.
         facts: in every text.
-        undo_marks: write WikiText's `@-@`, `@,@` and `@.@` as the signs they stand for.
+        undo_marks: write WikiText's `@-@`, `@,@` and `@.@` as the signs they stand for, and `<unk>` as a word.
     """
 
     files: tuple[Path, ...] = ()

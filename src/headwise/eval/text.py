@@ -17,8 +17,8 @@ from headwise.textfile import read_text
 # The document that is there without a file.
 MANUAL = "Python's manual of topics"
 
-# What WikiText makes of a hyphen between words, and of the signs inside a number.
-_MARK = re.compile(r" @([-,.])@ ")
+# What WikiText makes of a hyphen between words, and of the signs inside a number; and of a rare word.
+_MARK, _RARE = re.compile(r" @([-,.])@ "), "<unk>"
 
 # Where a sentence or a line has ended.
 _ENDS = re.compile(r"(?<=[.!?:;])\s+|\n+")
@@ -50,19 +50,21 @@ def read_documents(files: Sequence[str | Path], undo_marks: bool = False) -> lis
     """One document per file; the manual where there is no file.
 
     Args:
-        undo_marks: write WikiText's `@-@`, `@,@` and `@.@` as the signs they stand for.
+        undo_marks: write WikiText's `@-@`, `@,@` and `@.@` as the signs they stand for, and `<unk>` as a word.
 
     Raises:
         InputError: when a file cannot be read.
     """
     documents = [Document(str(file), read_text(file)) for file in files] or [Document(MANUAL, manual())]
-    return [Document(d.name, _MARK.sub(r"\1", d.text)) for d in documents] if undo_marks else documents
+    if not undo_marks:
+        return documents
+    return [Document(d.name, _MARK.sub(r"\1", d.text).replace(_RARE, "unknown")) for d in documents]
 
 
 def take_passages(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], length: int, count: int
 ) -> list[Passage]:
-    """So many passages of every document, at equal steps from its beginning to its end.
+    """So many passages of every document: from its beginning, and then at equal steps, one for each.
 
     Args:
         length: tokens of a passage.
@@ -76,12 +78,12 @@ def take_passages(
         # The whole text is longer than any model reads at once, and is not meant for that.
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
         room = len(ids) - length
-        if room < count - 1:
+        if room < (count if count > 1 else 0):
             raise InputError(
                 f"{document.name} has {len(ids):,} tokens, too few for {count} passages of {length:,}; "
                 "give more text, or ask for fewer or shorter ones"
             )
-        starts = [index * room // max(1, count - 1) for index in range(count)]
+        starts = [index * (room // count) for index in range(count)]
         passages += [Passage(document.name, start, ids[start : start + length]) for start in starts]
     return passages
 

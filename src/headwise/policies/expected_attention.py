@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
-from headwise.errors import UnsupportedModelError
+from headwise.errors import ConfigurationError, UnsupportedModelError
 from headwise.policies.registry import register
 from headwise.policies.scored import Evidence, Rotation, Scored
 from headwise.policies.size import Size, check_count
@@ -27,16 +28,20 @@ class ExpectedAttention(Scored):
         keep: tokens of the prompt per KV head, the sinks among them: a count (int), or a fraction (float).
         future: positions to come that are averaged over.
         sinks: first tokens, which are kept, and whose queries are left out of the statistics.
+        epsilon: added to the expected attention before it is weighted: the more, the more the values decide.
     """
 
     keep: Size
     future: int = 512
     sinks: int = 4
+    epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("future", self.future, 1)
         check_count("sinks", self.sinks, 0)
+        if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, int | float) or not 0 <= self.epsilon < inf:
+            raise ConfigurationError(f"epsilon must be a number of 0 or more, got {self.epsilon!r}")
 
     @property
     def query_rows(self) -> None:
@@ -59,7 +64,7 @@ class ExpectedAttention(Scored):
         logits = logits + (keys @ covariance * keys).sum(dim=-1) * scale**2 / 2
         hidden = ~counted[:, None, None]
         expected = logits.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(dim=-1).mean(dim=2)
-        score: Tensor = expected * torch.linalg.vector_norm(evidence.values.float(), dim=-1)
+        score: Tensor = (expected + self.epsilon) * torch.linalg.vector_norm(evidence.values.float(), dim=-1)
         return score.masked_fill(hidden[:, 0], torch.inf)
 
     def _future_queries(
