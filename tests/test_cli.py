@@ -363,7 +363,7 @@ def test_doctor(headwise, folder):
 
 
 def test_doctor_says_why_kernels_cannot_run(headwise, monkeypatch):
-    monkeypatch.setattr("headwise.kernels.cpu._load", lambda: "they were not compiled")
+    monkeypatch.setattr("headwise.kernels.cpu_library.load", lambda: "they were not compiled")
     monkeypatch.delenv("TRITON_INTERPRET")
     found = headwise("doctor", "--json").json["kernels"]["cpu"]
     assert found["default"] == "reference"

@@ -15,7 +15,7 @@ import torch
 import headwise
 import tiny
 from headwise.hf.cache import HeadwiseWarning
-from headwise.kernels import check_name, choose, cpu, obstacle, reference
+from headwise.kernels import check_name, choose, cpu, cpu_library, obstacle, reference
 from headwise.store import PagedStore, Rows
 from headwise.types import LogitOptions
 
@@ -228,6 +228,86 @@ def test_column_mass_without_bands_or_rows():
     assert (nothing[0] == 0).all()
 
 
+def close(found, expected, *, peaks=2e-5, output=1e-5):
+    for mine, its, tolerance in zip(found, expected, (output, peaks), strict=True):
+        torch.testing.assert_close(mine, its, atol=tolerance, rtol=tolerance)
+
+
+def repeating(dtype=torch.float32, *, queries, total, pads=(0, 0), group=3):
+    """Queries of the newest columns, and what they look at."""
+    query, keys = torch.randn(2, 2, group, queries, 24).to(dtype), torch.randn(2, 2, total, 24).to(dtype)
+    values = torch.randn(2, 2, total, 15).to(dtype)
+    if not any(pads):
+        return query, keys, values, None
+    real = torch.arange(total)[None] >= torch.tensor(pads)[:, None]
+    seen = torch.arange(total) <= torch.arange(total - queries, total)[:, None]
+    return query, keys, values, seen & real[:, None] & real[:, -queries:, None]
+
+
+@pytest.mark.parametrize("pads", [(0, 0), (0, 50)], ids=str)
+@pytest.mark.parametrize(("queries", "total", "group"), [(1, 83, 1), (40, 83, 3), (83, 83, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_and_peaks(pads, queries, total, group, kind, dtype, threads, monkeypatch):
+    arguments = repeating(dtype, queries=queries, total=total, pads=pads, group=group)
+    options = LogitOptions(0.3, 2.0 if kind == "softcap" else None, torch.randn(2, group) if kind == "sinks" else None)
+    counted = [slice(0, 4), slice(9, 30), slice(total - queries, total)] if queries < 50 else [slice(0, total)]
+    expected = reference.attention_and_peaks(*arguments, options, counted)
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for block in (2**20, 700):
+        monkeypatch.setattr("headwise.prefill._BLOCK_LOGITS", block)
+        found = cpu.attention_and_peaks(*arguments, options, counted)
+        assert found[0].dtype == dtype
+        close(found, expected, output=rounding)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_peaks_by_hand(name):
+    """Logits are logarithms: of the first row 1 1, of the second 1 2 3."""
+    keys = torch.tensor([[1.0, 1], [1, 2], [1, 3]]).log()[None, None]
+    query = torch.tensor([[1.0, 0], [0, 1]])[None, None, None]
+    kernels, options, values = choose(name, CPU), LogitOptions(1.0), torch.eye(3)[None, None]
+    output, peaks = kernels.attention_and_peaks(query, keys, values, None, options, [slice(0, 3)])
+    torch.testing.assert_close(output[0, 0, 0], torch.tensor([[1 / 2, 1 / 2, 0], [1 / 6, 2 / 6, 3 / 6]]))
+    torch.testing.assert_close(peaks, torch.tensor([[[1 / 2, 1 / 2, 3 / 6]]]))
+    # A softmax without the middle one leaves the attention as it was.
+    some = kernels.attention_and_peaks(query, keys, values, None, options, [slice(0, 1), slice(2, 3)])
+    torch.testing.assert_close(some[0], output)
+    torch.testing.assert_close(some[1], torch.tensor([[[1.0, 0, 3 / 4]]]))
+    # With a sink as heavy as all of them together, half is left.
+    options = LogitOptions(1.0, sinks=torch.tensor([[6.0]]).log())
+    output, peaks = kernels.attention_and_peaks(query[..., 1:, :], keys, values, None, options, [slice(0, 3)])
+    torch.testing.assert_close(output[0, 0, 0], torch.tensor([[1 / 12, 2 / 12, 3 / 12]]))
+    torch.testing.assert_close(peaks, torch.tensor([[[1 / 12, 2 / 12, 3 / 12]]]))
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_rows_that_see_nothing_raise_nothing(name):
+    query, keys, values = torch.randn(1, 1, 2, 3, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
+    mask = torch.ones(1, 3, 5, dtype=torch.bool)
+    mask[:, 1] = False
+    mask[..., 4] = False
+    # A view whose last axis is not dense.
+    mask = mask.mT.contiguous().mT
+    counted, options = [slice(0, 2), slice(3, 5)], LogitOptions(1.0)
+    output, peaks = choose(name, CPU).attention_and_peaks(query, keys, values, mask, options, counted)
+    logits = query[0, 0][:, [0, 2]] @ keys[0, 0, :4].T
+    torch.testing.assert_close(output[0, 0][:, [0, 2]], logits.softmax(-1) @ values[0, 0, :4])
+    assert (output[0, 0, :, 1] == 0).all()
+    torch.testing.assert_close(peaks[0, 0, [0, 1, 3]], logits[..., [0, 1, 3]].softmax(-1).amax((0, 1)))
+    assert (peaks[0, 0, [2, 4]] == 0).all()
+
+
+@pytest.mark.parametrize("sharpness", [1e-3, 30.0, 1e3])
+def test_peaks_of_flat_and_sharp_attention(sharpness):
+    """Also where nothing that counts comes near the largest logit."""
+    query, keys, values, _ = repeating(queries=40, total=83)
+    arguments = (query * sharpness, keys, values, None, LogitOptions(1.0), [slice(0, 4), slice(43, 83)])
+    found, expected = cpu.attention_and_peaks(*arguments), reference.attention_and_peaks(*arguments)
+    assert found[1].max() <= 1 + 1e-3
+    close(found, expected, peaks=5e-3, output=5e-3)
+
+
 def test_reading_a_buffer_sums_its_bits(threads):
     numbers = torch.randint(-100, 100, (1001,))
     assert cpu.read(numbers) == int(numbers.sum())
@@ -251,7 +331,7 @@ def test_auto_takes_the_compiled_kernels_on_a_cpu():
 def test_kernels_that_cannot_run_are_never_replaced_in_silence(monkeypatch):
     model = tiny.llama()
     with monkeypatch.context() as patch:
-        patch.setattr(cpu, "_load", lambda: "they were not compiled")
+        patch.setattr(cpu_library, "load", lambda: "they were not compiled")
         patch.delenv("TRITON_INTERPRET")
         with pytest.raises(headwise.ConfigurationError, match="'cpu' kernels cannot run on cpu: they were not comp"):
             choose("cpu", CPU)
@@ -283,17 +363,17 @@ def test_the_library_is_that_of_the_sources():
     """What is tested is what was last built."""
     sources = [path for path in SCRIPT.parent.iterdir() if path.suffix in {".h", ".cpp", ".py"}]
     newest = max(path.stat().st_mtime for path in sources)
-    assert cpu._LIBRARY.stat().st_mtime >= newest, f"build it again: python {SCRIPT.name}"
+    assert cpu_library.LIBRARY.stat().st_mtime >= newest, f"build it again: python {SCRIPT.name}"
 
 
 @pytest.mark.parametrize(("compiler", "message"), [("no-such-compiler", "no-such-compiler"), ("false", "false failed")])
 def test_a_compiler_that_is_missing_or_fails_is_named(compiler, message, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
     compile_library = runpy.run_path(str(SCRIPT))["compile_library"]
-    before = cpu._LIBRARY.stat().st_mtime_ns
+    before = cpu_library.LIBRARY.stat().st_mtime_ns
     with pytest.raises(RuntimeError, match=message):
         compile_library()
-    assert cpu._LIBRARY.stat().st_mtime_ns == before
+    assert cpu_library.LIBRARY.stat().st_mtime_ns == before
 
 
 def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):
@@ -304,16 +384,16 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch, tmp_path):
 
 
 def test_a_library_that_does_not_load_is_an_obstacle(tmp_path):
-    broken = tmp_path / cpu._LIBRARY.name
+    broken = tmp_path / cpu_library.LIBRARY.name
     broken.write_bytes(b"not a library")
     program = f"""
 import torch
 from pathlib import Path
-from headwise.kernels import cpu
-cpu._LIBRARY = Path({str(broken)!r})
+from headwise.kernels import cpu, cpu_library
+cpu_library.LIBRARY = Path({str(broken)!r})
 print(cpu.obstacle(torch.device("cpu")))
-cpu._load.cache_clear()
-cpu._LIBRARY = Path({str(tmp_path / "none")!r})
+cpu_library.load.cache_clear()
+cpu_library.LIBRARY = Path({str(tmp_path / "none")!r})
 print(cpu.obstacle(torch.device("cpu")))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ)

@@ -255,11 +255,12 @@ def test_bf16_models_are_profiled_in_fp32(target):
     torch.testing.assert_close(found.mass.double(), full.sum(3), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 5, T])
+@pytest.mark.parametrize("rows", [1, 4, 5, 22, T])
 @pytest.mark.parametrize("options", [LogitOptions(0.3), LogitOptions(0.3, softcap=2.0), "sinks"], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_dense_attention_equals_the_map(rows, options, masked, monkeypatch):
     monkeypatch.setattr("headwise.prefill._BLOCK_LOGITS", 700)
+    monkeypatch.setattr("headwise.prefill._MASKED_ROWS", 4)
     if options == "sinks":
         options = LogitOptions(0.3, sinks=torch.randn(H, G))
     query, keys = inputs()

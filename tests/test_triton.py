@@ -291,6 +291,9 @@ def test_column_mass(dtype, heads, group, key_dim, masked, bands, sampled, softc
     assert expected_mass.sum() > 1
     torch.testing.assert_close(mass, expected_mass, atol=2e-5, rtol=2e-4)
     torch.testing.assert_close(band, expected_band, atol=2e-5, rtol=2e-4)
+    best, expected_best = (one.column_max(*arguments[:5]) for one in (kernels, reference))
+    assert expected_best.shape == best.shape == (batch, heads, total)
+    torch.testing.assert_close(best, expected_best, atol=2e-5, rtol=2e-4)
 
 
 def test_rows_that_see_nothing_give_nothing():
@@ -304,6 +307,17 @@ def test_rows_that_see_nothing_give_nothing():
     expected, inside = reference.column_mass(query, keys, rest[0], mask, LogitOptions(1.0), weights, *rest[1:])
     torch.testing.assert_close(mass, expected)
     torch.testing.assert_close(band, inside)
+    best = kernels.column_max(query, keys, columns, mask, LogitOptions(1.0))
+    torch.testing.assert_close(best, reference.column_max(query, keys, columns, mask, LogitOptions(1.0)))
+
+
+def test_attention_and_peaks():
+    query, keys, values = strided(2, 2, 3, 30, 20), strided(2, 2, 100, 20), strided(2, 2, 100, 9)
+    arguments = (query, keys, values, None, LogitOptions(0.4), [slice(0, 4), slice(20, 50), slice(70, 100)])
+    for found, expected in zip(
+        kernels.attention_and_peaks(*arguments), reference.attention_and_peaks(*arguments), strict=True
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
 # What the interpreter does not show.
@@ -442,6 +456,7 @@ def profile(dtype, dim, bands):
     query, keys = torch.zeros(1, 2, 4, 99, dim, dtype=dtype), torch.zeros(1, 2, 99, dim, dtype=dtype)
     positions, widths = torch.arange(99), torch.ones(bands, 1).long()
     kernels.column_mass(query, keys, positions, None, LogitOptions(0.1), torch.ones(1, 99), positions[None], widths)
+    kernels.column_max(query, keys, positions, None, LogitOptions(0.1))
 
 for longest in (1, 61, 62, 64, 75):
     token(torch.bfloat16, 64, longest, True)
@@ -456,4 +471,5 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     """What the interpreter takes, the compiler may refuse; it needs no GPU. And a longer cache compiles nothing new."""
     names = ["attend", "column_sums", "combine", "row_sums", "weigh", "write"]
     found = run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert found == str([(name, 1) for name in names])
+    # Sums of columns and maxima of them are two.
+    assert found == str([(name, 1 + (name == "column_sums")) for name in names])

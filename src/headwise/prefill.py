@@ -16,6 +16,9 @@ from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 # Logits in flight at a time: in fp32 they take 4 MiB, which bounds the memory and stays near the processor.
 _BLOCK_LOGITS = 2**20
 
+# Query rows at a time where fused attention takes a mask on a CPU, which keeps the mask near the processor.
+_MASKED_ROWS = 256
+
 # What a masked logit is set to: unlike minus infinity it leaves no NaN in a row that sees nothing.
 HIDDEN = torch.finfo(torch.float32).min
 
@@ -78,25 +81,10 @@ def dense_attention(
     Args:
         mask: True where a query may see a key; None means causal.
     """
+    if options.softcap is None and options.sinks is None:
+        return _fused_attention(query, keys, values, mask, options.scaling)
     batch, heads, group, rows, _ = query.shape
     columns = torch.arange(keys.shape[2] - rows, keys.shape[2], device=keys.device)
-    if options.softcap is None and options.sinks is None:
-        if mask is None and 1 < rows < keys.shape[2]:
-            mask = causal(columns, keys.shape[2])[None].expand(batch, -1, -1)
-        if mask is not None:
-            # With a mask, grouped queries leave the fused kernels; copies of the keys do not.
-            keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
-        output = functional.scaled_dot_product_attention(
-            query.flatten(1, 2),
-            keys,
-            values,
-            attn_mask=None if mask is None else mask[:, None],
-            is_causal=mask is None and rows > 1,
-            scale=options.scaling,
-            enable_gqa=mask is None and group > 1,
-        )
-        return output.view(batch, heads, group, rows, -1)
-
     output = torch.empty(batch, heads, group, rows, values.shape[-1], dtype=values.dtype, device=values.device)
     for block in query_blocks(query, keys.shape[2]):
         visible = causal(columns[block], keys.shape[2])[None] if mask is None else mask[:, block]
@@ -104,3 +92,32 @@ def dense_attention(
         weights = probabilities(logits_of(query[:, :, :, block], keys, options), visible, options)
         output[:, :, :, block] = torch.einsum("bhgqt,bhte->bhgqe", weights, values.float()).to(output.dtype)
     return output
+
+
+def _fused_attention(
+    query: Float[Tensor, "b h g q d"],
+    keys: Float[Tensor, "b h t d"],
+    values: Float[Tensor, "b h t e"],
+    mask: Bool[Tensor, "b q t"] | None,
+    scaling: float,
+) -> Float[Tensor, "b h g q e"]:
+    group, rows = query.shape[2:4]
+    total, flat = keys.shape[2], query.flatten(1, 2)
+    attend = functional.scaled_dot_product_attention
+    if mask is None and (rows < 2 or rows == total):
+        output: Tensor = attend(flat, keys, values, is_causal=rows > 1, scale=scaling, enable_gqa=group > 1)
+        return output.view(*query.shape[:4], -1)
+    # With a mask, grouped queries leave the fused kernels; copies of the keys do not.
+    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    columns = torch.arange(total - rows, total, device=keys.device)
+    step = _MASKED_ROWS if keys.device.type == "cpu" else rows
+    pieces = []
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        # Under causality no row of the block sees further than its last row.
+        seen = total if mask is not None else total - rows + block.stop
+        visible = causal(columns[block], seen)[None] if mask is None else mask[:, block]
+        pieces.append(
+            attend(flat[:, :, block], keys[:, :, :seen], values[:, :, :seen], attn_mask=visible[:, None], scale=scaling)
+        )
+    return torch.cat(pieces, dim=2).view(*query.shape[:4], -1)

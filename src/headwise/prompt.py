@@ -15,9 +15,9 @@ from headwise.evict import facts
 from headwise.plan import Plan, Weighed, distinct_widths, make_plans, weigh
 from headwise.policies.base import Policy
 from headwise.policies.scored import Evidence, Scored
-from headwise.prefill import causal, dense_attention
+from headwise.prefill import causal
 from headwise.profile import Profile, profile, row_weights
-from headwise.reconstruct import largest_attention
+from headwise.reconstruct import attend_repeating
 from headwise.settings import Settings
 from headwise.store import PagedStore, Rows
 from headwise.transcript import Transcript
@@ -112,9 +112,13 @@ class Prompt:
         held = self.held[0]
         if self.reconstruction is None:
             self.reconstruction = torch.zeros(held.shape[:3], device=held.device)
-        found = largest_attention(query, held, keys, mask, options, chunk)
+        if self.transcript.real_at(torch.arange(held.shape[2], device=held.device)) is None:
+            # Without padding it says nothing but that the repetition is causal, which is faster without it.
+            mask = None
+        everything = self.with_earlier(keys, values)
+        output, found = attend_repeating(query, *everything, mask, options, chunk, self.settings.kernels)
         self.reconstruction[:, :, chunk] = self.reconstruction[:, :, chunk].maximum(found)
-        return dense_attention(query, *self.with_earlier(keys, values), mask, options)
+        return output
 
     def weigh(self) -> Weighed:
         """What the layer would keep, once its prompt is complete."""

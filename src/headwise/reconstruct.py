@@ -1,49 +1,51 @@
 """Reconstruct: queries that repeat a part of the prompt -> the largest attention that each of its tokens gets.
 
-Blockwise, like the profile (KVzip, arXiv 2505.23416, section 3.2).
+Beside their own attention (KVzip, arXiv 2505.23416, section 3.2).
 """
 
 from __future__ import annotations
 
-import torch
-
-from headwise.prefill import causal, logits_of, probabilities, query_blocks
+from headwise.kernels import Kernels
 from headwise.types import Bool, Float, LogitOptions, Tensor
 
 # First columns that take part in the softmax whatever is repeated: models park attention there.
 _SINKS = 4
 
 
-def largest_attention(
+def attend_repeating(
     query: Float[Tensor, "b h g q d"],
-    prompt_keys: Float[Tensor, "b h t d"],
-    own_keys: Float[Tensor, "b h q d"],
-    mask: Bool[Tensor, "b q all"] | None,
+    keys: Float[Tensor, "b h t d"],
+    values: Float[Tensor, "b h t e"],
+    mask: Bool[Tensor, "b q t"] | None,
     options: LogitOptions,
     chunk: slice,
-) -> Float[Tensor, "b h c"]:
-    """Over all queries of a group; the softmax is over the chunk, the first columns and the queries' own keys.
+    kernels: Kernels,
+) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h c"]]:
+    """Attention as usual, and the largest over all queries of a group.
+
+    That one's softmax is over the chunk, the first columns and the queries' own.
 
     Args:
-        mask: True where a query may see a column of the prompt or one of its own; None means causal.
+        keys, values: of the prompt, and behind it of the q tokens.
+        mask: True where a query may see a column; None means causal.
         chunk: columns of the prompt that are repeated, c of them.
     """
-    total, rows = prompt_keys.shape[2], query.shape[3]
-    sinks = slice(0, min(_SINKS, chunk.start))
-    keys = torch.cat([prompt_keys[:, :, sinks], prompt_keys[:, :, chunk], own_keys], dim=2)
-    first, length = sinks.stop, chunk.stop - chunk.start
-    best = torch.zeros(*keys.shape[:2], length, device=keys.device)
-    for block in query_blocks(query, keys.shape[2]):
-        if mask is None:
-            columns = torch.arange(block.start, block.stop, device=keys.device) + first + length
-            visible = causal(columns, keys.shape[2])[None]
-        else:
-            seen = mask[:, block]
-            own = seen[..., total : total + rows]
-            # A query that does not see itself is padding, and what it looks at does not count.
-            real = own.diagonal(block.start, -2, -1)[..., None]
-            visible = torch.cat([seen[..., sinks], seen[..., chunk], own], dim=-1) & real
-        visible = visible[:, None, None].expand(len(keys), -1, -1, -1, -1)
-        weights = probabilities(logits_of(query[:, :, :, block], keys, options), visible, options)
-        best = best.maximum(weights[..., first : first + length].amax(dim=(2, 3)))
-    return best
+    total = keys.shape[2]
+    first = total - query.shape[3]
+    if mask is not None:
+        # A query that does not see itself is padding, and what it looks at does not count.
+        mask = mask & mask.diagonal(first, -2, -1)[..., None]
+    counted = [slice(0, min(_SINKS, chunk.start)), chunk, slice(first, total)]
+    output, peaks = kernels.attention_and_peaks(query, keys, values, mask, options, _joined(counted))
+    return output, peaks[..., chunk]
+
+
+def _joined(ranges: list[slice]) -> list[slice]:
+    """The same columns without empty ranges, and with one range where one begins as another ends."""
+    joined: list[slice] = []
+    for part in ranges:
+        if joined and joined[-1].stop == part.start:
+            part = slice(joined.pop().start, part.stop)
+        if part.start < part.stop:
+            joined.append(part)
+    return joined

@@ -32,6 +32,7 @@ class Kernels:
     ragged_decode: Callable[..., Decoded]
     append: Callable[..., None]
     column_mass: Callable[..., tuple[Tensor, Tensor]]
+    attention_and_peaks: Callable[..., tuple[Tensor, Tensor]]
 
 
 def obstacle(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -58,7 +59,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) 
     if reason is not None:
         raise ConfigurationError(f"the {name!r} kernels cannot run on {device}: {reason}")
     module = _module(name)
-    return Kernels(name, module.ragged_decode, module.append, module.column_mass)
+    return Kernels(name, module.ragged_decode, module.append, module.column_mass, module.attention_and_peaks)
 
 
 def check_name(name: str) -> None:

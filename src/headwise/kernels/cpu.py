@@ -1,24 +1,20 @@
 """Compiled CPU kernels: tensors in main memory -> what `headwise.kernels.reference` defines, at the speed of memory.
 
-The library is built with the package (`csrc/compile.py`) and called through ctypes; it works on torch's own threads.
+Those that read the attention map of a prompt stand in `headwise.kernels.cpu_map`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import sys
-import threading
 from ctypes import c_float, c_int64, c_void_p
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from headwise.prefill import query_blocks
+from headwise.kernels import cpu_library
+from headwise.kernels.cpu_library import library_and_threads, pointer
+from headwise.kernels.cpu_map import attention_and_peaks, column_mass
 from headwise.types import Bool, Decoded, Float, Int, LogitOptions, PageView, Tensor
 
-_LIBRARY = Path(__file__).with_name(f"libheadwise_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Fewer bytes than this per thread are not worth waking it.
@@ -67,22 +63,11 @@ class _Append(ctypes.Structure):
     ]
 
 
-class _ColumnMass(ctypes.Structure):
-    _fields_ = [
-        *((n, c_void_p) for n in ("products", "own", "mask", "sinks", "weights", "positions", "widths")),
-        *((n, c_void_p) for n in ("mass", "band")),
-        *((n, c_int64) for n in ("batch", "lanes", "rows", "seen", "total", "bands", "parts", "weight_stride")),
-        ("mask_strides", c_int64 * 3),
-        ("softcap", c_float),
-        ("parallel_for", c_void_p),
-    ]
-
-
 def obstacle(device: torch.device) -> str | None:
     """Why these kernels cannot run on that device; None where they can."""
     if device.type != "cpu":
         return "they are for the CPU"
-    found = _load()
+    found = cpu_library.load()
     return found if isinstance(found, str) else None
 
 
@@ -92,7 +77,7 @@ def vectors(wanted: str = "") -> list[str]:
     Args:
         wanted: those to use from now on; the best ones where empty.
     """
-    names: bytes = _library()[0].headwise_vectors(wanted.encode())
+    names: bytes = library_and_threads()[0].headwise_vectors(wanted.encode())
     return names.decode().split()
 
 
@@ -107,7 +92,7 @@ def ragged_decode(
     with_mass: bool,
 ) -> Decoded:
     """As `reference.ragged_decode`."""
-    library, parallel_for = _library()
+    library, parallel_for = library_and_threads()
     batch, heads, group, queries, key_dim = query.shape
     fresh, value_dim = fresh_values.shape[2:]
     dtype = pages.keys.dtype
@@ -124,12 +109,12 @@ def ragged_decode(
         _pages(pages),
         rows,
         query.data_ptr(),
-        _pointer(mask),
-        _pointer(sinks),
+        pointer(mask),
+        pointer(sinks),
         output.data_ptr(),
         lse.data_ptr(),
-        _pointer(on_kept),
-        _pointer(on_fresh),
+        pointer(on_kept),
+        pointer(on_fresh),
         batch,
         heads,
         group,
@@ -157,7 +142,7 @@ def append(
     increments: Float[Tensor, "b h n"] | None,
 ) -> None:
     """As `reference.append`."""
-    library, parallel_for = _library()
+    library, parallel_for = library_and_threads()
     held, rows = _fresh(keys, values, pages.keys.dtype)
     columns = columns.to(torch.int32).contiguous()
     real = None if real is None else real.contiguous()
@@ -170,9 +155,9 @@ def append(
                 _pages(pages),
                 rows,
                 columns.data_ptr(),
-                _pointer(real),
-                _pointer(scores),
-                _pointer(increments),
+                pointer(real),
+                pointer(scores),
+                pointer(increments),
                 batch,
                 heads,
                 0 if increments is None else increments.shape[-1],
@@ -183,147 +168,13 @@ def append(
     del held
 
 
-def column_mass(
-    query: Float[Tensor, "b h g q d"],
-    keys: Float[Tensor, "b h t d"],
-    columns: Int[Tensor, " q"],
-    mask: Bool[Tensor, "b q t"] | None,
-    options: LogitOptions,
-    weights: Float[Tensor, "b q"],
-    positions: Int[Tensor, "b t"],
-    widths: Int[Tensor, "w b"],
-) -> tuple[Float[Tensor, "b h g t"], Float[Tensor, "w b h g t"]]:
-    """As `reference.column_mass`; the products are torch's, what follows is compiled."""
-    heads, group = query.shape[1:3]
-    total, bands = keys.shape[2], len(widths)
-    mass = torch.empty(len(keys), heads, group, total)
-    band = torch.empty(bands, len(keys), heads, group, total)
-    # One sequence at a time: the more rows of a head a block holds, the faster are the products.
-    for b in range(len(keys)):
-        one = slice(b, b + 1)
-        mass[b], band[:, b] = _sequence_mass(
-            query[b],
-            keys[b],
-            columns.long().contiguous(),
-            None if mask is None else mask[one],
-            options,
-            weights[one].float().contiguous(),
-            positions[one].long().contiguous(),
-            widths[:, one].long().contiguous(),
-        )
-    return mass, band
-
-
-def _sequence_mass(
-    query: Float[Tensor, "h g q d"],
-    keys: Float[Tensor, "h t d"],
-    columns: Int[Tensor, " q"],
-    mask: Bool[Tensor, "1 q t"] | None,
-    options: LogitOptions,
-    weights: Float[Tensor, "1 q"],
-    positions: Int[Tensor, "1 t"],
-    widths: Int[Tensor, "w 1"],
-) -> tuple[Float[Tensor, "h g t"], Float[Tensor, "w h g t"]]:
-    library, parallel_for = _library()
-    heads, group, rows, key_dim = query.shape
-    total, bands, lanes = keys.shape[1], len(widths), heads * group
-    # Rows of one head are added up apart where there are too few heads to keep every thread equally busy.
-    parts = -(-8 * torch.get_num_threads() // lanes)
-    mass = torch.zeros(parts, lanes, total)
-    band = torch.zeros(bands, parts, lanes, total)
-    transposed = keys.float().mT
-    sinks = None if options.sinks is None else options.sinks.float().contiguous()
-    for block in query_blocks(query[None], total):
-        own = columns[block]
-        seen = total if mask is not None else int(own[-1]) + 1
-        asked = (query[:, :, block].float() * options.scaling).reshape(heads, -1, key_dim)
-        visible = None if mask is None else mask[:, block]
-        products = _scratch(heads * asked.shape[1] * seen).view(heads, asked.shape[1], seen)
-        torch.bmm(asked, transposed[:, :, :seen], out=products)
-        library.headwise_column_mass(
-            ctypes.byref(
-                _ColumnMass(
-                    products.data_ptr(),
-                    own.data_ptr(),
-                    _pointer(visible),
-                    _pointer(sinks),
-                    weights[:, block].data_ptr(),
-                    positions.data_ptr(),
-                    widths.data_ptr(),
-                    mass.data_ptr(),
-                    band.data_ptr(),
-                    1,
-                    lanes,
-                    len(own),
-                    seen,
-                    total,
-                    bands,
-                    parts,
-                    rows,
-                    (c_int64 * 3)() if visible is None else visible.stride(),
-                    options.softcap or 0.0,
-                    parallel_for,
-                )
-            )
-        )
-    shape = (heads, group, total)
-    return mass.sum(dim=0).view(shape), band.sum(dim=1).view(bands, *shape)
-
-
 def read(buffer: Tensor) -> int:
     """Read a contiguous tensor once with all threads, and return the sum of its bits: for measuring bandwidth."""
-    library, parallel_for = _library()
+    library, parallel_for = library_and_threads()
     shares = torch.get_num_threads()
     sums = torch.zeros(shares, dtype=torch.int64)
     library.headwise_read(buffer.data_ptr(), buffer.nbytes // 8, shares, sums.data_ptr(), parallel_for)
     return int(sums.sum())
-
-
-def _scratch(size: int) -> Tensor:
-    """Memory of this thread that is used again and again: fresh pages from the system cost as much as the products."""
-    held: Tensor | None = getattr(_kept, "scratch", None)
-    if held is None or held.numel() < size:
-        # It outlives an inference mode that may be on now.
-        with torch.inference_mode(False):
-            held = _kept.scratch = torch.empty(size)
-    return held[:size]
-
-
-_kept = threading.local()
-
-
-@cache
-def _load() -> tuple[ctypes.CDLL, int] | str:
-    """The library and torch's parallel loop, or why they cannot be had."""
-    if not _LIBRARY.is_file():
-        return "they were not compiled when headwise was installed; install a C++ compiler and then headwise again"
-    try:
-        library = ctypes.CDLL(str(_LIBRARY))
-        torch_library = ctypes.CDLL(_torch_library())
-        parallel_for = ctypes.cast(torch_library.torch_parallel_for, c_void_p).value
-    except (OSError, AttributeError) as error:
-        return f"the compiled library does not load: {error}"
-    assert parallel_for is not None
-    for name in ("decode", "append", "column_mass"):
-        function: Any = getattr(library, f"headwise_{name}")
-        function.argtypes, function.restype = [c_void_p], None
-    library.headwise_read.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p]
-    library.headwise_read.restype = None
-    library.headwise_vectors.argtypes = [ctypes.c_char_p]
-    library.headwise_vectors.restype = ctypes.c_char_p
-    library.headwise_vectors(b"")
-    return library, parallel_for
-
-
-def _library() -> tuple[ctypes.CDLL, int]:
-    found = _load()
-    assert not isinstance(found, str), found
-    return found
-
-
-def _torch_library() -> str:
-    folder = Path(torch.__file__).parent / "lib"
-    return str(folder / f"libtorch_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}")
 
 
 def _pages(pages: PageView) -> _Pages:
@@ -331,7 +182,7 @@ def _pages(pages: PageView) -> _Pages:
         pages.keys.data_ptr(),
         pages.values.data_ptr(),
         pages.columns.data_ptr(),
-        _pointer(pages.scores),
+        pointer(pages.scores),
         pages.table.data_ptr(),
         pages.lengths.data_ptr(),
         pages.keys.shape[1],
@@ -353,8 +204,4 @@ def _fresh(keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[tuple[Tens
     return (keys, values), rows
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-__all__ = ["append", "column_mass", "obstacle", "ragged_decode", "read", "vectors"]
+__all__ = ["append", "attention_and_peaks", "column_mass", "obstacle", "ragged_decode", "read", "vectors"]

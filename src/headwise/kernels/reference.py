@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+
 import torch
 
-from headwise.prefill import HIDDEN, causal, logits_of, probabilities, query_blocks, softmax
+from headwise.prefill import HIDDEN, causal, dense_attention, logits_of, probabilities, query_blocks, softmax
 from headwise.types import Bool, Decoded, Float, Int, LogitOptions, PageView, Tensor
 
 
@@ -138,17 +140,9 @@ def column_mass(
     total = keys.shape[2]
     mass = torch.zeros(batch, heads, group, total, device=keys.device)
     band = mass.new_zeros(len(widths), *mass.shape)
-    for block in query_blocks(query, total):
-        own = columns[block]
+    for block, attention in _map_blocks(query, keys, columns, mask, options):
+        own, seen = columns[block], attention.shape[-1]
         first, last = int(own[0]), int(own[-1])
-        # Under causality no row of the block sees further than its last row, and all see up to the first.
-        seen = total if mask is not None else last + 1
-        logits = logits_of(query[:, :, :, block], keys[:, :, :seen], options)
-        if mask is None:
-            logits[..., first:].masked_fill_(~causal(own, seen)[:, first:], HIDDEN)
-            attention = softmax(logits, options)
-        else:
-            attention = probabilities(logits, mask[:, None, None, block], options)
         received = _weighted(attention, weights[:, block])
         mass[..., :seen] += received
         for sums, width in zip(band, widths, strict=True):
@@ -160,6 +154,88 @@ def column_mass(
             inside = (distance < width[:, None, None])[:, None, None]
             sums[..., outer:inner] += _weighted(attention[..., outer:inner] * inside, weights[:, block])
     return mass, band
+
+
+def attention_and_peaks(
+    query: Float[Tensor, "b h g q d"],
+    keys: Float[Tensor, "b h t d"],
+    values: Float[Tensor, "b h t e"],
+    mask: Bool[Tensor, "b q t"] | None,
+    options: LogitOptions,
+    counted: Sequence[slice],
+) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h t"]]:
+    """Attention of the newest q columns over all t, and the most that any row of a group would give each column.
+
+    Args:
+        mask: True where a query may see a key; None means causal.
+        counted: ranges of columns, ascending; a second softmax is over these alone.
+
+    Returns:
+        the output, and the largest probability of each column in the second softmax, in fp32; 0 outside of it.
+    """
+    return attend_and_gather(query, keys, values, mask, options, counted, column_max)
+
+
+def attend_and_gather(
+    query: Float[Tensor, "b h g q d"],
+    keys: Float[Tensor, "b h t d"],
+    values: Float[Tensor, "b h t e"],
+    mask: Bool[Tensor, "b q t"] | None,
+    options: LogitOptions,
+    counted: Sequence[slice],
+    largest: Callable[..., Tensor],
+) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h t"]]:
+    """`attention_and_peaks` in two passes, by a function with the signature of `column_max`."""
+    total = keys.shape[2]
+    everything = torch.arange(total, device=keys.device)
+    chosen = torch.cat([everything[part] for part in counted])
+    # How far each row sees among the chosen keys.
+    columns = torch.searchsorted(chosen, everything[total - query.shape[3] :], right=True) - 1
+    found = largest(query, keys[:, :, chosen], columns, None if mask is None else mask[..., chosen], options)
+    peaks = found.new_zeros(*found.shape[:2], total).index_copy_(2, chosen, found)
+    return dense_attention(query, keys, values, mask, options), peaks
+
+
+def column_max(
+    query: Float[Tensor, "b h g q d"],
+    keys: Float[Tensor, "b h t d"],
+    columns: Int[Tensor, " q"],
+    mask: Bool[Tensor, "b q t"] | None,
+    options: LogitOptions,
+) -> Float[Tensor, "b h t"]:
+    """Largest number in each column of the attention maps of a group; 0 where no row sees it.
+
+    Args:
+        columns: each query row's own column, ascending.
+        mask: True where a query may see a key; None means causal.
+    """
+    best = torch.zeros(*keys.shape[:3], device=keys.device)
+    for _, attention in _map_blocks(query, keys, columns, mask, options):
+        seen = best[..., : attention.shape[-1]]
+        torch.maximum(seen, attention.amax(dim=(2, 3)), out=seen)
+    return best
+
+
+def _map_blocks(
+    query: Float[Tensor, "b h g q d"],
+    keys: Float[Tensor, "b h t d"],
+    columns: Int[Tensor, " q"],
+    mask: Bool[Tensor, "b q t"] | None,
+    options: LogitOptions,
+) -> Iterator[tuple[slice, Float[Tensor, "b h g rows seen"]]]:
+    """The attention map, some rows at a time; columns that none of them sees are left out at the end."""
+    total = keys.shape[2]
+    for block in query_blocks(query, total):
+        own = columns[block]
+        first, last = int(own[0]), int(own[-1])
+        # Under causality no row of the block sees further than its last row, and all see up to the first.
+        seen = total if mask is not None else last + 1
+        logits = logits_of(query[:, :, :, block], keys[:, :, :seen], options)
+        if mask is None:
+            logits[..., first:].masked_fill_(~causal(own, seen)[:, first:], HIDDEN)
+            yield block, softmax(logits, options)
+        else:
+            yield block, probabilities(logits, mask[:, None, None, block], options)
 
 
 def _at_columns(mask: Bool[Tensor, "b q t"], columns: Int[Tensor, "b h n"]) -> Bool[Tensor, "b h q n"]:

@@ -157,6 +157,7 @@ def column_sums(
     """Weighted sums over the rows, for a block of columns of one query head's map: in one band, and in total.
 
     Args:
+        weights: of the rows; None for the largest of them instead of their sum, and no band.
         starts: first row that sees a column of each block; None to begin with row 0.
         stops: first row from which on no column of the block is in the band; only for bands that go without the total.
         band: what lies in each band; None where there is none.
@@ -179,6 +180,7 @@ def column_sums(
         # The first band shares its program with the total, for which all rows count.
         early = tl.load(stops + (w * batch + b) * tl.num_programs(0) + block).to(tl.int32)
         stop = tl.where(w == 0, rows, early)
+    # Summed over the rows of a tile only at the very end, as that takes an exchange between threads.
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if mask is not None:
         mask += b * mask_b
@@ -195,7 +197,6 @@ def column_sums(
         else:
             visible = seen(mask, row, t, mask_q, visible)
         base = finite(tl.load(lse + member * rows + row, mask=is_row, other=0.0))
-        weight = tl.load(weights + b * rows + row, mask=is_row, other=0.0)
         products = products_of(
             of_query,
             row,
@@ -212,14 +213,21 @@ def column_sums(
             NARROW,
         )
         x = tl.where(visible, capped(products, inner, outer) - base[:, None], float("-inf"))
-        # Summed over the rows of a tile only at the very end, as that takes an exchange between threads.
-        received = tl.exp2(x) * weight[:, None]
-        sums += received
+        received = tl.exp2(x)
+        if weights is None:
+            sums = tl.maximum(sums, received)
+        else:
+            received *= tl.load(weights + b * rows + row, mask=is_row, other=0.0)[:, None]
+            sums += received
         if band is not None:
             own = tl.load(row_positions + b * rows + row, mask=is_row, other=0)
             inside += tl.where(own[:, None] - position[None, :] < width, received, 0.0)
     if w == 0:
-        tl.store(mass + member * total + t, tl.sum(sums, 0), mask=held)
+        of_mass = mass + member * total + t
+        if weights is None:
+            tl.store(of_mass, tl.max(sums, 0), mask=held)
+        else:
+            tl.store(of_mass, tl.sum(sums, 0), mask=held)
     if band is not None:
         place = (w * tl.num_programs(1) + member) * total
         tl.store(band + place + t, tl.sum(inside, 0), mask=held)

@@ -18,7 +18,7 @@ class KVzip(Repeated):
     """Keeps what was looked at while the model repeated the prompt (Kim et al., NeurIPS 2025, section 3).
 
     arXiv 2505.23416. A token's score is the largest attention it received from any query of its group; the budget
-    is shared among all heads of all layers. Repeating costs four to five prefills more, and the whole cache is held
+    is shared among all heads of all layers. Repeating costs about two prefills more, and the whole cache is held
     until then.
 
     Args:

@@ -24,7 +24,7 @@ class Recite(Repeated):
     as in KVzip (Kim et al., NeurIPS 2025, arXiv 2505.23416, section 3), and of the last rows of the prompt, as in
     SnapKV (Li et al., NeurIPS 2024, section 4). With a recovery of T, a token is dropped only if no such query gave
     it 1 - T of its attention; every head then keeps the smallest set that does, however many that are. Sinks and a
-    local window are always kept. Repeating costs four to five prefills more, and the whole cache is held until then.
+    local window are always kept. Repeating costs about two prefills more, and the whole cache is held until then.
 
     Args:
         recovery: T, from 0 to 1; 1 keeps everything.

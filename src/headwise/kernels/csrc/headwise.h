@@ -60,20 +60,38 @@ struct Append {
   ParallelFor parallel_for;
 };
 
-// One block of query rows against the first `seen` keys.
+// A block of query rows of one sequence against the first `seen` keys.
+struct Block {
+  float* products;    // [lanes, rows, seen]: query times key, scaled; overwritten
+  const int64_t* own;  // [rows]: each query row's own column
+  const bool* mask;    // [rows, seen] with the stride below between rows, or null: causal
+  const float* sinks;  // [lanes], or null
+  int64_t lanes, rows, seen, mask_stride;
+  float softcap;  // 0: none
+};
+
+// Columns of all keys, `total` of them. The rows of a lane are cut into parts, and what each part finds stands apart.
 struct ColumnMass {
-  float* products;           // [lanes, rows, seen]: query times key, scaled; overwritten with probabilities
-  const int64_t* own;        // [rows]: each query row's own column
-  const bool* mask;          // [batch, rows, columns] with the strides below, or null: causal
-  const float* sinks;        // [lanes of one sequence], or null
-  const float* weights;      // [batch, rows], strided
-  const int64_t* positions;  // [batch, total]
-  const int64_t* widths;     // [bands, batch]
+  Block block;
+  const float* weights;      // [rows]
+  const int64_t* positions;  // [total]
+  const int64_t* widths;     // [bands]
   float* mass;               // [parts, lanes, total]
   float* band;               // [bands, parts, lanes, total]
-  int64_t batch, lanes, rows, seen, total, bands, parts, weight_stride;
-  int64_t mask_strides[3];
-  float softcap;
+  int64_t total, bands, parts;
+  ParallelFor parallel_for;
+};
+
+struct Range {
+  int64_t start, stop;
+};
+
+// The products of its block end as probabilities.
+struct AttentionPeaks {
+  Block block;
+  const Range* counted;  // [ranges], at least one: columns of the softmax that peaks are taken from, ascending
+  float* peaks;          // [parts, lanes, total]: logarithms, raised where a row of the block gives more
+  int64_t ranges, total, parts;
   ParallelFor parallel_for;
 };
 
@@ -82,6 +100,7 @@ struct Kernels {
   const char* name;
   void (*decode)(const Decode*);
   void (*column_mass)(const ColumnMass*);
+  void (*attention_peaks)(const AttentionPeaks*);
 };
 
 #if defined(__x86_64__)

@@ -96,6 +96,10 @@ HEADWISE_EXPORT void headwise_decode(const Decode* args) { chosen->decode(args);
 
 HEADWISE_EXPORT void headwise_column_mass(const ColumnMass* args) { chosen->column_mass(args); }
 
+HEADWISE_EXPORT void headwise_attention_peaks(const AttentionPeaks* args) {
+  chosen->attention_peaks(args);
+}
+
 HEADWISE_EXPORT void headwise_append(const Append* args) {
   int64_t heads = args->batch * args->heads;
   // A thread is worth waking only for more than it takes to wake it.
