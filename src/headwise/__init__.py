@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from headwise.hf.cache import HeadwiseCache, HeadwiseWarning
     from headwise.hf.graph import DecodeGraph
     from headwise.hf.models import load_default_model, load_model
+    from headwise.less.checkpoint import load_kernels
+    from headwise.less.kernels import LessKernels
+    from headwise.less.policy import Less
     from headwise.policies import (
         H2O,
         TOVA,
@@ -69,6 +72,8 @@ __all__ = [
     "KVzip",
     "KeyDiff",
     "KeyNorm",
+    "Less",
+    "LessKernels",
     "MismatchError",
     "ModelNotFoundError",
     "Policy",
@@ -88,6 +93,7 @@ __all__ = [
     "create_policy",
     "list_policies",
     "load_default_model",
+    "load_kernels",
     "load_model",
     "register",
 ]
@@ -101,12 +107,15 @@ _HOMES = {
     "HeadwiseError": "headwise.errors",
     "HeadwiseWarning": "headwise.hf.cache",
     "InputError": "headwise.errors",
+    "Less": "headwise.less.policy",
+    "LessKernels": "headwise.less.kernels",
     "MismatchError": "headwise.errors",
     "ModelNotFoundError": "headwise.errors",
     "Report": "headwise.report",
     "UnknownPolicyError": "headwise.errors",
     "UnsupportedModelError": "headwise.errors",
     "load_default_model": "headwise.hf.models",
+    "load_kernels": "headwise.less.checkpoint",
     "load_model": "headwise.hf.models",
 }
 

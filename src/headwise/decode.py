@@ -50,6 +50,13 @@ def decode(
     return _joined(parts, fresh)
 
 
+def received(mass: Float[Tensor, "b h q n"], real: Bool[Tensor, "b q"] | None) -> Float[Tensor, "b h n"]:
+    """Mass from all query rows; a padding query attends to nothing that counts."""
+    if real is not None:
+        mass = mass * real[:, None, :, None]
+    return mass[:, :, 0] if mass.shape[2] == 1 else mass.sum(dim=2)
+
+
 def _joined(parts: list[Decoded], fresh: int) -> Decoded:
     def along(dim: int, name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts], dim=dim)

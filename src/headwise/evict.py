@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from headwise.less.memory import Memory
 from headwise.plan import Plan
 from headwise.store import PagedStore, Rows
 from headwise.transcript import Transcript
@@ -53,6 +54,7 @@ def evict(
     layer: int,
     layers: int,
     spare: int,
+    memory: Memory,
 ) -> None:
     """Let every head's rule decide over what it holds and the fresh rows, and keep only what it names.
 
@@ -60,15 +62,21 @@ def evict(
         fresh: rows attended to but not yet stored, if any; those not named in its `keep` (padding) are left out.
         seen: columns seen so far, the fresh ones included.
         spare: rows that are going to be appended before the next eviction.
+        memory: what the rows that go are folded into.
     """
     valid, columns, scores = store.occupied(), store.kept_columns(), store.kept_scores()
+    held = store.longest
     if fresh is not None:
         valid = torch.cat([valid, fresh.keep], dim=-1)
         columns = torch.cat([columns, fresh.columns], dim=-1)
         scores = None if scores is None or fresh.scores is None else torch.cat([scores, fresh.scores], dim=-1)
     keep = plan.keep(facts(transcript, columns, valid, scores, seen, plan.prompt, layer, layers))
+    if memory.remembers:
+        memory.fold(*store.gather(valid[..., :held] & ~keep[..., :held]))
+        if fresh is not None:
+            memory.fold(fresh.keys, fresh.values, fresh.keep & ~keep[..., held:])
     if fresh is None:
         store.drop(keep, spare)
     else:
-        fresh.keep = keep[..., store.longest :]
-        store.commit(keep[..., : store.longest], fresh, spare)
+        fresh.keep = keep[..., held:]
+        store.commit(keep[..., :held], fresh, spare)

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headwise.decode import decode
+from headwise.decode import decode, received
 from headwise.errors import CacheStateError
 from headwise.evict import evict
+from headwise.less.kernels import LayerKernels
+from headwise.less.memory import Memory
 from headwise.plan import Plan
 from headwise.policies.base import Policy
 from headwise.prefill import dense_attention
@@ -44,13 +46,22 @@ class LayerCache:
         policy: what each head may keep.
         transcript: shared by the layers of a cache.
         settings: shared by the layers of a cache.
+        kernels: of LESS, for what is evicted to be remembered; None for forgetting it.
     """
 
-    def __init__(self, index: int, policy: Policy, transcript: Transcript, settings: Settings) -> None:
+    def __init__(
+        self,
+        index: int,
+        policy: Policy,
+        transcript: Transcript,
+        settings: Settings,
+        kernels: LayerKernels | None = None,
+    ) -> None:
         self.index = index
         self.policy = policy
         self.transcript = transcript
         self.settings = settings
+        self.memory = Memory(kernels)
         self.recording = False
         # Columns of the prompt that the model is repeating, while it does.
         self.repeated: slice | None = None
@@ -62,7 +73,8 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything, ready for another prompt."""
         self.seen = 0
-        self.prompt = Prompt(self.index, self.policy, self.transcript, self.settings)
+        self.prompt = Prompt(self.index, self.policy, self.transcript, self.settings, self.memory)
+        self.memory.reset()
         self.plan: Plan | None = None
         self.store: PagedStore | None = None
         # Columns seen when the rules were last applied.
@@ -109,7 +121,7 @@ class LayerCache:
         else:
             scored, kernels = self.plan.scored, self.settings.kernels
             decoded = decode(query, self.store, keys, values, mask, options, with_mass=scored, kernels=kernels)
-            output = decoded.output
+            output = self.memory.merge(query, decoded.output, decoded.lse)
             if decoded.on_kept is not None and decoded.on_fresh is not None:
                 current.mass = decoded.on_kept, decoded.on_fresh
             # The mask is shared by all layers and needed no more.
@@ -139,6 +151,8 @@ class LayerCache:
             raise CacheStateError("a step can be captured once the prompt is in")
         self.store.reserve(room)
         self.store.frozen = True
+        # What is folded in between two replays must be read by the next.
+        self.memory.allocate(self.store.lengths.shape, self.store.values.shape[-1], self.store.device)
         self._captured = column
 
     def end_capture(self) -> None:
@@ -223,11 +237,13 @@ class LayerCache:
         if self.store is not None and self.plan is not None:
             self.store.select(indices)
             self.plan.select(indices)
+            self.memory.select(indices)
 
     def to(self, device: torch.device) -> None:
         """Move what is stored to another device."""
         if self.store is not None:
             self.store.to(device)
+        self.memory.to(device)
 
     @property
     def kept_tokens(self) -> Int[Tensor, "b h"] | None:
@@ -242,12 +258,18 @@ class LayerCache:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the rows it keeps."""
-        return (0 if self.store is None else self.store.used_bytes) + sum(t.nbytes for t in self._waiting())
+        """Bytes of the rows it keeps, and of what it remembers of the others."""
+        rows = 0 if self.store is None else self.store.used_bytes
+        return rows + self.memory_bytes + sum(t.nbytes for t in self._waiting())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of what it remembers of evicted rows."""
+        return sum(tensor.nbytes for tensor in self.memory.state().values())
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to."""
-        held = self._waiting()
+        held = [*self._waiting(), *self.memory.state().values()]
         if self.store is not None:
             held += self.store.tensors()
         if self.plan is not None:
@@ -280,7 +302,7 @@ class LayerCache:
             "recovered": self.plan.recovered,
             "threshold": self.plan.threshold,
         }
-        return state | {name: tensor for name, tensor in optional.items() if tensor is not None}
+        return state | {name: tensor for name, tensor in optional.items() if tensor is not None} | self.memory.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave, into an empty layer."""
@@ -288,6 +310,7 @@ class LayerCache:
         self.seen, self._evicted_at, self.prompt.rows_read = state["counters"].tolist()
         self._device = keys.device
         self.row_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+        self.memory.restore(state)
         self.plan = Plan(
             self.policy.rungs, state["choice"], state.get("recovered"), state["prompt"], state.get("threshold")
         )
@@ -332,8 +355,8 @@ class LayerCache:
         increments = scores = None
         if self.plan.scored:
             assert last.mass is not None
-            increments = _received(last.mass[0][:, :, :kept], real)
-            scores = _received(last.mass[1][:, :, :kept, :kept], real)
+            increments = received(last.mass[0][:, :, :kept], real)
+            scores = received(last.mass[1][:, :, :kept, :kept], real)
         every = self.settings.evict_every
         due = self.plan.evicts and self.seen - self._evicted_at >= every
         if not due or kept < every:
@@ -352,7 +375,7 @@ class LayerCache:
     def _evict(self, fresh: Rows | None, spare: int) -> None:
         assert self.store is not None and self.plan is not None
         layers = self.settings.layers
-        evict(self.plan, self.store, fresh, self.transcript, self.seen, self.index, layers, spare)
+        evict(self.plan, self.store, fresh, self.transcript, self.seen, self.index, layers, spare, self.memory)
         self._evicted_at = self.seen
 
     def _attend_captured(
@@ -370,13 +393,6 @@ class LayerCache:
         decoded = kernels.ragged_decode(query, pages, keys, values, None, options, with_mass=self.plan.scored)
         increments = scores = None
         if decoded.on_kept is not None and decoded.on_fresh is not None:
-            increments, scores = _received(decoded.on_kept, None), _received(decoded.on_fresh, None)
+            increments, scores = received(decoded.on_kept, None), received(decoded.on_fresh, None)
         kernels.append(pages, keys, values, column, None, scores, increments)
-        return decoded.output
-
-
-def _received(mass: Float[Tensor, "b h q n"], real: Bool[Tensor, "b q"] | None) -> Float[Tensor, "b h n"]:
-    """Mass from all query rows; a padding query attends to nothing that counts."""
-    if real is not None:
-        mass = mass * real[:, None, :, None]
-    return mass[:, :, 0] if mass.shape[2] == 1 else mass.sum(dim=2)
+        return self.memory.merge(query, decoded.output, decoded.lse)

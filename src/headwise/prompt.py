@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from headwise.evict import facts
+from headwise.less.memory import Memory
 from headwise.plan import Plan, Weighed, distinct_widths, make_plans, weigh
 from headwise.policies.base import Policy
 from headwise.policies.scored import Evidence, Scored
@@ -31,6 +32,7 @@ class Prompt:
         layer: its index.
         policy: what each head may keep.
         transcript, settings: shared by the layers of a cache.
+        memory: what the rows that are not kept are folded into.
 
     Attributes:
         rows_read: query rows that the profile has read.
@@ -40,11 +42,12 @@ class Prompt:
         compact_seconds: time spent on copying the kept rows into pages.
     """
 
-    def __init__(self, layer: int, policy: Policy, transcript: Transcript, settings: Settings) -> None:
+    def __init__(self, layer: int, policy: Policy, transcript: Transcript, settings: Settings, memory: Memory) -> None:
         self.layer = layer
         self.policy = policy
         self.transcript = transcript
         self.settings = settings
+        self.memory = memory
         self.rows_read = 0
         self.profile_seconds = self.compact_seconds = 0.0
         self.complete = False
@@ -142,6 +145,9 @@ class Prompt:
         assert self.held is not None
         keys, values = self.held
         started = clock(keys.device)
+        if self.memory.remembers:
+            columns = torch.arange(keys.shape[2], device=keys.device).expand(len(keys), 1, -1)
+            self.memory.fold(keys, values, ~keep & self.transcript.real(columns))
         store = PagedStore.like(keys, values, page_size=self.settings.page_size, scored=plan.scored)
         scores = self._profile.score if plan.scored and self._profile is not None else None
         columns = torch.arange(keys.shape[2], device=keys.device).expand(*keys.shape[:2], -1)

@@ -27,6 +27,8 @@ class LayerReport:
         recovered: mass that every rung retains, `[rungs, batch, KV heads]`; None where nothing was chosen.
         sampled: share of the prompt's query rows that the profile read; None where there was no profile.
         found: share of the mass that the budget let every head retain, `[batch]`; None where no budget was given.
+        memory_bytes: what LESS holds of evicted rows; a part of the bytes used.
+        weight_bytes: the kernels of LESS, which all caches share and none of the other numbers counts.
     """
 
     used_bytes: int
@@ -38,6 +40,8 @@ class LayerReport:
     recovered: Tensor | None = None
     sampled: float | None = None
     found: Tensor | None = None
+    memory_bytes: int = 0
+    weight_bytes: int = 0
 
     @classmethod
     def of_stock(cls, tensors: list[Tensor]) -> LayerReport:
@@ -48,9 +52,10 @@ class LayerReport:
     @classmethod
     def of(cls, layer: LayerCache) -> LayerReport:
         """A compressed layer."""
-        kept = layer.kept_tokens
+        kept, kernels = layer.kept_tokens, layer.memory.kernels
+        weight_bytes = 0 if kernels is None else kernels.nbytes
         if kept is None:
-            return cls(0, 0, 0)
+            return cls(0, 0, 0, weight_bytes=weight_bytes)
         plan = layer.plan
         labels = (_UNCHOSEN,) if plan is None else tuple(rung.label for rung in plan.rungs)
         choice = np.zeros(tuple(kept.shape), dtype=int) if plan is None else plan.choice.cpu().numpy()
@@ -67,6 +72,8 @@ class LayerReport:
             recovered=None if plan is None or plan.recovered is None else plan.recovered.cpu(),
             sampled=min(1.0, layer.prompt.rows_read / max(1, int(plan.prompt.max()))) if plan and profiled else None,
             found=plan.threshold.clamp(max=1).cpu() if plan and budgeted and plan.threshold is not None else None,
+            memory_bytes=layer.memory_bytes,
+            weight_bytes=weight_bytes,
         )
 
 
@@ -94,8 +101,24 @@ class Report:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the kept rows: keys, values, columns and scores; all layers."""
+        """Bytes of the kept rows: keys, values, columns and scores; and of what LESS remembers; all layers."""
         return sum(layer.used_bytes for layer in self.layers)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The part of the bytes used that LESS remembers evicted rows with."""
+        return sum(layer.memory_bytes for layer in self.layers)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the kernels of LESS, 0 without; all caches share them, so no other number here counts them."""
+        return sum(layer.weight_bytes for layer in self.layers)
+
+    @property
+    def remembered(self) -> dict[str, int]:
+        """What LESS takes, by name; nothing without it."""
+        sizes = {"memory_bytes": self.memory_bytes, "weight_bytes": self.weight_bytes}
+        return sizes if self.weight_bytes else {}
 
     @property
     def allocated_bytes(self) -> int:
@@ -155,6 +178,7 @@ class Report:
             "allocated_bytes": self.allocated_bytes,
             "full_bytes": self.full_bytes,
             "saved_bytes": self.saved_bytes,
+            **self.remembered,
             "kept_ratio": self.kept_ratio,
             "kernel": self.kernel,
             "profile_seconds": self.profile_seconds,
@@ -174,6 +198,7 @@ class Report:
             ("tokens kept", f"{self.kept_ratio:.1%} of all rows"),
             ("memory used", format_bytes(self.used_bytes)),
             ("memory held", format_bytes(self.allocated_bytes)),
+            *([("remembered", describe_memory(self))] if self.remembered else []),
             ("full cache", format_bytes(self.full_bytes)),
             ("saved", f"{format_bytes(self.saved_bytes)} ({saved})"),
         ]
@@ -187,6 +212,12 @@ class Report:
         lines += [(f"  {name}", f"{count} of {total} heads") for name, count in self.rule_counts.items()]
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def describe_memory(report: Report) -> str:
+    """What LESS takes, in words."""
+    state, weights = format_bytes(report.memory_bytes), format_bytes(report.weight_bytes)
+    return f"{state} of it for evicted tokens; kernels {weights}, shared by all caches"
 
 
 def format_bytes(count: int) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from headwise.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from headwise.less.policy import Less
     from headwise.policies import Policy
 
 DEFAULT_RECOVERY = 0.95
@@ -26,11 +27,15 @@ def parse_policy(spec: str) -> Policy:
     """The policy that `NAME` or `NAME:PARAMETER=VALUE,...` stands for; recovery is 0.95 unless it or a budget is given.
 
     A value may hold commas itself: in `fastgen:ladder=special,full,local=8` what has no sign continues the ladder.
+    Behind it, `+less` or `+less=FOLDER` lets what is evicted be remembered (`headwise.Less`).
 
     Raises:
         UnknownPolicyError: when there is none of that name; the message names the nearest.
         ConfigurationError: for an unknown, missing, repeated or unreadable parameter, or one out of range.
     """
+    spec, less, folder = spec.partition("+less")
+    if less and folder[:1] not in ("", "="):
+        raise ConfigurationError(f"behind a policy stands +less or +less=FOLDER, got '+less{folder}'")
     name, colon, rest = spec.partition(":")
     settings: list[str] = []
     for part in rest.split(",") if colon else ():
@@ -38,7 +43,15 @@ def parse_policy(spec: str) -> Policy:
             settings[-1] += f",{part}"
         else:
             settings.append(part)
-    return build_policy(name.strip(), None, settings, written="parameter")
+    policy = build_policy(name.strip(), None, settings, written="parameter")
+    return remembering(policy, folder[1:].strip()) if less else policy
+
+
+def remembering(policy: Policy, folder: str = "") -> Less:
+    """The policy with LESS, and the kernels in that folder or those that come with headwise."""
+    from headwise.less.policy import Less
+
+    return Less(policy, folder or None)
 
 
 def build_policy(
@@ -103,10 +116,12 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
 
 def plain(value: object) -> Any:
     """A parameter's value as JSON can hold it: rules become their labels."""
-    from headwise.policies import Rule
+    from headwise.policies import Policy, Rule
 
     if isinstance(value, Rule):
         return value.label
+    if isinstance(value, Policy):
+        return describe_policy(value)
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -134,6 +134,19 @@ class PagedStore:
         keys, values, columns, *scores = (pool.flatten(0, 1)[at] for pool in self._pools())
         return Rows(keys, values, columns, scores[0] if scores else None, self.occupied())
 
+    def gather(
+        self, named: Bool[Tensor, "b h n"]
+    ) -> tuple[Float[Tensor, "b h m d"], Float[Tensor, "b h m e"], Bool[Tensor, "b h m"]]:
+        """A copy of those rows side by side: keys, values, and which of them there are; the others are 0."""
+        counts, at = named.sum(dim=-1, keepdim=True), self._addresses_of(named)
+        there = torch.arange(int(counts.max()) if counts.numel() else 0, device=self.device) < counts
+
+        def spread(pool: Tensor) -> Tensor:
+            rows = pool.flatten(0, 1)[at]
+            return rows.new_zeros(*there.shape, rows.shape[-1]).masked_scatter_(there[..., None], rows)
+
+        return spread(self.keys), spread(self.values), there
+
     # How it changes.
 
     def add_scores(self, increments: Float[Tensor, "b h n"]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from headwise.errors import ConfigurationError
+from headwise.less.policy import Less
 from headwise.policies import H2O, FastGen, Full, Policy, Random, StreamingLLM, Window
 
 STOCK, QUANTIZED, HEADWISE, KVPRESS = "stock", "quantized", "headwise", "kvpress"
@@ -90,6 +92,16 @@ def check_policy(name: str) -> None:
 def captured(candidate: Candidate) -> Candidate:
     """The same, its decode step captured in a CUDA graph."""
     return replace(candidate, name=f"{candidate.name}, graph", graph=True)
+
+
+def remembering(candidate: Candidate, kernels: Path | None) -> Candidate:
+    """The same, with LESS.
+
+    Args:
+        kernels: their folder; None for those that come with headwise.
+    """
+    assert candidate.policy is not None
+    return replace(candidate, name=f"{candidate.name}, LESS", policy=Less(candidate.policy, kernels))
 
 
 def recovering(recovery: float) -> Candidate:

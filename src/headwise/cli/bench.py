@@ -82,6 +82,8 @@ def bench(
             "--graph", help="Run headwise's caches with a captured step too, on a GPU.", rich_help_panel=_CANDIDATES
         ),
     ] = False,
+    less: options.Less = False,
+    less_kernels: options.LessKernels = None,
     quantized: Annotated[
         str,
         typer.Option(
@@ -162,7 +164,12 @@ def bench(
             raise ConfigurationError("--recovery needs a tokenizer, which a --shape does not have")
         shares = _shares("--keep", _DEFAULT_KEEP if keep is None else keep)
         recoveries = [] if recovery is None else _shares("--recovery", recovery)
+        remember = less or less_kernels is not None
+        if shape is not None and remember:
+            raise ConfigurationError("--less needs a model, kernels are trained for one; random weights have none")
         rivals = _rivals(policy, shares, recoveries, graph, quantized, kvpress and kvpress_press, notes)
+        if remember:
+            rivals = _remembering(rivals, less_kernels)
         batches = _numbers("--batch", "1" if batch is None else batch, int)
         contexts = _numbers("--context", _DEFAULT_CONTEXT if context is None else context, int)
         configurations = grid(batches, contexts, dtypes, rivals, distinct)
@@ -232,6 +239,18 @@ def _rivals(
         ]
 
     return rivals
+
+
+def _remembering(rivals: Callable[[int], list[Candidate]], kernels: Path | None) -> Callable[[int], list[Candidate]]:
+    """The same, and with LESS all of them that evict."""
+    from headwise.bench.candidates import FULL, remembering
+
+    def more(context: int) -> list[Candidate]:
+        others = rivals(context)
+        evicting = [other for other in others if other.policy is not None and other.name != FULL]
+        return [*others, *(remembering(other, kernels) for other in evicting)]
+
+    return more
 
 
 def _source(

@@ -32,7 +32,7 @@ def carry_out(tasks: Sequence[Task], lineup: Sequence[Entry], given: RunOptions)
     executor = given.executor()
     quieten_loader()
     command = command_line()
-    with _progress() as tell:
+    with progress() as tell:
         return run(tasks, lineup, executor, given.out, seed=given.seed, command=command, resume=given.resume, tell=tell)
 
 
@@ -48,7 +48,7 @@ def present(results: Results, given: RunOptions) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Tell]:
+def progress() -> Iterator[Tell]:
     """A bar on a terminal, and lines elsewhere; both on standard error."""
     console = Console(stderr=True)
     if not console.is_terminal:

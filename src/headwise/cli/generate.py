@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headwise.cli import options
-from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype
+from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype, with_less
 from headwise.cli.prompt import check_fit, encode, read_prompt
 from headwise.cli.running import Run, Sampling, differing_words, first_difference, run, stock_memory
 from headwise.cli.tables import heading, message, show_costs
@@ -68,6 +68,7 @@ class Outcome:
                 "used_bytes": report.used_bytes,
                 "allocated_bytes": report.allocated_bytes,
                 "full_bytes": report.full_bytes,
+                **report.remembered,
             },
             "kept_ratio": report.kept_ratio,
             "rules": report.rule_counts,
@@ -93,6 +94,8 @@ def generate(
     recovery: options.Recovery = None,
     settings: options.Settings = None,
     budget: options.Budget = None,
+    less: options.Less = False,
+    less_kernels: options.LessKernels = None,
     evict_every: options.EvictEvery = 16,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="New tokens at most.", rich_help_panel=_SAMPLING)
@@ -131,6 +134,7 @@ def generate(
     The text goes to standard output, everything else to standard error.
     """
     chosen = build_policy(policy, recovery, settings or (), budgeted=budget is not None)
+    chosen = with_less(chosen, less, less_kernels)
     room = None if budget is None else read_budget(budget)
     drawn = random.randrange(_SEEDS) if seed is None else seed
     sampling = Sampling(max_new_tokens, temperature, drawn, prefill_chunk)

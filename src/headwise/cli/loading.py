@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 import typer
 
 from headwise.errors import ConfigurationError
+from headwise.spec import remembering
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from headwise.policies import Policy
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -71,6 +76,17 @@ def device_names() -> list[str]:
         count = torch.accelerator.device_count()
         names += [accelerator.type, *(f"{accelerator.type}:{index}" for index in range(count))]
     return names
+
+
+def with_less(policy: Policy, wanted: bool, folder: Path | None) -> Policy:
+    """The policy, with LESS where that or its kernels' folder is given; they are read before any model is.
+
+    Raises:
+        InputError: when there are no kernels in the folder, or none came with headwise.
+    """
+    if not wanted and folder is None:
+        return policy
+    return remembering(policy, "" if folder is None else str(folder)).read()
 
 
 def load(

@@ -20,6 +20,7 @@ from headwise.cli.lm_eval import SETTINGS, lm_eval
 from headwise.cli.policies import policies
 from headwise.cli.profile import profile
 from headwise.cli.results import results
+from headwise.cli.train_less import train_less
 from headwise.errors import HeadwiseError
 
 _BAD_INPUT = 2
@@ -63,6 +64,7 @@ app.command()(bench)
 app.add_typer(evaluations)
 app.command()(compare)
 app.command()(results)
+app.command("train-less")(train_less)
 app.command("lm-eval", context_settings=SETTINGS)(lm_eval)
 
 

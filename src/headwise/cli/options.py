@@ -63,6 +63,23 @@ Settings = Annotated[
         rich_help_panel=POLICY,
     ),
 ]
+Less = Annotated[
+    bool,
+    typer.Option(
+        "--less",
+        help="Fold what is evicted into a small state that can still be queried (LESS).",
+        rich_help_panel=POLICY,
+    ),
+]
+LessKernels = Annotated[
+    Path | None,
+    typer.Option(
+        "--less-kernels",
+        metavar="FOLDER",
+        help="LESS with the kernels that `headwise train-less` wrote, instead of those for the default model.",
+        rich_help_panel=POLICY,
+    ),
+]
 Model = Annotated[
     str | None,
     typer.Option(

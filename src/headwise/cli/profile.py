@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from headwise.cli import options
-from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype
+from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype, with_less
 from headwise.cli.prompt import check_fit, encode, read_prompt
-from headwise.cli.tables import add_rules, message, output, plain_table
+from headwise.cli.tables import add_memory, add_rules, message, output, plain_table
 from headwise.picture import check_target, save_map
 from headwise.spec import build_policy, describe_policy, read_budget
 
@@ -33,6 +33,8 @@ def profile(
     recovery: options.Recovery = None,
     settings: options.Settings = None,
     budget: options.Budget = None,
+    less: options.Less = False,
+    less_kernels: options.LessKernels = None,
     model: options.Model = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -42,6 +44,7 @@ def profile(
 ) -> None:
     """Profile a prompt: which rule every KV head gets, and what every rule recovers of its attention."""
     chosen = build_policy(policy, recovery, settings or (), budgeted=budget is not None)
+    chosen = with_less(chosen, less, less_kernels)
     room = None if budget is None else read_budget(budget)
     text = read_prompt(prompt, file)
     if png is not None:
@@ -85,6 +88,7 @@ def _to_dict(policy: Policy, report: Report) -> dict[str, Any]:
             "used_bytes": report.used_bytes,
             "allocated_bytes": report.allocated_bytes,
             "full_bytes": report.full_bytes,
+            **report.remembered,
         },
         "kept_ratio": report.kept_ratio,
         "rules": report.rule_counts,
@@ -130,6 +134,7 @@ def _show(report: Report) -> None:
     summary.add_row(
         "memory held", f"{format_bytes(report.allocated_bytes)} of {format_bytes(report.full_bytes)} for a full cache"
     )
+    add_memory(summary, report)
     add_rules(summary, report)
     console = output()
     console.print(summary)

@@ -67,6 +67,7 @@ def show_costs(outcome: Outcome) -> None:
     table.add_row("kept", f"{report.kept_ratio:.1%} of all rows", *(["100%"] if memory else []))
     table.add_row("memory held", *map(format_bytes, held))
     table.add_row("memory used", *map(format_bytes, used))
+    add_memory(table, report)
     table.add_row("full cache", f"{format_bytes(report.full_bytes)} for the same tokens")
     table.add_row("saved", _saved(report))
     add_rules(table, report)
@@ -74,6 +75,14 @@ def show_costs(outcome: Outcome) -> None:
     console = _console(error=True)
     console.print()
     console.print(table)
+
+
+def add_memory(table: Table, report: Report) -> None:
+    """What LESS takes; nothing without it."""
+    from headwise.report import describe_memory
+
+    if report.remembered:
+        table.add_row("remembered", describe_memory(report))
 
 
 def add_rules(table: Table, report: Report) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from headwise.hf.rotation import find_rotation
 from headwise.hf.together import Together
 from headwise.kernels import AUTO, REFERENCE, choose, obstacle
 from headwise.layer import LayerCache
+from headwise.less.kernels import LayerKernels
+from headwise.less.policy import Less
 from headwise.policies.base import Policy
 from headwise.policies.full import Full
 from headwise.policies.scored import Scored
@@ -63,6 +65,7 @@ class HeadwiseCache(Cache):
     Raises:
         ConfigurationError: when the policy needs a tokenizer and there is none, an option is out of range, or the
             kernels asked for cannot run on the model's device.
+        InputError, MismatchError: when there are no kernels for `Less`, or they are of another model.
         UnsupportedModelError: when no layer of the model can be compressed and the policy is not `Full`, or the
             model does not take attention functions.
     """
@@ -92,7 +95,18 @@ class HeadwiseCache(Cache):
             "evict_every": evict_every,
         }
         needs_kinds = "kind" in policy.facts
-        self.policy = policy
+        less: Mapping[int, LayerKernels] = {}
+        if isinstance(policy, Less):
+            policy = policy.load(model)
+            less = policy.layers
+            if not policy.trained:
+                warnings.warn(
+                    f"the kernels of LESS were not trained with what {policy.chooser} evicts; "
+                    "`headwise train-less` can do that",
+                    HeadwiseWarning,
+                    stacklevel=2,
+                )
+        self.policy: Policy = policy
         self.transcript = Transcript(needs_kinds)
         self.model_name = type(model).__name__
         self._model = weakref.ref(model)
@@ -114,7 +128,7 @@ class HeadwiseCache(Cache):
         stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         # The exact type: its subclasses are layers of other kinds, which stay as they are.
         mine = [type(layer) is DynamicLayer for layer in stock]
-        if not any(mine) and not isinstance(policy, Full):
+        if not any(mine) and not isinstance(policy.chooser, Full):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in stock}))
             raise UnsupportedModelError(
                 f"{self.model_name} has nothing to compress: all of its {len(stock)} layers are {kinds}; "
@@ -123,7 +137,9 @@ class HeadwiseCache(Cache):
         settings = Settings(page_size, prompt_tokens, kernels, evict_every, len(stock), find_rotation(model))
         cache = weakref.ref(self)
         layers = [
-            HeadwiseLayer(LayerCache(index, policy, self.transcript, settings), cache, self.model_name)
+            HeadwiseLayer(
+                LayerCache(index, policy.chooser, self.transcript, settings, less.get(index)), cache, self.model_name
+            )
             if compressed
             else layer
             for index, (layer, compressed) in enumerate(zip(stock, mine, strict=True))
@@ -315,7 +331,7 @@ class HeadwiseCache(Cache):
             and core.plan is not None
             and core.settings.prompt_columns is None
             and not core.recording
-            and not isinstance(self.policy, Full)
+            and not isinstance(self.policy.chooser, Full)
             and input_ids is not None
             and input_ids.shape[1] > 1
         )
@@ -359,14 +375,15 @@ def _check_options(
 ) -> None:
     if not isinstance(policy, Policy):
         raise ConfigurationError(f"policy must be a headwise policy such as FastGen(recovery=0.95), got {policy!r}")
-    if "kind" in policy.facts and tokenizer is None:
+    chooser = policy.chooser
+    if "kind" in chooser.facts and tokenizer is None:
         raise ConfigurationError(
-            f"{type(policy).__name__} looks at the kind of each token (special, punctuation) and needs a tokenizer: "
+            f"{type(chooser).__name__} looks at the kind of each token (special, punctuation) and needs a tokenizer: "
             "HeadwiseCache(model, policy, tokenizer=tokenizer)"
         )
-    if isinstance(policy, Scored) and policy.reconstructs and tokenizer is None:
+    if isinstance(chooser, Scored) and chooser.reconstructs and tokenizer is None:
         raise ConfigurationError(
-            f"{type(policy).__name__} asks the model to repeat its prompt and needs a tokenizer: "
+            f"{type(chooser).__name__} asks the model to repeat its prompt and needs a tokenizer: "
             "HeadwiseCache(model, policy, tokenizer=tokenizer)"
         )
     counts = {"page_size": page_size, "prompt_tokens": prompt_tokens, "evict_every": evict_every}

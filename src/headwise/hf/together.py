@@ -52,8 +52,8 @@ class Together:
             return
         if input_ids is None:
             raise InputError(
-                f"{cache.policy.name} lets the model repeat its prompt, but the model was called without input_ids; "
-                "pass input_ids, not inputs_embeds"
+                f"{cache.policy.chooser.name} lets the model repeat its prompt, but the model was called without "
+                "input_ids; pass input_ids, not inputs_embeds"
             )
         earlier = [] if self._ids is None else [self._ids]
         self._ids = torch.cat([*earlier, input_ids.detach()], dim=1)
@@ -61,7 +61,7 @@ class Together:
     def compact(self, cache: HeadwiseCache) -> None:
         """Choose for all layers at once, where the policy decides so and the whole prompt is in."""
         cores = [layer.core for layer in cache.headwise_layers]
-        if not cache.policy.deferred or not cores or not all(core.prompt.complete for core in cores):
+        if not cache.policy.chooser.deferred or not cores or not all(core.prompt.complete for core in cores):
             return
         if self._tokenizer is not None and self._ids is not None and _repeats(cache):
             started = clock(cache.model.device)
@@ -72,9 +72,11 @@ class Together:
                 self.repeating = False
             self._ids = None
             self.seconds = clock(cache.model.device) - started
-        for core, (plan, store) in zip(cores, compact(cache.policy, [core.prompt for core in cores]), strict=True):
+        for core, (plan, store) in zip(
+            cores, compact(cache.policy.chooser, [core.prompt for core in cores]), strict=True
+        ):
             core.take(plan, store)
 
 
 def _repeats(cache: HeadwiseCache) -> bool:
-    return isinstance(cache.policy, Scored) and cache.policy.reconstructs
+    return isinstance(cache.policy.chooser, Scored) and cache.policy.chooser.reconstructs

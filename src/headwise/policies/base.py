@@ -58,6 +58,11 @@ class Policy(ABC):
         return 1.0
 
     @property
+    def chooser(self) -> Policy:
+        """What decides which tokens stay: the policy itself, unless it wraps another."""
+        return self
+
+    @property
     def deferred(self) -> bool:
         """Whether a layer waits for all the others before it is compacted; the peak is then the full cache."""
         return False

@@ -1,0 +1,112 @@
+"""Train-less: a model, policies and texts -> a folder with kernels of LESS, with a bar while they are trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headwise.cli import options
+from headwise.cli.eval_run import progress
+from headwise.cli.loading import load, parse_device, parse_dtype
+from headwise.cli.tables import message, output, plain_table
+
+_TRAINING = "Training"
+
+_POLICIES = ("fastgen:recovery=0.5", "h2o:heavy=0.025,recent=0.025", "streamingllm:window=0.05,within=true")
+
+
+def train_less(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the kernels go.", rich_help_panel=options.OUTPUT)],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            help=f"What evicts; may be repeated, sequences take turns. Default: {', '.join(_POLICIES)}.",
+            rich_help_panel=options.POLICY,
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="UTF-8 text to learn from; may be repeated. Default: Python's manual of topics.",
+            rich_help_panel=options.INPUT,
+        ),
+    ] = None,
+    model: options.Model = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    sequences: Annotated[
+        int, typer.Option(min=10, metavar="N", help="Passages; every tenth only checks.", rich_help_panel=_TRAINING)
+    ] = 160,
+    longest: Annotated[
+        int, typer.Option(min=64, metavar="N", help="Tokens of the longest prompt.", rich_help_panel=_TRAINING)
+    ] = 2048,
+    rows: Annotated[
+        int, typer.Option(min=16, metavar="N", help="Tokens after each prompt.", rich_help_panel=_TRAINING)
+    ] = 192,
+    features: Annotated[
+        int, typer.Option(min=1, metavar="R", help="Features: the size of the state.", rich_help_panel=_TRAINING)
+    ] = 8,
+    width: Annotated[
+        int, typer.Option(min=1, metavar="E", help="Hidden width of the kernels.", rich_help_panel=_TRAINING)
+    ] = 64,
+    epochs: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Passes over the sequences.", rich_help_panel=_TRAINING)
+    ] = 3,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences in a step.", rich_help_panel=_TRAINING)] = 2,
+    rate: Annotated[
+        float, typer.Option(min=0, metavar="X", help="Of Adam, at the start.", rich_help_panel=_TRAINING)
+    ] = 1e-3,
+    halve_every: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Epochs after which it is halved.", rich_help_panel=_TRAINING)
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Of passages and weights.", rich_help_panel=_TRAINING)
+    ] = 0,
+    store_limit: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="What is captured may take on disk.", rich_help_panel=_TRAINING),
+    ] = "16GiB",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=options.OUTPUT)
+    ] = False,
+) -> None:
+    """Train the kernels of LESS, with which a cache remembers what its policy evicts.
+
+    The model is frozen, and each layer is trained alone. What is captured lies in FOLDER/work until the end.
+    """
+    from headwise.eval.text import read_documents
+    from headwise.hf.budget import parse_bytes
+    from headwise.less.checkpoint import save_kernels
+    from headwise.less.run import Recipe, TrainingRun
+    from headwise.less.training import TrainingOptions
+    from headwise.spec import parse_policy
+
+    training = TrainingOptions(features, width, epochs, batch, rate, halve_every, seed)
+    recipe = Recipe(sequences, longest, rows, parse_bytes(store_limit), training)
+    policies = [(spec, parse_policy(spec)) for spec in policy or _POLICIES]
+    texts = read_documents(text or ())
+    where = parse_dtype(dtype), parse_device(device)
+    loaded, tokenizer = load(model, *where)
+    run = TrainingRun(loaded, tokenizer, policies, texts, recipe, out / "work", resume=resume)
+    try:
+        with progress() as tell:
+            kernels = run.run(lambda what, done, total: tell(done, total, what))
+    except KeyboardInterrupt:
+        message(f"go on with --resume; what is finished lies in {out / 'work'}\n")
+        raise
+    save_kernels(kernels, out)
+    run.finish()
+    _show(kernels.about["layers"])
+    message(f"kernels: {out}\n")
+
+
+def _show(layers: dict[str, dict[str, float]]) -> None:
+    table = plain_table("layer", "error without", "with LESS", "of it")
+    for index, error in layers.items():
+        share = error["with"] / error["without"] if error["without"] else 1.0
+        table.add_row(index, f"{error['without']:.4f}", f"{error['with']:.4f}", f"{share:.0%}")
+    output().print(table)

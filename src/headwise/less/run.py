@@ -1,0 +1,209 @@
+"""Run: a model, policies and texts -> trained kernels; every sequence and every layer that is finished is kept.
+
+Two parts: one pass of the model over each sequence captures what all layers are asked, then each layer is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from headwise import __version__
+from headwise.errors import ConfigurationError
+from headwise.eval.text import Document
+from headwise.hf.cache import HeadwiseCache
+from headwise.hf.projection import output_projections
+from headwise.less.capture import Captured, WatchedLayer
+from headwise.less.checkpoint import sample_weights
+from headwise.less.kernels import LayerKernels, LessKernels
+from headwise.less.passages import Passage, draw_passages
+from headwise.less.samples import Samples, sample_bytes
+from headwise.less.training import TrainableKernels, TrainingOptions, train
+from headwise.policies.base import Policy
+from headwise.types import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Called with what is being done, how much of it is done, and how much there is.
+Tell = Callable[[str, int, int], None]
+
+_STATE = "run.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is captured, and how it is learnt.
+
+    Attributes:
+        sequences: passages of the texts; a tenth of them checks what was learnt.
+        longest: tokens of the longest prompt.
+        rows: tokens after each prompt, which are what the memory is asked.
+        store_limit: bytes that the captured tensors may take on disk.
+        training: of every layer.
+    """
+
+    sequences: int = 160
+    longest: int = 2048
+    rows: int = 192
+    store_limit: int = 16 * 2**30
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+
+
+class TrainingRun:
+    """Trains the kernels of LESS for a model.
+
+    Args:
+        policies: what evicts, as words and as policies; sequences take turns.
+        work: folder for what is captured and for finished layers.
+        resume: whether to go on with what is in that folder.
+
+    Raises:
+        ConfigurationError: when the folder holds another run or the captured tensors would exceed the limit.
+        InputError: when the texts are too short.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        policies: Sequence[tuple[str, Policy]],
+        texts: Sequence[Document],
+        recipe: Recipe,
+        work: Path,
+        *,
+        resume: bool = False,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._policies, self._recipe, self._work = policies, recipe, work
+        self._tokens = [tokenizer(text.text, add_special_tokens=False, verbose=False).input_ids for text in texts]
+        lengths = [len(tokens) for tokens in self._tokens]
+        self._passages = draw_passages(lengths, recipe.sequences, recipe.longest, recipe.rows, recipe.training.seed)
+        self.about: dict[str, Any] = {
+            "model": str(model.config.name_or_path or type(model).__name__),
+            "policies": [spec for spec, _ in policies],
+            "texts": [
+                {"name": text.name, "sha256": hashlib.sha256(text.text.encode()).hexdigest(), "tokens": length}
+                for text, length in zip(texts, lengths, strict=True)
+            ],
+            **asdict(recipe),
+            "headwise": __version__,
+        }
+        self._check_size()
+        self._begin(resume)
+
+    def run(self, tell: Tell) -> LessKernels:
+        """Capture, train, and put the layers together."""
+        samples = self._capture(tell)
+        layers, errors = self._train(samples, tell)
+        return LessKernels(layers, {**self.about, "layers": errors}, sample_weights(self._model))
+
+    def finish(self) -> None:
+        """Remove the folder for what is captured."""
+        shutil.rmtree(self._work)
+
+    def _begin(self, resume: bool) -> None:
+        state, path = json.dumps(self.about, indent=2), self._work / _STATE
+        if path.is_file():
+            if not resume:
+                raise ConfigurationError(f"{str(self._work)!r} holds an unfinished run: --resume it, or remove it")
+            if path.read_text(encoding="utf-8") != state:
+                raise ConfigurationError(f"{str(self._work)!r} holds a run with other options; remove it, or use those")
+        self._work.mkdir(parents=True, exist_ok=True)
+        path.write_text(state, encoding="utf-8")
+
+    def _check_size(self) -> None:
+        config = self._model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        rows, columns = self._room()
+        group = config.num_attention_heads // heads
+        needed = config.num_hidden_layers * sample_bytes(rows, columns, heads, group, dim, dim)
+        if needed > self._recipe.store_limit:
+            fit = self._recipe.sequences * self._recipe.store_limit // needed
+            raise ConfigurationError(
+                f"{self._recipe.sequences} sequences take up to {needed / 2**30:.1f} GiB on disk, and the limit is "
+                f"{self._recipe.store_limit / 2**30:.1f} GiB: ask for {fit} or fewer, for shorter ones, or raise it"
+            )
+
+    def _room(self) -> tuple[int, int]:
+        """Query rows and evicted tokens of a layer at most."""
+        rows = self._recipe.rows
+        return len(self._passages) * rows, sum(passage.prompt + rows for passage in self._passages)
+
+    def _capture(self, tell: Tell) -> Samples:
+        samples = Samples(self._work / "samples", *self._room())
+        for number in range(samples.sequences, len(self._passages)):
+            tell("capture", number, len(self._passages))
+            _, policy = self._policies[number % len(self._policies)]
+            samples.append(self._captured(self._passages[number], policy))
+        tell("capture", len(self._passages), len(self._passages))
+        return samples
+
+    def _captured(self, passage: Passage, policy: Policy) -> dict[int, Captured | None]:
+        first = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
+        end = passage.start + passage.prompt + self._recipe.rows - len(first)
+        tokens = first + self._tokens[passage.text][passage.start : end]
+        ids = torch.tensor([tokens], device=self._model.device)
+        return capture(self._model, self._tokenizer, policy, ids, passage.prompt)
+
+    def _train(self, samples: Samples, tell: Tell) -> tuple[dict[int, LayerKernels], dict[str, dict[str, float]]]:
+        projections = output_projections(self._model)
+        layers: dict[int, LayerKernels] = {}
+        errors: dict[str, dict[str, float]] = {}
+        all_layers = samples.layers
+        for done, index in enumerate(all_layers):
+            tell("train", done, len(all_layers))
+            path = self._work / f"layer-{index:03d}.safetensors"
+            if not path.is_file():
+                self._train_layer(index, samples, projections.get(index), path)
+            tensors = load_file(path)
+            errors[str(index)] = {"without": float(tensors.pop("without")), "with": float(tensors.pop("with"))}
+            layers[index] = LayerKernels(**tensors)
+        tell("train", len(all_layers), len(all_layers))
+        return layers, errors
+
+    def _train_layer(self, index: int, samples: Samples, projection: Tensor | None, path: Path) -> None:
+        options, device = self._recipe.training, self._model.device
+        torch.manual_seed(options.seed + index)
+        there = samples.of_layer(index)
+        checks = [number for number in there if self._passages[number].checks]
+        learns = [number for number in there if not self._passages[number].checks]
+        first = samples.batch(index, there[:1], device).query
+        heads, group, dim = first.shape[1], first.shape[2], first.shape[-1]
+        kernels = TrainableKernels(heads, group, dim, options.width, options.features).to(device)
+        weight = None if projection is None else projection.float()
+        result = train(kernels, lambda n: samples.batch(index, n, device), learns, checks, weight, options)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in result.kernels.tensors().items()}
+        figures = {"without": torch.tensor(result.forgetful), "with": torch.tensor(result.error)}
+        scratch = path.with_suffix(".part")
+        save_file(tensors | figures, scratch)
+        scratch.replace(path)
+
+
+def capture(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy: Policy, ids: Tensor, prompt: int
+) -> dict[int, Captured | None]:
+    """What every compressed layer was asked after the prompt.
+
+    Args:
+        ids: `[1, t]`, of which the first `prompt` are read at once.
+    """
+    cache = HeadwiseCache(model, policy, tokenizer=tokenizer, prompt_tokens=prompt)
+    for layer in cache.headwise_layers:
+        core = layer.core
+        layer.core = WatchedLayer(core.index, core.policy, core.transcript, core.settings)
+    decoder = model.get_decoder()
+    with torch.inference_mode():
+        for part in (ids[:, :prompt], ids[:, prompt:]):
+            decoder(input_ids=part, past_key_values=cache, use_cache=True)
+    cores = [layer.core for layer in cache.headwise_layers]
+    return {core.index: core.captured() for core in cores if isinstance(core, WatchedLayer)}

@@ -1,0 +1,170 @@
+"""Training: what one layer was asked -> kernels with which its memory answers best.
+
+Dong et al., ICML 2024 (arXiv 2402.09398), section 3.3: every layer alone, by the squared error of its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from headwise.less.capture import Captured
+from headwise.less.kernels import LayerKernels
+from headwise.less.memory import blend
+from headwise.types import Float, Tensor
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How kernels are trained; the same for every layer.
+
+    Attributes:
+        features: of a query or key.
+        width: hidden width of the networks.
+        epochs: passes over the samples.
+        batch: sequences in a step.
+        rate: of Adam, at the start.
+        halve_every: epochs after which the rate is halved, again and again.
+        seed: of the first weights and of the order.
+    """
+
+    features: int = 8
+    width: int = 64
+    epochs: int = 3
+    batch: int = 2
+    rate: float = 1e-3
+    halve_every: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it, as errors of the layer's output on the samples that were kept apart.
+
+    Attributes:
+        kernels: of the best epoch.
+        forgetful: error without any memory.
+        error: with the kernels.
+        errors: before the first epoch and after each.
+    """
+
+    kernels: LayerKernels
+    forgetful: float
+    error: float
+    errors: list[float]
+
+
+# What the last layer of the key network starts with: the state then has almost no effect.
+_START = 1e-4
+
+
+class TrainableKernels(nn.Module):
+    """The networks of one layer as they are trained.
+
+    Args:
+        heads, group: KV heads, and query heads of each.
+        dim: of queries and keys.
+        width: hidden.
+        features: of a query or key.
+    """
+
+    def __init__(self, heads: int, group: int, dim: int, width: int, features: int) -> None:
+        super().__init__()
+
+        def uniform(*shape: int) -> nn.Parameter:
+            bound = (6 / (shape[-2] + shape[-1])) ** 0.5
+            return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
+
+        self.query_in, self.query_out = uniform(heads, group, dim, width), uniform(heads, group, width, features)
+        self.key_in, self.key_out = uniform(heads, dim, width), uniform(heads, width, features)
+        self.key_last = uniform(heads, features, features)
+        self.scale = nn.Parameter(torch.full((heads, features), _START))
+        self.gain = nn.Parameter(torch.full((heads, features), _START))
+
+    def folded(self) -> LayerKernels:
+        """As inference needs them: what follows the key network's second GELU is one matrix."""
+        eye = torch.eye(self.scale.shape[-1], device=self.scale.device)
+        mix = self.scale.abs()[:, :, None] * (eye + self.key_last * self.gain[:, None, :])
+        return LayerKernels(self.query_in, self.query_out, self.key_in, self.key_out, mix)
+
+
+def remembered(kernels: LayerKernels, batch: Captured) -> Float[Tensor, "b h g q e"]:
+    """What a layer with those kernels would have answered, differentiable."""
+    queries = kernels.of_queries(batch.query)
+    stages = int(batch.stage.max()) + 1
+    at = torch.arange(stages, device=batch.fold.device)
+    gone = (batch.fold[:, :, None, :] <= at[:, None]) & (batch.fold > 0)[:, :, None]
+    keys = kernels.of_keys(batch.keys)[:, :, None] * gone[..., None]
+    state = torch.einsum("bhknr,bhne->bhkre", keys, batch.values.float())
+    chosen = torch.nn.functional.one_hot(batch.stage, stages).to(state.dtype)
+    sums = torch.einsum("bhgqr,bqk,bhkre->bhgqe", queries, chosen, state)
+    mass = torch.einsum("bhgqr,bqk,bhkr->bhgq", queries, chosen, keys.sum(dim=3))
+    return blend(batch.exact.float(), batch.lse, sums, mass)
+
+
+def train(
+    kernels: TrainableKernels,
+    read: Callable[[Sequence[int]], Captured],
+    samples: Sequence[int],
+    checks: Sequence[int],
+    projection: Float[Tensor, "hidden inner"] | None,
+    options: TrainingOptions,
+) -> Result:
+    """Train the kernels of one layer.
+
+    Args:
+        read: gives the samples of those numbers side by side.
+        samples, checks: to learn from, and to choose the best epoch by.
+        projection: what the layer multiplies its heads' outputs with; None for nothing.
+    """
+    optimiser = torch.optim.Adam(kernels.parameters(), lr=options.rate)
+    schedule = torch.optim.lr_scheduler.StepLR(optimiser, options.halve_every, 0.5)
+    order = torch.Generator().manual_seed(options.seed)
+    forgetful = _mean_error(None, read, checks, projection)
+    best, errors = kernels.folded(), [_mean_error(kernels.folded(), read, checks, projection)]
+    for _ in range(options.epochs):
+        shuffled = [samples[place] for place in torch.randperm(len(samples), generator=order).tolist()]
+        for start in range(0, len(shuffled), options.batch):
+            batch = read(shuffled[start : start + options.batch])
+            optimiser.zero_grad()
+            error = output_error(remembered(kernels.folded(), batch), batch, projection)
+            error.backward()
+            optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            folded = LayerKernels(**{name: t.clone() for name, t in kernels.folded().tensors().items()})
+        errors.append(_mean_error(folded, read, checks, projection))
+        if errors[-1] == min(errors):
+            best = folded
+    return Result(best, forgetful, min(errors), errors)
+
+
+def output_error(
+    output: Float[Tensor, "b h g q e"], batch: Captured, projection: Float[Tensor, "hidden inner"] | None
+) -> Tensor:
+    """Squared error of a layer's output over the variance of what full attention gives."""
+
+    def project(rows: Tensor) -> Tensor:
+        flat = rows.float().permute(0, 3, 1, 2, 4).flatten(2)
+        return flat if projection is None else flat @ projection.T
+
+    return project(output - batch.target).square().mean() / project(batch.target).var(correction=0)
+
+
+@torch.no_grad()
+def _mean_error(
+    kernels: LayerKernels | None,
+    read: Callable[[Sequence[int]], Captured],
+    checks: Sequence[int],
+    projection: Float[Tensor, "hidden inner"] | None,
+) -> float:
+    """Mean over the sequences; without kernels, of what the kept rows alone answer."""
+    total = 0.0
+    for number in checks:
+        batch = read([number])
+        output = batch.exact if kernels is None else remembered(kernels, batch)
+        total += float(output_error(output, batch, projection))
+    return total / len(checks)
