@@ -20,7 +20,7 @@ from headwise.less.memory import Memory
 from headwise.less.passages import draw_passages
 from headwise.less.run import capture
 from headwise.less.samples import Samples, sample_bytes
-from headwise.less.training import TrainableKernels, TrainingOptions, output_error, remembered, train
+from headwise.less.training import TrainableKernels, TrainingOptions, output_error, remembered, share_left, train
 from headwise.policies import H2O, FastGen, KVzip, SnapKV
 from headwise.settings import Settings
 from headwise.transcript import Transcript
@@ -202,8 +202,9 @@ def test_the_stated_size_is_what_the_files_take(tmp_path):
 
 def test_passages_are_drawn_apart_and_fit():
     lengths = [5000, 300, 9000]
-    passages = draw_passages(lengths, 200, 512, 40, seed=3)
-    assert passages == draw_passages(lengths, 200, 512, 40, seed=3) != draw_passages(lengths, 200, 512, 40, seed=4)
+    passages = draw_passages(lengths, 200, (64, 512), 40, seed=3)
+    assert passages == draw_passages(lengths, 200, (64, 512), 40, seed=3)
+    assert passages != draw_passages(lengths, 200, (64, 512), 40, seed=4)
     assert sum(p.checks for p in passages) == 20
     for p in passages:
         start, end = p.start, p.start + p.prompt + 40
@@ -214,7 +215,8 @@ def test_passages_are_drawn_apart_and_fit():
     halves = [p.prompt < (64 * 512) ** 0.5 for p in passages if p.text != 1 and not p.checks]
     assert 0.35 < sum(halves) / len(halves) < 0.65
     with pytest.raises(InputError, match="too short"):
-        draw_passages([500], 10, 512, 40, seed=0)
+        draw_passages([500], 10, (64, 512), 40, seed=0)
+    assert {p.prompt for p in draw_passages([9000], 50, (300, 300), 40, seed=0)} == {300}
 
 
 # What is learnt.
@@ -245,7 +247,7 @@ def test_gradients_are_finite_where_nothing_is_remembered():
     captured = random_captured(5, 7)
     nothing = Captured(**{**vars(captured), "fold": torch.zeros_like(captured.fold)})
     kernels = random_kernels(2, 2, 6)
-    output_error(remembered(kernels.folded(), nothing), nothing, None).backward()
+    share_left(remembered(kernels.folded(), nothing), nothing, None).backward()
     for parameter in kernels.parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all()
 
@@ -256,7 +258,18 @@ def test_error_is_of_the_projected_output_and_relative():
     target = captured.target[0].permute(2, 0, 1, 3).reshape(5, -1) @ projection.T
     output = captured.exact[0].permute(2, 0, 1, 3).reshape(5, -1) @ projection.T
     expected = (output - target).square().mean() / target.var(correction=0)
-    torch.testing.assert_close(output_error(captured.exact, captured, projection), expected)
+    torch.testing.assert_close(output_error(captured.exact, captured, projection), expected[None])
+
+
+def test_the_loss_counts_every_sequence_by_what_forgetting_costs_it():
+    captured = random_captured(5, 7)
+    nearly = Captured(**{**vars(captured), "exact": captured.target + 0.1 * (captured.exact - captured.target)})
+    both = Captured(**{name: torch.cat([tensor, vars(nearly)[name]]) for name, tensor in vars(captured).items()})
+    halfway = both.exact.lerp(both.target, 0.5)
+    alone = output_error(both.exact, both, None)
+    expected = (0.25 * alone / (alone + 1e-3)).mean()
+    torch.testing.assert_close(share_left(halfway, both, None), expected)
+    torch.testing.assert_close(alone[1], 0.01 * alone[0])
 
 
 def structured(sequences, seed):
@@ -297,9 +310,9 @@ def test_what_is_learnt_beats_the_same_bytes_spent_on_tokens(seed):
     options = TrainingOptions(features=4, width=32, epochs=2, batch=4, rate=3e-3, halve_every=2, seed=seed)
     kernels = TrainableKernels(2, 2, 16, 32, 4)
     result = train(kernels, read, range(400), range(400, 416), None, options)
-    assert result.errors[0] == pytest.approx(result.forgetful, rel=0.1)
-    assert result.error == min(result.errors)
-    assert result.error < 0.6 * float(output_error(richer.exact, richer, None))
+    assert result.shares[0] == pytest.approx(1, rel=0.1)
+    assert result.share == min(result.shares)
+    assert result.error < 0.6 * float(output_error(richer.exact, richer, None).mean())
 
 
 # The command.
@@ -322,20 +335,8 @@ def train_less(folder, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HEADWISE_MODEL", str(folder))
 
     def call(*more):
-        small = [
-            "--sequences",
-            "10",
-            "--longest",
-            "100",
-            "--rows",
-            "20",
-            "--epochs",
-            "1",
-            "--width",
-            "8",
-            "--features",
-            "4",
-        ]
+        small = ["--sequences=10", "--shortest=64", "--longest=100", "--rows=20", "--epochs=1", "--width=8"]
+        small += ["--features=4"]
         policies = ["--policy", "streamingllm:window=9", "--policy", "h2o:heavy=5,recent=5"]
         with pytest.raises(SystemExit) as ended:
             main(["train-less", "--out", str(tmp_path / "out"), "--text", str(text), *small, *policies, *more])
@@ -396,6 +397,8 @@ def test_bad_requests_are_refused_in_one_line(train_less, tmp_path):
     code, _, err = train_less("--store-limit", "1kB")
     assert code == 2 and "limit" in err and err.count("\n") == 1
     (tmp_path / "short.txt").write_text("too short")
+    code, _, err = train_less("--shortest", "101")
+    assert code == 2 and "longer than the longest" in err
     code, _, err = train_less("--text", str(tmp_path / "missing.txt"))
     assert code == 2 and "no file" in err
 

@@ -11,6 +11,7 @@ from headwise.cli import options
 from headwise.cli.eval_run import progress
 from headwise.cli.loading import load, parse_device, parse_dtype
 from headwise.cli.tables import message, output, plain_table
+from headwise.errors import ConfigurationError
 
 _TRAINING = "Training"
 
@@ -41,6 +42,9 @@ def train_less(
     sequences: Annotated[
         int, typer.Option(min=10, metavar="N", help="Passages; every tenth only checks.", rich_help_panel=_TRAINING)
     ] = 160,
+    shortest: Annotated[
+        int, typer.Option(min=64, metavar="N", help="Tokens of the shortest prompt.", rich_help_panel=_TRAINING)
+    ] = 256,
     longest: Annotated[
         int, typer.Option(min=64, metavar="N", help="Tokens of the longest prompt.", rich_help_panel=_TRAINING)
     ] = 2048,
@@ -85,8 +89,10 @@ def train_less(
     from headwise.less.training import TrainingOptions
     from headwise.spec import parse_policy
 
+    if shortest > longest:
+        raise ConfigurationError(f"the shortest prompt cannot be longer than the longest: {shortest} and {longest}")
     training = TrainingOptions(features, width, epochs, batch, rate, halve_every, seed)
-    recipe = Recipe(sequences, longest, rows, parse_bytes(store_limit), training)
+    recipe = Recipe(sequences, shortest, longest, rows, parse_bytes(store_limit), training)
     policies = [(spec, parse_policy(spec)) for spec in policy or _POLICIES]
     texts = read_documents(text or ())
     where = parse_dtype(dtype), parse_device(device)
@@ -105,8 +111,7 @@ def train_less(
 
 
 def _show(layers: dict[str, dict[str, float]]) -> None:
-    table = plain_table("layer", "error without", "with LESS", "of it")
+    table = plain_table("layer", "error without", "with LESS", "share left")
     for index, error in layers.items():
-        share = error["with"] / error["without"] if error["without"] else 1.0
-        table.add_row(index, f"{error['without']:.4f}", f"{error['with']:.4f}", f"{share:.0%}")
+        table.add_row(index, f"{error['without']:.4f}", f"{error['with']:.4f}", f"{error['share']:.0%}")
     output().print(table)

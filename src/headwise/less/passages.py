@@ -11,7 +11,7 @@ from headwise.errors import InputError
 # Of every text, its end: nothing of it is learnt from.
 _CHECKED = 0.1
 
-# Prompts of fewer tokens teach nothing: nothing is evicted.
+# A text must have room for a prompt of so many: of less, hardly anything is evicted.
 _SHORTEST = 64
 
 
@@ -32,14 +32,15 @@ class Passage:
     checks: bool
 
 
-def draw_passages(lengths: Sequence[int], count: int, longest: int, rows: int, seed: int) -> list[Passage]:
+def draw_passages(lengths: Sequence[int], count: int, prompts: tuple[int, int], rows: int, seed: int) -> list[Passage]:
     """Random passages, of every text as many; every tenth is from the end of a text, where no other is.
 
-    Prompts have lengths up to `longest`, and short ones are as frequent as long ones on a scale of doublings: short
-    ones show evictions one after the other, long ones many at once.
+    Lengths of prompts are spread evenly over a scale of doublings: short prompts show evictions one after the other,
+    long ones many at once. A text that is too short for the shortest has shorter ones.
 
     Args:
         lengths: tokens of every text.
+        prompts: tokens of the shortest and of the longest prompt.
         rows: tokens after the prompt.
 
     Raises:
@@ -62,7 +63,8 @@ def draw_passages(lengths: Sequence[int], count: int, longest: int, rows: int, s
                 f"the texts are too short to learn from: one must have {wanted:,} tokens, got {max(lengths):,}"
             )
         text, first, last = draw.choice(spans)
-        room = min(longest, last - first - rows)
-        prompt = round(_SHORTEST * (room / _SHORTEST) ** draw.random())
+        room = min(prompts[1], last - first - rows)
+        least = min(prompts[0], room)
+        prompt = round(least * (room / least) ** draw.random())
         passages.append(Passage(text, draw.randint(first, last - rows - prompt), prompt, checks))
     return passages

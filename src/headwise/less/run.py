@@ -26,7 +26,7 @@ from headwise.less.checkpoint import sample_weights
 from headwise.less.kernels import LayerKernels, LessKernels
 from headwise.less.passages import Passage, draw_passages
 from headwise.less.samples import Samples, sample_bytes
-from headwise.less.training import TrainableKernels, TrainingOptions, train
+from headwise.less.training import FIGURES, TrainableKernels, TrainingOptions, train
 from headwise.policies.base import Policy
 from headwise.types import Tensor
 
@@ -45,13 +45,14 @@ class Recipe:
 
     Attributes:
         sequences: passages of the texts; a tenth of them checks what was learnt.
-        longest: tokens of the longest prompt.
+        shortest, longest: tokens of the prompts.
         rows: tokens after each prompt, which are what the memory is asked.
         store_limit: bytes that the captured tensors may take on disk.
         training: of every layer.
     """
 
     sequences: int = 160
+    shortest: int = 256
     longest: int = 2048
     rows: int = 192
     store_limit: int = 16 * 2**30
@@ -86,9 +87,11 @@ class TrainingRun:
         self._policies, self._recipe, self._work = policies, recipe, work
         self._tokens = [tokenizer(text.text, add_special_tokens=False, verbose=False).input_ids for text in texts]
         lengths = [len(tokens) for tokens in self._tokens]
-        self._passages = draw_passages(lengths, recipe.sequences, recipe.longest, recipe.rows, recipe.training.seed)
+        self._passages = draw_passages(
+            lengths, recipe.sequences, (recipe.shortest, recipe.longest), recipe.rows, recipe.training.seed
+        )
         self.about: dict[str, Any] = {
-            "model": str(model.config.name_or_path or type(model).__name__),
+            "model": _name(model),
             "policies": [spec for spec, _ in policies],
             "texts": [
                 {"name": text.name, "sha256": hashlib.sha256(text.text.encode()).hexdigest(), "tokens": length}
@@ -166,7 +169,7 @@ class TrainingRun:
             if not path.is_file():
                 self._train_layer(index, samples, projections.get(index), path)
             tensors = load_file(path)
-            errors[str(index)] = {"without": float(tensors.pop("without")), "with": float(tensors.pop("with"))}
+            errors[str(index)] = {name: float(tensors.pop(name)) for name in FIGURES}
             layers[index] = LayerKernels(**tensors)
         tell("train", len(all_layers), len(all_layers))
         return layers, errors
@@ -183,10 +186,16 @@ class TrainingRun:
         weight = None if projection is None else projection.float()
         result = train(kernels, lambda n: samples.batch(index, n, device), learns, checks, weight, options)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in result.kernels.tensors().items()}
-        figures = {"without": torch.tensor(result.forgetful), "with": torch.tensor(result.error)}
+        figures = {name: torch.tensor(value) for name, value in result.figures.items()}
         scratch = path.with_suffix(".part")
         save_file(tensors | figures, scratch)
         scratch.replace(path)
+
+
+def _name(model: PreTrainedModel) -> str:
+    """A Hub id as it is, and of a folder only its own name."""
+    name = str(model.config.name_or_path or type(model).__name__)
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def capture(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -48,14 +49,26 @@ class Result:
         kernels: of the best epoch.
         forgetful: error without any memory.
         error: with the kernels.
-        errors: before the first epoch and after each.
+        share: of the error without memory that is left, which long and short prompts count alike in.
+        shares: the same, before the first epoch and after each.
     """
 
     kernels: LayerKernels
     forgetful: float
     error: float
-    errors: list[float]
+    share: float
+    shares: list[float]
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """The errors by name."""
+        return dict(zip(FIGURES, (self.forgetful, self.error, self.share), strict=True))
+
+
+FIGURES = ("without", "with", "share")
+
+# A layer's error below this, relative to the variance of its output, need not become smaller.
+_NEGLIGIBLE = 1e-3
 
 # What the last layer of the key network starts with: the state then has almost no effect.
 _START = 1e-4
@@ -123,48 +136,66 @@ def train(
     optimiser = torch.optim.Adam(kernels.parameters(), lr=options.rate)
     schedule = torch.optim.lr_scheduler.StepLR(optimiser, options.halve_every, 0.5)
     order = torch.Generator().manual_seed(options.seed)
-    forgetful = _mean_error(None, read, checks, projection)
-    best, errors = kernels.folded(), [_mean_error(kernels.folded(), read, checks, projection)]
+    best, at = kernels.folded(), _check(kernels.folded(), read, checks, projection)
+    found = [at]
     for _ in range(options.epochs):
         shuffled = [samples[place] for place in torch.randperm(len(samples), generator=order).tolist()]
         for start in range(0, len(shuffled), options.batch):
             batch = read(shuffled[start : start + options.batch])
             optimiser.zero_grad()
-            error = output_error(remembered(kernels.folded(), batch), batch, projection)
-            error.backward()
+            share_left(remembered(kernels.folded(), batch), batch, projection).backward()
             optimiser.step()
         schedule.step()
         with torch.no_grad():
             folded = LayerKernels(**{name: t.clone() for name, t in kernels.folded().tensors().items()})
-        errors.append(_mean_error(folded, read, checks, projection))
-        if errors[-1] == min(errors):
-            best = folded
-    return Result(best, forgetful, min(errors), errors)
+        found.append(_check(folded, read, checks, projection))
+        if found[-1].share == min(other.share for other in found):
+            best, at = folded, found[-1]
+    return Result(best, *at, [one.share for one in found])
 
 
 def output_error(
     output: Float[Tensor, "b h g q e"], batch: Captured, projection: Float[Tensor, "hidden inner"] | None
-) -> Tensor:
-    """Squared error of a layer's output over the variance of what full attention gives."""
+) -> Float[Tensor, " b"]:
+    """Squared error of a layer's output over the variance of what full attention gives, of every sequence."""
 
     def project(rows: Tensor) -> Tensor:
         flat = rows.float().permute(0, 3, 1, 2, 4).flatten(2)
         return flat if projection is None else flat @ projection.T
 
-    return project(output - batch.target).square().mean() / project(batch.target).var(correction=0)
+    error = project(output - batch.target).square().mean(dim=(1, 2))
+    return error / project(batch.target).var(dim=(1, 2), correction=0)
+
+
+def share_left(
+    output: Float[Tensor, "b h g q e"], batch: Captured, projection: Float[Tensor, "hidden inner"] | None
+) -> Tensor:
+    """How much of the error of the kept rows alone is left, mean over the sequences: the loss.
+
+    The error itself would be that of short prompts, where much is evicted of little; long ones would hardly count.
+    """
+    forgetful = output_error(batch.exact, batch, projection)
+    return (output_error(output, batch, projection) / (forgetful + _NEGLIGIBLE)).mean()
+
+
+class _Checked(NamedTuple):
+    forgetful: float
+    error: float
+    share: float
 
 
 @torch.no_grad()
-def _mean_error(
-    kernels: LayerKernels | None,
+def _check(
+    kernels: LayerKernels,
     read: Callable[[Sequence[int]], Captured],
     checks: Sequence[int],
     projection: Float[Tensor, "hidden inner"] | None,
-) -> float:
-    """Mean over the sequences; without kernels, of what the kept rows alone answer."""
-    total = 0.0
+) -> _Checked:
+    """Means over the sequences."""
+    rows = []
     for number in checks:
         batch = read([number])
-        output = batch.exact if kernels is None else remembered(kernels, batch)
-        total += float(output_error(output, batch, projection))
-    return total / len(checks)
+        output = remembered(kernels, batch)
+        errors = (output_error(answer, batch, projection) for answer in (batch.exact, output))
+        rows.append([*(float(error) for error in errors), float(share_left(output, batch, projection))])
+    return _Checked(*torch.tensor(rows).mean(dim=0).tolist())
