@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import chatty
-from headwise import HeadwiseCache, InputError, Less, StreamingLLM, load_kernels
+from headwise import HeadwiseCache, InputError, Less, MismatchError, StreamingLLM, load_kernels
 from headwise.cli.main import main
 from headwise.kernels import choose
 from headwise.layer import LayerCache
@@ -243,6 +243,17 @@ def test_first_weights_leave_the_output_almost_as_it_is():
     assert float((output - captured.exact).abs().max()) < 0.05
 
 
+def test_training_goes_on_from_earlier_kernels():
+    earlier = random_kernels(2, 3, 14).folded()
+    later = random_kernels(2, 3, 14)
+    later.start_from(earlier)
+    with torch.no_grad():
+        for name, tensor in later.folded().tensors().items():
+            torch.testing.assert_close(tensor, earlier.tensors()[name])
+    with pytest.raises(MismatchError, match="query_in"):
+        random_kernels(2, 2, 14).start_from(earlier)
+
+
 def test_gradients_are_finite_where_nothing_is_remembered():
     captured = random_captured(5, 7)
     nothing = Captured(**{**vars(captured), "fold": torch.zeros_like(captured.fold)})
@@ -360,6 +371,12 @@ def test_the_command_makes_a_folder_that_a_cache_takes(train_less, folder, tmp_p
     )
     assert not (tmp_path / "out" / "work").exists()
     model = AutoModelForCausalLM.from_pretrained(folder)
+    code, _, err = train_less("--start", str(tmp_path / "out"), "--rate", "0")
+    assert code == 0, err
+    again = load_kernels(tmp_path / "out")
+    assert again.about["start"]["digest"] == kernels.digest
+    for name, tensor in again.layers[1].tensors().items():
+        torch.testing.assert_close(tensor, kernels.layers[1].tensors()[name], atol=1e-3, rtol=1e-3)
     cache = HeadwiseCache(model, Less(StreamingLLM(window=9), tmp_path / "out"))
     ids = torch.arange(8, 50)[None]
     model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)

@@ -42,6 +42,10 @@ def train_less(
     sequences: Annotated[
         int, typer.Option(min=10, metavar="N", help="Passages; every tenth only checks.", rich_help_panel=_TRAINING)
     ] = 160,
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Kernels to start from, not random ones.", rich_help_panel=_TRAINING),
+    ] = None,
     shortest: Annotated[
         int, typer.Option(min=64, metavar="N", help="Tokens of the shortest prompt.", rich_help_panel=_TRAINING)
     ] = 256,
@@ -84,7 +88,7 @@ def train_less(
     """
     from headwise.eval.text import read_documents
     from headwise.hf.budget import parse_bytes
-    from headwise.less.checkpoint import save_kernels
+    from headwise.less.checkpoint import load_kernels, save_kernels
     from headwise.less.run import Recipe, TrainingRun
     from headwise.less.training import TrainingOptions
     from headwise.spec import parse_policy
@@ -95,9 +99,10 @@ def train_less(
     recipe = Recipe(sequences, shortest, longest, rows, parse_bytes(store_limit), training)
     policies = [(spec, parse_policy(spec)) for spec in policy or _POLICIES]
     texts = read_documents(text or ())
+    earlier = None if start is None else load_kernels(start)
     where = parse_dtype(dtype), parse_device(device)
     loaded, tokenizer = load(model, *where)
-    run = TrainingRun(loaded, tokenizer, policies, texts, recipe, out / "work", resume=resume)
+    run = TrainingRun(loaded, tokenizer, policies, texts, recipe, out / "work", resume=resume, start=earlier)
     try:
         with progress() as tell:
             kernels = run.run(lambda what, done, total: tell(done, total, what))

@@ -22,7 +22,7 @@ from headwise.eval.text import Document
 from headwise.hf.cache import HeadwiseCache
 from headwise.hf.projection import output_projections
 from headwise.less.capture import Captured, WatchedLayer
-from headwise.less.checkpoint import sample_weights
+from headwise.less.checkpoint import check_kernels, sample_weights
 from headwise.less.kernels import LayerKernels, LessKernels
 from headwise.less.passages import Passage, draw_passages
 from headwise.less.samples import Samples, sample_bytes
@@ -66,9 +66,11 @@ class TrainingRun:
         policies: what evicts, as words and as policies; sequences take turns.
         work: folder for what is captured and for finished layers.
         resume: whether to go on with what is in that folder.
+        start: kernels to start from; None for random ones.
 
     Raises:
         ConfigurationError: when the folder holds another run or the captured tensors would exceed the limit.
+        MismatchError: when the kernels to start from are of another model.
         InputError: when the texts are too short.
     """
 
@@ -82,8 +84,11 @@ class TrainingRun:
         work: Path,
         *,
         resume: bool = False,
+        start: LessKernels | None = None,
     ) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        if start is not None:
+            check_kernels(start, model)
+        self._model, self._tokenizer, self._start = model, tokenizer, start
         self._policies, self._recipe, self._work = policies, recipe, work
         self._tokens = [tokenizer(text.text, add_special_tokens=False, verbose=False).input_ids for text in texts]
         lengths = [len(tokens) for tokens in self._tokens]
@@ -98,6 +103,7 @@ class TrainingRun:
                 for text, length in zip(texts, lengths, strict=True)
             ],
             **asdict(recipe),
+            "start": None if start is None else {"digest": start.digest, **start.about},
             "headwise": __version__,
         }
         self._check_size()
@@ -183,6 +189,8 @@ class TrainingRun:
         first = samples.batch(index, there[:1], device).query
         heads, group, dim = first.shape[1], first.shape[2], first.shape[-1]
         kernels = TrainableKernels(heads, group, dim, options.width, options.features).to(device)
+        if self._start is not None and index in self._start.layers:
+            kernels.start_from(self._start.layers[index].to(device))
         weight = None if projection is None else projection.float()
         result = train(kernels, lambda n: samples.batch(index, n, device), learns, checks, weight, options)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in result.kernels.tensors().items()}

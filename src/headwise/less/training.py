@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from headwise.errors import MismatchError
 from headwise.less.capture import Captured
 from headwise.less.kernels import LayerKernels
 from headwise.less.memory import blend
@@ -96,6 +97,25 @@ class TrainableKernels(nn.Module):
         self.key_last = uniform(heads, features, features)
         self.scale = nn.Parameter(torch.full((heads, features), _START))
         self.gain = nn.Parameter(torch.full((heads, features), _START))
+
+    @torch.no_grad()
+    def start_from(self, kernels: LayerKernels) -> None:
+        """Take over kernels that were trained before.
+
+        Raises:
+            MismatchError: when they have other sizes.
+        """
+        features = torch.eye(self.scale.shape[-1], device=self.scale.device)
+        # The folded matrix has no one origin; this is one that gives it.
+        parts = {**kernels.tensors(), "key_last": kernels.key_mix - features}
+        del parts["key_mix"]
+        self.scale.fill_(1)
+        self.gain.fill_(1)
+        for name, tensor in parts.items():
+            mine = getattr(self, name)
+            if mine.shape != tensor.shape:
+                raise MismatchError(f"kernels to start from have {name} {tuple(tensor.shape)}, not {tuple(mine.shape)}")
+            mine.copy_(tensor)
 
     def folded(self) -> LayerKernels:
         """As inference needs them: what follows the key network's second GELU is one matrix."""
