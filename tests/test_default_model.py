@@ -130,7 +130,7 @@ def divergence(default, ids, prompt, policy):
     model, tokenizer = default
     with torch.inference_mode():
         full = model(input_ids=ids).logits[0, prompt:].log_softmax(dim=-1)
-        cache = headwise.HeadwiseCache(model, policy, tokenizer=tokenizer)
+        cache = headwise.HeadwiseCache(model, policy, tokenizer=tokenizer, prompt_tokens=prompt)
         model(input_ids=ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
         pieces = [model(input_ids=piece, past_key_values=cache).logits[0] for piece in ids[:, prompt:].split(16, dim=1)]
     ours = torch.cat(pieces).log_softmax(dim=-1)
