@@ -337,7 +337,7 @@ class Unlaunched:
 def launches(monkeypatch):
     launched = []
     code = SimpleNamespace(**{name: Unlaunched(name, launched) for name in ("attend", "combine", "weigh", "write")})
-    monkeypatch.setattr(kernels, "_device_code", lambda: code)
+    monkeypatch.setattr(kernels, "device_code", lambda: code)
     return launched
 
 
