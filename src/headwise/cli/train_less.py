@@ -63,14 +63,14 @@ def train_less(
     ] = 64,
     epochs: Annotated[
         int, typer.Option(min=1, metavar="N", help="Passes over the sequences.", rich_help_panel=_TRAINING)
-    ] = 3,
+    ] = 8,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences in a step.", rich_help_panel=_TRAINING)] = 2,
     rate: Annotated[
         float, typer.Option(min=0, metavar="X", help="Of Adam, at the start.", rich_help_panel=_TRAINING)
-    ] = 1e-3,
+    ] = 3e-3,
     halve_every: Annotated[
         int, typer.Option(min=1, metavar="N", help="Epochs after which it is halved.", rich_help_panel=_TRAINING)
-    ] = 1,
+    ] = 2,
     seed: Annotated[
         int, typer.Option(min=0, metavar="N", help="Of passages and weights.", rich_help_panel=_TRAINING)
     ] = 0,

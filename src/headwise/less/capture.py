@@ -1,4 +1,4 @@
-"""Capture: a model, a policy and tokens -> what every layer would ask of a memory, and what full attention answers.
+"""Capture: a layer's queries, keys and values, pass by pass -> what it asks of a memory, and full attention's answers.
 
 The policy itself decides what goes and when, in a cache like any other; only, a recorder stands where the memory would.
 The model goes on with what full attention gives, so that no layer sees the errors of those before it (Dong et al., ICML

@@ -45,11 +45,10 @@ class Samples:
             self._counts = {int(layer): [tuple(c) for c in counts] for layer, counts in index["counts"].items()}
 
     def append(self, captured: dict[int, Captured | None]) -> None:
-        """Take in one sequence, of all layers; what was begun and not finished is overwritten."""
+        """Take in one sequence, of all layers; what was begun and not finished is overwritten once it is read again."""
         for layer, found in captured.items():
             counts = self._counts.setdefault(layer, [])
-            asked, evicted = (sum(count[i] for count in counts[: self.sequences]) for i in range(2))
-            del counts[self.sequences :]
+            asked, evicted = (sum(count[i] for count in counts) for i in range(2))
             if found is None:
                 counts.append((0, 0))
                 continue

@@ -35,10 +35,10 @@ class TrainingOptions:
 
     features: int = 8
     width: int = 64
-    epochs: int = 3
+    epochs: int = 8
     batch: int = 2
-    rate: float = 1e-3
-    halve_every: int = 1
+    rate: float = 3e-3
+    halve_every: int = 2
     seed: int = 0
 
 
