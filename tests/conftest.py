@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from headwise import store
+from headwise import pages
 from headwise.kernels import choose
 
 # The models of the tests are small: a second thread gains little, and on a busy machine it costs a lot.
@@ -24,14 +24,16 @@ settings.load_profile("no deadline")
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Uninitialised page memory is NaN (or an absurd column), so that whoever reads slack is caught."""
-    allocate = store.empty
+    """Uninitialised page memory is NaN (or an absurd column or code), so that whoever reads slack is caught."""
+    allocate = pages.empty
 
     def poisoned(*shape, dtype, device):
         fresh = allocate(*shape, dtype=dtype, device=device)
-        return fresh.fill_(float("nan")) if dtype.is_floating_point else fresh.fill_(2**30)
+        if dtype.is_floating_point:
+            return fresh.fill_(float("nan"))
+        return fresh.fill_(255 if dtype is torch.uint8 else 2**30)
 
-    monkeypatch.setattr(store, "empty", poisoned)
+    monkeypatch.setattr(pages, "empty", poisoned)
 
 
 @pytest.fixture(autouse=True)

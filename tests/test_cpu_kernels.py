@@ -16,7 +16,8 @@ import headwise
 import tiny
 from headwise.hf.cache import HeadwiseWarning
 from headwise.kernels import check_name, choose, cpu, cpu_library, obstacle, reference
-from headwise.store import PagedStore, Rows
+from headwise.pages import PagedStore
+from headwise.rows import Rows
 from headwise.types import LogitOptions
 
 CPU = torch.device("cpu")
@@ -46,10 +47,11 @@ def filled(lengths, *, key_dim=64, value_dim=64, dtype=torch.float32, page_size=
     longest = int(lengths.max())
     keys = torch.randn(batch, heads, longest, key_dim).to(dtype)
     values = torch.randn(batch, heads, longest, value_dim).to(dtype)
-    store = PagedStore.like(keys, values, page_size=page_size, scored=scored)
     keep = torch.arange(longest) < lengths[:, :, None]
     columns = (torch.arange(longest) * 2).expand(batch, heads, -1)
-    store.commit(store.occupied(), Rows(keys, values, columns, torch.rand(keep.shape) if scored else None, keep))
+    rows = Rows(keys, values, columns, torch.rand(keep.shape) if scored else None, keep)
+    store = PagedStore.like(rows, page_size=page_size, scored=scored)
+    store.commit(store.occupied(), rows)
     return store
 
 
@@ -61,7 +63,7 @@ def both(store, *, group=3, queries=1, fresh=1, mask=None, softcap=None, sinks=F
     fresh_keys = torch.randn(batch, heads, fresh, key_dim).to(dtype)
     fresh_values = torch.randn(batch, heads, fresh, value_dim).to(dtype)
     options = LogitOptions(key_dim**-0.5, softcap, torch.randn(heads, group) if sinks else None)
-    arguments = (query, store.view(), fresh_keys, fresh_values, mask, options)
+    arguments = (query, [store.view()], fresh_keys, fresh_values, mask, options)
     return (k.ragged_decode(*arguments, with_mass=with_mass) for k in (reference, cpu))
 
 
@@ -152,7 +154,7 @@ def test_half_precision_is_read_exactly(value):
     store = filled([[0]], key_dim=16, value_dim=17, dtype=torch.float16)
     fresh = torch.full((1, 1, 1, 17), value, dtype=torch.float16)
     key = torch.zeros(1, 1, 1, 16, dtype=torch.float16)
-    found = cpu.ragged_decode(key[:, :, None], store.view(), key, fresh, None, LogitOptions(1.0), with_mass=False)
+    found = cpu.ragged_decode(key[:, :, None], [store.view()], key, fresh, None, LogitOptions(1.0), with_mass=False)
     assert torch.equal(found.output[0, 0, 0], fresh[0, 0])
 
 
@@ -411,7 +413,7 @@ def test_parallel_calls_from_several_threads_do_not_share_memory():
 
     def call(kernel, index):
         return kernel.ragged_decode(
-            queries[index], stores[index].view(), fresh, fresh, None, LogitOptions(0.1), with_mass=True
+            queries[index], [stores[index].view()], fresh, fresh, None, LogitOptions(0.1), with_mass=True
         )
 
     with ThreadPoolExecutor(4) as pool:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from headwise.decode import decode
-from headwise.store import PagedStore, Rows
+from headwise.rows import Rows
+from headwise.store import RowStore
 from headwise.types import LogitOptions
 
 B, H, D, E = 2, 3, 11, 7
@@ -18,11 +19,9 @@ def filled(dtype=torch.float32, page_size=4, lengths=LENGTHS):
     longest = int(lengths.max())
     keys, values = torch.randn(B, H, longest, D).to(dtype), torch.randn(B, H, longest, E).to(dtype)
     columns = (torch.arange(longest) * 2).expand(B, H, -1)
-    store = PagedStore(
-        batch=B, heads=H, key_dim=D, value_dim=E, dtype=dtype, device=keys.device, page_size=page_size, scored=False
-    )
-    keep = torch.arange(longest) < lengths[:, :, None]
-    store.commit(store.occupied(), Rows(keys, values, columns, None, keep))
+    rows = Rows(keys, values, columns, None, torch.arange(longest) < lengths[:, :, None])
+    store = RowStore(rows, page_size=page_size, scored=False)
+    store.commit(store.occupied(), rows)
     return store, keys, values
 
 

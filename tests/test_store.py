@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from headwise.store import PagedStore, Rows
+from headwise.pages import PagedStore
+from headwise.rows import Rows
 
 KEY_DIM, VALUE_DIM = 3, 5
 
@@ -201,10 +202,10 @@ def test_the_first_filling_needs_no_second_copy():
     """Beside the store and what is put in there is next to nothing."""
     keep = torch.rand(2, 4, 1000) < 0.9
     rows = torch.randn(2, 4, 1000, 64)
-    store = PagedStore.like(rows, rows, page_size=16, scored=False)
-    at = torch.arange(1000).expand(2, 4, -1)
+    new = Rows(rows, rows, torch.arange(1000).expand(2, 4, -1), None, keep)
+    store = PagedStore.like(new, page_size=16, scored=False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watched:
-        store.fill(Rows(rows, rows, at, None, keep))
+        store.fill(new)
     held = sum(tensor.nbytes for tensor in store.tensors())
     requested, most = 0, 0
     for event in watched.profiler.kineto_results.events():

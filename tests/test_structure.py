@@ -72,7 +72,8 @@ def test_only_the_hf_folder_imports_transformers():
     # The bench measures transformers' own caches, and kvpress in another interpreter.
     rivals = {"bench/stock.py", "bench/kvpress_peer.py"}
     # Evaluations and training use models and tokenizers as any user does.
-    users = ("cli/", "eval/", "less/run.py")
+    learners = (f"less/{name}.py" for name in ("run", "lecture", "student", "together"))
+    users = ("cli/", "eval/", "corpus.py", "gate/capture.py", "gate/run.py", *learners)
     assert {p for p in outside if not p.startswith(users)} == rivals
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         H2O,
         TOVA,
         AdaKV,
+        Auto,
         Evidence,
         ExpectedAttention,
         FastGen,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         list_policies,
         register,
     )
+    from headwise.quant.policy import Quantized
     from headwise.report import Report
 
 __version__ = "0.1.0"
@@ -58,6 +60,7 @@ __all__ = [
     "H2O",
     "TOVA",
     "AdaKV",
+    "Auto",
     "CacheStateError",
     "ConfigurationError",
     "DecodeGraph",
@@ -78,6 +81,7 @@ __all__ = [
     "ModelNotFoundError",
     "Policy",
     "PyramidKV",
+    "Quantized",
     "Random",
     "Recite",
     "Report",
@@ -111,6 +115,7 @@ _HOMES = {
     "LessKernels": "headwise.less.kernels",
     "MismatchError": "headwise.errors",
     "ModelNotFoundError": "headwise.errors",
+    "Quantized": "headwise.quant.policy",
     "Report": "headwise.report",
     "UnknownPolicyError": "headwise.errors",
     "UnsupportedModelError": "headwise.errors",

@@ -6,13 +6,13 @@ import torch
 
 from headwise.kernels import Kernels
 from headwise.prefill import query_blocks
-from headwise.store import PagedStore
+from headwise.store import RowStore
 from headwise.types import Bool, Decoded, Float, LogitOptions, Tensor
 
 
 def decode(
     query: Float[Tensor, "b h g q d"],
-    store: PagedStore,
+    store: RowStore,
     fresh_keys: Float[Tensor, "b h f d"],
     fresh_values: Float[Tensor, "b h f e"],
     mask: Bool[Tensor, "b q t"] | None,

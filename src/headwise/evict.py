@@ -6,7 +6,8 @@ import torch
 
 from headwise.less.memory import Memory
 from headwise.plan import Plan
-from headwise.store import PagedStore, Rows
+from headwise.rows import Rows
+from headwise.store import RowStore
 from headwise.transcript import Transcript
 from headwise.types import Bool, Float, Int, Tensor, Tokens
 
@@ -47,7 +48,7 @@ def facts(
 
 def evict(
     plan: Plan,
-    store: PagedStore,
+    store: RowStore,
     fresh: Rows | None,
     transcript: Transcript,
     seen: int,
@@ -72,7 +73,8 @@ def evict(
         scores = None if scores is None or fresh.scores is None else torch.cat([scores, fresh.scores], dim=-1)
     keep = plan.keep(facts(transcript, columns, valid, scores, seen, plan.prompt, layer, layers))
     if memory.remembers:
-        memory.fold(*store.gather(valid[..., :held] & ~keep[..., :held]))
+        gone = store.gather(valid[..., :held] & ~keep[..., :held])
+        memory.fold(gone.keys, gone.values, gone.keep)
         if fresh is not None:
             memory.fold(fresh.keys, fresh.values, fresh.keep & ~keep[..., held:])
     if fresh is None:

@@ -19,8 +19,9 @@ from headwise.plan import Plan
 from headwise.policies.base import Policy
 from headwise.prefill import dense_attention
 from headwise.prompt import Prompt, compact
+from headwise.rows import Rows
 from headwise.settings import Settings
-from headwise.store import PagedStore, Rows
+from headwise.store import RowStore, add_on_codes
 from headwise.transcript import Transcript
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
@@ -76,7 +77,7 @@ class LayerCache:
         self.prompt = Prompt(self.index, self.policy, self.transcript, self.settings, self.memory)
         self.memory.reset()
         self.plan: Plan | None = None
-        self.store: PagedStore | None = None
+        self.store: RowStore | None = None
         # Columns seen when the rules were last applied.
         self._evicted_at = 0
         self._unsettled: _Pass | None = None
@@ -120,8 +121,10 @@ class LayerCache:
             output = dense_attention(query, keys, values, mask, options)
         else:
             scored, kernels = self.plan.scored, self.settings.kernels
+            keys, values = self.store.stored(keys, values)
+            current.keys, current.values = keys, values
             decoded = decode(query, self.store, keys, values, mask, options, with_mass=scored, kernels=kernels)
-            output = self.memory.merge(query, decoded.output, decoded.lse)
+            output = self.memory.merge(query, decoded.output.to(query.dtype), decoded.lse)
             if decoded.on_kept is not None and decoded.on_fresh is not None:
                 current.mass = decoded.on_kept, decoded.on_fresh
             # The mask is shared by all layers and needed no more.
@@ -131,7 +134,7 @@ class LayerCache:
             self._settle(0)
         return output
 
-    def take(self, plan: Plan, store: PagedStore) -> None:
+    def take(self, plan: Plan, store: RowStore) -> None:
         """Go on with what was chosen from the prompt."""
         self.plan, self.store = plan, store
         self._evicted_at = self.seen
@@ -150,16 +153,16 @@ class LayerCache:
         if self.store is None:
             raise CacheStateError("a step can be captured once the prompt is in")
         self.store.reserve(room)
-        self.store.frozen = True
+        self.store.freeze(True)
         # What is folded in between two replays must be read by the next.
-        self.memory.allocate(self.store.lengths.shape, self.store.values.shape[-1], self.store.device)
+        self.memory.allocate(self.store.lengths.shape, self.store.value_dim, self.store.device)
         self._captured = column
 
     def end_capture(self) -> None:
         """Back to passes of any kind."""
         self._captured = None
         if self.store is not None:
-            self.store.frozen = False
+            self.store.freeze(False)
 
     def advance(self, spare: int) -> None:
         """Take note that a captured step was replayed, and apply the rules where that is due.
@@ -287,26 +290,18 @@ class LayerCache:
             raise CacheStateError("cannot save before the whole prompt is in")
         if self.store is None or self.plan is None:
             return {}
-        rows = self.store.rows()
         state = {
-            "keys": rows.keys[rows.keep],
-            "values": rows.values[rows.keep],
-            "columns": rows.columns[rows.keep],
-            "lengths": self.store.lengths,
             "choice": self.plan.choice,
             "prompt": self.plan.prompt,
             "counters": torch.tensor([self.seen, self._evicted_at, self.prompt.rows_read]),
         }
-        optional = {
-            "scores": None if rows.scores is None else rows.scores[rows.keep],
-            "recovered": self.plan.recovered,
-            "threshold": self.plan.threshold,
-        }
-        return state | {name: tensor for name, tensor in optional.items() if tensor is not None} | self.memory.state()
+        optional = {"recovered": self.plan.recovered, "threshold": self.plan.threshold}
+        state |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+        return state | self.store.state() | self.memory.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave, into an empty layer."""
-        keys, values, lengths = state["keys"], state["values"], state["lengths"]
+        keys, values = state["keys"], state["values"]
         self.seen, self._evicted_at, self.prompt.rows_read = state["counters"].tolist()
         self._device = keys.device
         self.row_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
@@ -314,17 +309,8 @@ class LayerCache:
         self.plan = Plan(
             self.policy.rungs, state["choice"], state.get("recovered"), state["prompt"], state.get("threshold")
         )
-        scored = self.plan.scored
-        keep = torch.arange(int(lengths.max()), device=keys.device) < lengths[:, :, None]
-
-        def spread(rows: Tensor) -> Tensor:
-            return rows.new_zeros(*keep.shape, *rows.shape[1:]).index_put_((keep,), rows)
-
-        filling = Rows(
-            spread(keys), spread(values), spread(state["columns"]), spread(state["scores"]) if scored else None, keep
-        )
-        self.store = PagedStore.like(filling.keys, filling.values, page_size=self.settings.page_size, scored=scored)
-        self.store.fill(filling)
+        settings = self.settings
+        self.store = RowStore.restore(state, page_size=settings.page_size, precision=settings.precision)
 
     def _waiting(self) -> list[Tensor]:
         last = self._unsettled
@@ -389,10 +375,12 @@ class LayerCache:
         """One step without any number that the host would have to know: what is kept is real, so there is no mask."""
         assert self.store is not None and self.plan is not None
         kernels = self.settings.kernels
-        pages = replace(self.store.view(), longest=self.store.table.shape[-1] * self.store.page_size)
+        keys, values = self.store.stored(keys, values)
+        pages = [replace(view, longest=view.capacity) for view in self.store.view()]
         decoded = kernels.ragged_decode(query, pages, keys, values, None, options, with_mass=self.plan.scored)
         increments = scores = None
         if decoded.on_kept is not None and decoded.on_fresh is not None:
             increments, scores = received(decoded.on_kept, None), received(decoded.on_fresh, None)
-        kernels.append(pages, keys, values, column, None, scores, increments)
-        return self.memory.merge(query, decoded.output, decoded.lse)
+            increments = add_on_codes(pages, increments, kernels)
+        kernels.append(pages[0], keys, values, column, None, scores, increments)
+        return self.memory.merge(query, decoded.output.to(query.dtype), decoded.lse)

@@ -12,7 +12,7 @@ import torch
 
 from headwise.policies.base import Policy, Rule, Selection
 from headwise.policies.full import Full
-from headwise.policies.scored import Chosen, Scored
+from headwise.policies.scored import Chosen, Damage, Scored
 from headwise.policies.size import quota_tokens
 from headwise.profile import Profile
 from headwise.types import Bool, Float, Int, Tensor, Tokens
@@ -28,6 +28,8 @@ class Plan:
         recovered: mass each rung retains, folded over the group; None where nothing had to be chosen.
         prompt: real tokens of the prompt, to which fractions refer.
         threshold: mass that was enough, infinite where only all of it was; None where nothing had to be chosen.
+        formats: of the older rows, by index into the policy's precision, -1 for exact ones; None where no head has
+            another than the first. Only until the store is filled, which knows them from then on.
     """
 
     rungs: tuple[Rule, ...]
@@ -35,6 +37,7 @@ class Plan:
     recovered: Float[Tensor, "rungs b h"] | None
     prompt: Int[Tensor, " b"]
     threshold: Float[Tensor, " b"] | None = None
+    formats: Int[Tensor, "b h"] | None = None
 
     def __post_init__(self) -> None:
         self._refresh()
@@ -84,12 +87,14 @@ class Weighed:
         score: what each token is worth, where the policy scores them.
         recovered: mass each rung retains, folded over the group, and
         kept: tokens it keeps; both where a rung has to be chosen.
+        damage: of the formats a head may get, where the policy chooses them.
     """
 
     tokens: Tokens
     score: Float[Tensor, "b h t"] | None = None
     recovered: Float[Tensor, "rungs b h"] | None = None
     kept: Int[Tensor, "rungs b h"] | None = None
+    damage: Damage | None = None
 
 
 def weigh(policy: Policy, tokens: Tokens, profile: Profile | None, score: Float[Tensor, "b h t"] | None) -> Weighed:
@@ -118,13 +123,16 @@ def make_plans(policy: Policy, layers: Sequence[Weighed]) -> list[tuple[Plan, Bo
         layers: one, or all of them where the policy is `deferred`.
     """
     chosen: list[Bool[Tensor, "b h t"]] | list[None] = [None] * len(layers)
+    formats: list[Int[Tensor, "b h"]] | list[None] = [None] * len(layers)
     if isinstance(policy, Scored):
         scores = [layer.score for layer in layers if layer.score is not None]
-        chosen = policy.select(scores, [layer.tokens for layer in layers])
+        damages = [layer.damage for layer in layers if layer.damage is not None]
+        chosen, formats = policy.choose(scores, [layer.tokens for layer in layers], damages)
     threshold = None if policy.selection is None else _threshold(policy.selection, layers)
     made = []
-    for layer, named in zip(layers, chosen, strict=True):
+    for layer, named, format in zip(layers, chosen, formats, strict=True):
         plan = _plan(policy, layer, threshold)
+        plan.formats = format
         made.append((plan, plan.keep(replace(layer.tokens, chosen=named))))
     return made
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch.nn import functional
@@ -19,8 +20,9 @@ from headwise.policies.scored import Evidence, Scored
 from headwise.prefill import causal
 from headwise.profile import Profile, profile, row_weights
 from headwise.reconstruct import attend_repeating
+from headwise.rows import Rows
 from headwise.settings import Settings
-from headwise.store import PagedStore, Rows
+from headwise.store import RowStore, exact_row_bytes
 from headwise.transcript import Transcript
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
@@ -133,14 +135,15 @@ class Prompt:
         everything = torch.ones_like(at, dtype=torch.bool)
         scores = None if self._profile is None else self._profile.score
         tokens = facts(self.transcript, at, everything, scores, columns, None, self.layer, self.settings.layers)
-        worth = None
+        worth = damage = None
         if isinstance(self.policy, Scored):
-            worth = self.policy.score(self._evidence(keys, values)).float()
-        weighed = weigh(self.policy, tokens, self._profile, worth)
+            evidence = self._evidence(keys, values)
+            worth, damage = self.policy.score(evidence).float(), self.policy.damage(evidence)
+        weighed = replace(weigh(self.policy, tokens, self._profile, worth), damage=damage)
         self.profile_seconds += clock(keys.device) - started
         return weighed
 
-    def fill(self, plan: Plan, keep: Bool[Tensor, "b h t"]) -> PagedStore:
+    def fill(self, plan: Plan, keep: Bool[Tensor, "b h t"]) -> RowStore:
         """Copy the kept rows into a store, and let go of everything else."""
         assert self.held is not None
         keys, values = self.held
@@ -148,12 +151,20 @@ class Prompt:
         if self.memory.remembers:
             columns = torch.arange(keys.shape[2], device=keys.device).expand(len(keys), 1, -1)
             self.memory.fold(keys, values, ~keep & self.transcript.real(columns))
-        store = PagedStore.like(keys, values, page_size=self.settings.page_size, scored=plan.scored)
         scores = self._profile.score if plan.scored and self._profile is not None else None
         columns = torch.arange(keys.shape[2], device=keys.device).expand(*keys.shape[:2], -1)
         self.held = self._profile = self._asked = self.reconstruction = None
         self.complete = False
-        store.fill(Rows(keys, values, columns, scores, keep))
+        rows = Rows(keys, values, columns, scores, keep)
+        store = RowStore(
+            rows,
+            page_size=self.settings.page_size,
+            scored=plan.scored,
+            dtype=self.settings.dtype,
+            precision=self.settings.precision,
+            formats=plan.formats,
+        )
+        store.fill(rows)
         self.compact_seconds += clock(keys.device) - started
         return store
 
@@ -185,8 +196,11 @@ class Prompt:
         query, mask, options = self._asked
         columns = torch.arange(keys.shape[2], device=keys.device).expand(len(keys), 1, -1)
         positions, real = self.transcript.positions(columns)[:, 0], self.transcript.real(columns)[:, 0]
-        rotation = self.settings.rotation
-        return Evidence(query, keys, values, mask, options, positions, real, rotation, self.reconstruction)
+        rotation, gate, found = self.settings.rotation, self.settings.gates.get(self.layer), self.reconstruction
+        if gate is not None:
+            found = gate.scores(keys, positions, real.sum(dim=1)[:, None, None], rotation)
+        row_bytes = exact_row_bytes(keys, values, self.settings.dtype)
+        return Evidence(query, keys, values, mask, options, positions, real, rotation, found, row_bytes)
 
     def _read(
         self,
@@ -208,7 +222,7 @@ class Prompt:
         return profile(query, keys, mask, options, weights, positions, widths, self.settings.kernels)
 
 
-def compact(policy: Policy, prompts: Sequence[Prompt]) -> Iterator[tuple[Plan, PagedStore]]:
+def compact(policy: Policy, prompts: Sequence[Prompt]) -> Iterator[tuple[Plan, RowStore]]:
     """Choose what every head of those layers keeps, and compact one layer after the other.
 
     Args:

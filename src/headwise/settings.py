@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import torch
+
+from headwise.gate.gate import LayerGate
 from headwise.kernels import Kernels
 from headwise.policies.scored import Rotation
+from headwise.quant.formats import Precision
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,9 @@ class Settings:
         evict_every: new columns between two evictions; 1 applies the rules after every token.
         layers: of the model.
         rotation: its rotary embedding, for policies that look through it; None where it is not known.
+        dtype: of exact rows; None for what the model computes in.
+        gates: by layer, for policies whose scores are predicted.
+        precision: how older rows are stored; None keeps all of them exact.
     """
 
     page_size: int
@@ -27,3 +35,6 @@ class Settings:
     evict_every: int
     layers: int = 1
     rotation: Rotation | None = None
+    gates: Mapping[int, LayerGate] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+    precision: Precision | None = None

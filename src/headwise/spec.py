@@ -5,6 +5,7 @@ Policies are imported when one is asked for: the command line answers `--help` w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -27,15 +28,14 @@ def parse_policy(spec: str) -> Policy:
     """The policy that `NAME` or `NAME:PARAMETER=VALUE,...` stands for; recovery is 0.95 unless it or a budget is given.
 
     A value may hold commas itself: in `fastgen:ladder=special,full,local=8` what has no sign continues the ladder.
-    Behind it, `+less` or `+less=FOLDER` lets what is evicted be remembered (`headwise.Less`).
+    Behind it, `+int8`, `+int4` or `+k8v4` stores older rows in so many bits (`headwise.Quantized`), and `+less` or
+    `+less=FOLDER` lets what is evicted be remembered (`headwise.Less`).
 
     Raises:
         UnknownPolicyError: when there is none of that name; the message names the nearest.
         ConfigurationError: for an unknown, missing, repeated or unreadable parameter, or one out of range.
     """
-    spec, less, folder = spec.partition("+less")
-    if less and folder[:1] not in ("", "="):
-        raise ConfigurationError(f"behind a policy stands +less or +less=FOLDER, got '+less{folder}'")
+    spec, *additions = re.split(r"\+(?=less|int|k)", spec)
     name, colon, rest = spec.partition(":")
     settings: list[str] = []
     for part in rest.split(",") if colon else ():
@@ -44,7 +44,9 @@ def parse_policy(spec: str) -> Policy:
         else:
             settings.append(part)
     policy = build_policy(name.strip(), None, settings, written="parameter")
-    return remembering(policy, folder[1:].strip()) if less else policy
+    for addition in additions:
+        policy = _with(policy, addition.strip())
+    return policy
 
 
 def remembering(policy: Policy, folder: str = "") -> Less:
@@ -52,6 +54,18 @@ def remembering(policy: Policy, folder: str = "") -> Less:
     from headwise.less.policy import Less
 
     return Less(policy, folder or None)
+
+
+def _with(policy: Policy, addition: str) -> Policy:
+    """The policy with what stands behind a plus sign."""
+    from headwise.quant.policy import quantized
+
+    word, equals, folder = addition.partition("=")
+    if word == "less":
+        return remembering(policy, folder.strip())
+    if equals or word[:1] not in ("i", "k"):
+        raise ConfigurationError(f"behind a policy stands +less, +less=FOLDER or +BITS, got '+{addition}'")
+    return quantized(policy, word)
 
 
 def build_policy(
@@ -88,7 +102,7 @@ def build_policy(
         # An unknown parameter is left to `create_policy`, which says what there is.
         known_hint = hints[parameter] if parameter in accepted else str
         given[parameter] = _read(f"{written} {setting}", text.strip(), known_hint)
-    if "recovery" in accepted and not given.keys() & {"recovery", "keep"}:
+    if "recovery" in accepted and not given.keys() & {"recovery", "keep", "ratio", "bytes"}:
         given["recovery"] = DEFAULT_RECOVERY
     missing = [n for n, field in accepted.items() if field.default is MISSING and n not in given]
     if budgeted:
@@ -138,9 +152,10 @@ def _read(setting: str, text: str, hint: Any) -> object:
         return tuple(part.strip() for part in text.split(","))
     types = get_args(hint) or (hint,)
     if bool in types:
-        if text.lower() not in _WORDS:
+        if text.lower() in _WORDS:
+            return _WORDS[text.lower()]
+        if str not in types:
             raise ConfigurationError(f"{setting}: expected true or false")
-        return _WORDS[text.lower()]
     # A whole number first: 64 is a count of tokens, 64.0 would be a fraction.
     for kind in (int, float):
         if kind in types:

@@ -1,185 +1,136 @@
-"""4/7 store: kept rows of every (sequence, KV head) -> pages that hold them and nothing else.
+"""4/7 store: kept rows of every (sequence, KV head) -> pages of exact rows, and pages of codes for the older ones.
 
-Rows of a head may lie in any order: keys carry their rotary position and every row knows its column. So evicting
-is overwriting the row, or moving the last row into the hole; a page that falls empty goes back to the pool.
+Every stage sees one run of rows per head: the exact ones, then those of each format, each part padded to its longest
+head. A row is written down as codes once, when enough newer ones have come, and stays so.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from headwise.kernels import Kernels
+from headwise.pages import PagedStore
+from headwise.quant.formats import Precision
+from headwise.quant.packed import PackedPages
+from headwise.rows import Rows
 from headwise.types import Bool, Float, Int, PageView, Tensor
 
-# The pool grows by this share beyond what is needed, and shrinks when more than twice of it lies free.
-_SLACK = 1 / 48
+# Of the first pages of codes' names in a saved cache.
+_PACKED = "packed"
 
 
-@dataclass
-class Rows:
-    """Rows of every head side by side: the kept ones, padded to the longest head, or new ones.
-
-    `keep` says which of them count. Content of the other rows is undefined.
-    """
-
-    keys: Float[Tensor, "b h n d"]
-    values: Float[Tensor, "b h n e"]
-    columns: Int[Tensor, "b h n"]
-    scores: Float[Tensor, "b h n"] | None
-    keep: Bool[Tensor, "b h n"]
-
-
-def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory; tests fill it with NaN, so that whoever reads slack is caught."""
-    return torch.empty(*shape, dtype=dtype, device=device)
-
-
-class PagedStore:
-    """Ragged rows of one layer in pages of `page_size` rows.
+class RowStore:
+    """Ragged rows of one layer.
 
     Args:
-        batch, heads: sequences and KV heads.
-        key_dim, value_dim: head dimensions.
-        dtype, device: of keys and values.
+        like: rows of the kind that will come.
         page_size: rows in a page.
         scored: whether rows carry an accumulated score.
+        dtype: of exact rows; None for that of the rows that come.
+        precision: how older rows are stored; None keeps all of them exact.
+        formats: which of the precision's formats each head gets, -1 for staying exact; None for the first.
     """
 
     def __init__(
         self,
+        like: Rows,
         *,
-        batch: int,
-        heads: int,
-        key_dim: int,
-        value_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
         page_size: int,
         scored: bool,
+        dtype: torch.dtype | None = None,
+        precision: Precision | None = None,
+        formats: Int[Tensor, "b h"] | None = None,
     ) -> None:
         self.page_size = page_size
-        self.keys = empty(0, page_size, key_dim, dtype=dtype, device=device)
-        self.values = empty(0, page_size, value_dim, dtype=dtype, device=device)
-        self.columns = empty(0, page_size, dtype=torch.int32, device=device)
-        self.scores = empty(0, page_size, dtype=torch.float32, device=device) if scored else None
-        self.table = torch.full((batch, heads, 0), -1, dtype=torch.int32, device=device)
-        self.lengths = torch.zeros(batch, heads, dtype=torch.long, device=device)
-        # No head is longer; exact but for padding columns, which are appended to no head.
-        self.longest = 0
-        # Rows that every head can still take in without another page, as far as is known without asking the device.
-        self._room = 0
-        # While frozen no memory is given back, so that what a captured step reads and writes stays in its place.
-        self.frozen = False
-        self._free: list[int] = []
-
-    @classmethod
-    def like(
-        cls, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n e"], *, page_size: int, scored: bool
-    ) -> PagedStore:
-        """An empty store for rows of that kind."""
-        return cls(
-            batch=keys.shape[0],
-            heads=keys.shape[1],
-            key_dim=keys.shape[-1],
-            value_dim=values.shape[-1],
-            dtype=keys.dtype,
-            device=keys.device,
-            page_size=page_size,
-            scored=scored,
-        )
+        self.precision = precision
+        like = like.cut(slice(0, 0))
+        if dtype is not None:
+            like = replace(like, keys=like.keys.to(dtype), values=like.values.to(dtype))
+        self.exact = PagedStore.like(like, page_size=page_size, scored=scored)
+        offered = () if precision is None else precision.formats
+        self.packed = [PackedPages(like, format, page_size=page_size, scored=scored) for format in offered]
+        self.formats = self.exact.lengths.new_zeros(self.exact.lengths.shape) if formats is None else formats
 
     # What it holds.
 
     @property
     def device(self) -> torch.device:
         """Where the rows are."""
-        return self.keys.device
+        return self.exact.device
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one row: key, value, column and, where kept, score."""
-        return sum(math.prod(pool.shape[2:]) * pool.element_size() for pool in self._pools())
+    def value_dim(self) -> int:
+        """Head dimension of values."""
+        return self.exact.values.shape[-1]
+
+    @property
+    def lengths(self) -> Int[Tensor, "b h"]:
+        """Rows of every head."""
+        return self.exact.lengths + sum(part.pages.lengths for part in self.packed)
+
+    @property
+    def longest(self) -> int:
+        """Over how many rows a head's are spread, where those of all heads lie side by side."""
+        return sum(self._widths)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the kept rows."""
-        return int(self.lengths.sum()) * self.row_bytes
+        return sum(pages.used_bytes for pages in self._parts)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to."""
-        return [*self._pools(), self.table, self.lengths]
+        return [tensor for pages in self._parts for tensor in pages.tensors()] + [self.formats]
 
-    def view(self) -> PageView:
-        """What a decode kernel reads."""
-        return PageView(self.keys, self.values, self.columns, self.scores, self.table, self.lengths, self.longest)
+    def view(self) -> list[PageView]:
+        """What a decode kernel reads: the exact rows, then those of each format."""
+        return [self.exact.view(), *(part.view() for part in self.packed)]
+
+    def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """New rows in the type that exact ones are stored in."""
+        return keys.to(self.exact.keys.dtype), values.to(self.exact.values.dtype)
 
     def kept_columns(self) -> Int[Tensor, "b h n"]:
-        """Column of every row, padded to the longest head; undefined where `occupied` is False."""
-        return self._spread(self.columns)
+        """Column of every row; undefined where `occupied` is False."""
+        return torch.cat([pages.kept_columns() for pages in self._parts], dim=-1)
 
     def kept_scores(self) -> Float[Tensor, "b h n"] | None:
-        """Score of every row, padded to the longest head; undefined where `occupied` is False."""
-        return None if self.scores is None else self._spread(self.scores)
+        """Score of every row; undefined where `occupied` is False."""
+        scores = [scores for pages in self._parts if (scores := pages.kept_scores()) is not None]
+        return torch.cat(scores, dim=-1) if scores else None
 
     def occupied(self) -> Bool[Tensor, "b h n"]:
-        """True for the rows below each head's length, over as many as the longest head has."""
-        return torch.arange(self.longest, device=self.device) < self.lengths[:, :, None]
+        """True where there is a row."""
+        return torch.cat([pages.occupied() for pages in self._parts], dim=-1)
 
     def rows(self) -> Rows:
-        """A copy of everything kept, side by side."""
-        at = self._addresses(self.longest)
-        keys, values, columns, *scores = (pool.flatten(0, 1)[at] for pool in self._pools())
-        return Rows(keys, values, columns, scores[0] if scores else None, self.occupied())
+        """A copy of everything kept, side by side, as numbers."""
+        return _side_by_side([self.exact.rows(), *(part.decode(part.pages.rows()) for part in self.packed)])
 
-    def gather(
-        self, named: Bool[Tensor, "b h n"]
-    ) -> tuple[Float[Tensor, "b h m d"], Float[Tensor, "b h m e"], Bool[Tensor, "b h m"]]:
-        """A copy of those rows side by side: keys, values, and which of them there are; the others are 0."""
-        counts, at = named.sum(dim=-1, keepdim=True), self._addresses_of(named)
-        there = torch.arange(int(counts.max()) if counts.numel() else 0, device=self.device) < counts
-
-        def spread(pool: Tensor) -> Tensor:
-            rows = pool.flatten(0, 1)[at]
-            return rows.new_zeros(*there.shape, rows.shape[-1]).masked_scatter_(there[..., None], rows)
-
-        return spread(self.keys), spread(self.values), there
+    def gather(self, named: Bool[Tensor, "b h n"]) -> Rows:
+        """A copy of those rows side by side, as numbers; what pads the shorter heads is 0."""
+        exact, *packed = self._cut(named)
+        gathered = [part.decode(part.pages.gather(own)) for part, own in zip(self.packed, packed, strict=True)]
+        return _side_by_side([self.exact.gather(exact), *gathered])
 
     # How it changes.
 
     def add_scores(self, increments: Float[Tensor, "b h n"]) -> None:
-        """Add to the scores of the kept rows; increments of rows beyond a head's length are ignored."""
-        assert self.scores is not None
-        occupied = self.occupied()
-        at = self._addresses(self.longest)[occupied]
-        self.scores.view(-1)[at] += increments[occupied]
+        """Add to the scores of the kept rows; increments where there is no row are ignored."""
+        for pages, own in zip(self._parts, self._cut(increments), strict=True):
+            pages.add_scores(own)
 
     def fill(self, rows: Rows) -> None:
-        """Take in the first rows; of an empty store, the same as `commit`, with less memory in between."""
-        assert self.longest == 0
-        lengths = rows.keep.sum(dim=-1)
-        self.longest = int(lengths.max()) if lengths.numel() else 0
-        self._fit(lengths, 0)
-        self.lengths.copy_(lengths)
-        if self.longest == 0:
-            return
-        # The first pages of a head lie side by side, so its rows are copied in one piece, without a list of addresses.
-        starts = (self.table[:, :, 0].long() * self.page_size).tolist()
-        contents = (rows.keys, rows.values, rows.columns, rows.scores)
-        for b, sequence in enumerate(lengths.tolist()):
-            kept = rows.keep[b].nonzero()[:, 1].split(sequence)
-            for h, count in enumerate(sequence):
-                for pool, content in zip(self._pools(), contents, strict=False):
-                    assert content is not None
-                    target = pool.flatten(0, 1)[starts[b][h] : starts[b][h] + count]
-                    if count == content.shape[2]:
-                        target.copy_(content[b, h])
-                    elif pool.dtype == content.dtype:
-                        torch.index_select(content[b, h], 0, kept[h], out=target)
-                    else:
-                        target.copy_(content[b, h][kept[h]])
+        """Take in the first rows, in the order of their columns."""
+        rank, lengths = rows.keep.cumsum(dim=-1) - 1, rows.keep.sum(dim=-1, keepdim=True)
+        old = self._old(rank, lengths) & rows.keep
+        self.exact.fill(replace(rows, keep=rows.keep & ~old))
+        for part, keep in zip(self.packed, self._by_format(old), strict=True):
+            if bool(keep.any()):
+                part.pages.fill(replace(part.encode(rows), keep=keep))
 
     def append(
         self,
@@ -193,207 +144,187 @@ class PagedStore:
     ) -> None:
         """Take in new rows, in every head the same, and drop nothing.
 
-        Waits for the device only where pages run out, which is once in `page_size` rows.
-
         Args:
             real: rows to take in; None means all of them.
             scores: of the new rows, where rows carry one.
             increments: to add to the scores of the rows already there.
         """
-        count = keys.shape[2]
-        if self._room < count:
-            self._fit(self.lengths, count + self.page_size - 1)
-        kernels.append(self.view(), keys, values, columns, real, scores, increments)
-        self.count(count)
+        if increments is not None:
+            increments = add_on_codes(self.view(), increments, kernels)
+        self.exact.append(keys, values, columns, real, scores, increments, kernels)
+        self.pack()
 
     def count(self, appended: int) -> None:
-        """Take note of rows that were appended to every head."""
-        self._room -= appended
-        self.longest = min(self.longest + appended, self.table.shape[-1] * self.page_size)
+        """Take note of rows that were appended to the exact ones of every head."""
+        self.exact.count(appended)
 
     def reserve(self, rows: int) -> None:
         """Take pages, so that `append` can take in so many rows without any other."""
-        self._fit(self.lengths, rows)
+        self.exact.reserve(rows)
+
+    def volatile(self) -> list[Tensor]:
+        """What a captured step changes of it, beside rows behind a head's last."""
+        scores = [pages.scores for pages in self._parts if pages.scores is not None]
+        return [self.exact.lengths, *scores]
+
+    def freeze(self, frozen: bool) -> None:
+        """While frozen no memory is given back and no row becomes codes: captured steps find all in its place."""
+        for pages in self._parts:
+            pages.frozen = frozen
 
     def drop(self, keep: Bool[Tensor, "b h n"], spare: int = 0) -> None:
-        """Keep the rows named by `keep`: the last ones of each head move into the holes that the others leave.
+        """Keep the rows named by `keep`.
 
         Args:
             spare: rows per head that are going to be appended, for which pages are kept.
         """
-        survivors = keep & self.occupied()
-        lengths = survivors.sum(dim=-1)
-        beyond = torch.arange(self.longest, device=self.device) >= lengths[:, :, None]
-        # Listed head by head, and every head has as many of the one as of the other.
-        moved, holes = self._addresses_of(survivors & beyond), self._addresses_of(~(survivors | beyond))
-        if len(moved):
-            for pool in self._pools():
-                flat = pool.flatten(0, 1)
-                flat[holes] = flat[moved]
-        self.longest = int(lengths.max()) if lengths.numel() else 0
-        self._fit(lengths, spare)
-        self.lengths.copy_(lengths)
+        exact, *packed = self._cut(keep)
+        self.exact.drop(exact, spare)
+        self._drop_packed(packed)
+        self.pack()
 
     def commit(self, keep: Bool[Tensor, "b h n"], new: Rows, spare: int = 0) -> None:
         """Keep the rows named by `keep`, drop the others, and take in the new ones that `new.keep` names.
 
-        Nothing is shuffled that need not be: new rows, and the rows beyond a head's new length, fill the holes.
-
         Args:
             spare: rows per head that are going to be appended, for which pages are kept.
         """
-        survivors = keep & self.occupied()
-        lengths = survivors.sum(dim=-1) + new.keep.sum(dim=-1)
-        longest = int(lengths.max()) if lengths.numel() else 0
-        old = torch.arange(self.longest, device=self.device)
-        moved = survivors & (old >= lengths[:, :, None])
-        held = torch.zeros(*lengths.shape, max(longest, self.longest), dtype=torch.bool, device=self.device)
-        held[:, :, : self.longest] = survivors
-        holes = (torch.arange(longest, device=self.device) < lengths[:, :, None]) & ~held[:, :, :longest]
+        exact, *packed = self._cut(keep)
+        self.exact.commit(exact, new, spare)
+        self._drop_packed(packed)
+        self.pack()
 
-        # Sources and holes are listed head by head and every head has as many of the one as of the other.
-        moving, taken = moved.any(), new.keep.nonzero(as_tuple=True)
-        sources = torch.cat([moved, new.keep], dim=-1).nonzero(as_tuple=True)
-        is_new = sources[2] >= self.longest
-        from_pages = self._addresses(self.longest)[moved] if moving else None
-        pages_moved = [pool.flatten(0, 1)[from_pages] if moving else None for pool in self._pools()]
-
-        self.longest = longest
-        self._fit(lengths, spare)
-        self.lengths.copy_(lengths)
-        targets = self._addresses(longest)[holes]
-        contents = [new.keys, new.values, new.columns.to(torch.int32), new.scores]
-        for pool, content, rest in zip(self._pools(), contents, pages_moved, strict=False):
-            assert content is not None
-            flat = pool.flatten(0, 1)
-            flat[targets[is_new]] = content[taken].to(flat.dtype)
-            if rest is not None:
-                flat[targets[~is_new]] = rest
+    def pack(self) -> None:
+        """Write old rows down as codes, where there are enough of them to be worth it."""
+        if self.precision is None or self.exact.frozen:
+            return
+        if self.exact.longest < self.precision.exact + self.page_size:
+            return
+        occupied = self.exact.occupied()
+        columns = self.exact.kept_columns().masked_fill(~occupied, torch.iinfo(torch.int32).max)
+        rank = columns.argsort(dim=-1).argsort(dim=-1)
+        old = self._old(rank, self.exact.lengths[:, :, None]) & occupied
+        if not bool(old.any()):
+            return
+        rows = self.exact.gather(old)
+        for index, part in enumerate(self.packed):
+            keep = rows.keep & (self.formats == index)[:, :, None]
+            if bool(keep.any()):
+                everything = part.pages.occupied()
+                part.pages.commit(everything, replace(part.encode(rows), keep=keep))
+        self.exact.drop(~old)
 
     def select(self, indices: Int[Tensor, " new"]) -> None:
         """Keep the sequences at `indices`, in that order; pages of one taken several times are copied."""
-        chosen = indices.tolist()
-        if chosen == list(range(len(self.lengths))):
-            return
-        indices = indices.to(self.device)
-        unused = torch.ones(len(self.lengths), dtype=torch.bool, device=self.device)
-        unused[indices] = False
-        self._release(self.table[unused])
-        table = self.table[indices]
-        copies = [row for row, source in enumerate(chosen) if source in chosen[:row]]
-        self.table, self.lengths = table, self.lengths[indices]
-        self.longest = int(self.lengths.max()) if self.lengths.numel() else 0
-        self._room = 0
-        if copies:
-            again = torch.zeros(len(chosen), dtype=torch.bool, device=self.device)
-            again[copies] = True
-            shared = again[:, None, None] & (table >= 0)
-            sources = table[shared].long()
-            self._grow(len(sources))
-            pages = torch.tensor(self._take(len(sources)), dtype=torch.long, device=self.device)
-            for pool in self._pools():
-                pool[pages] = pool[sources]
-            self.table = table.masked_scatter(shared, pages.to(torch.int32))
-        self._shrink()
+        for pages in self._parts:
+            pages.select(indices)
+        self.formats = self.formats[indices.to(self.device)]
 
     def to(self, device: torch.device) -> None:
         """Move everything to another device."""
-        self._set_pools([pool.to(device) for pool in self._pools()])
-        self.table, self.lengths = self.table.to(device), self.lengths.to(device)
+        for pages in self._parts:
+            pages.to(device)
+        self.formats = self.formats.to(device)
 
-    # Pages.
+    # Written down, and read again.
 
-    def _pools(self) -> list[Tensor]:
-        pools = [self.keys, self.values, self.columns]
-        return pools if self.scores is None else [*pools, self.scores]
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` needs, without page slack; codes stay codes."""
+        state = _state("", self.exact)
+        for index, part in enumerate(self.packed):
+            state |= _state(f"{_PACKED}{index}_", part.pages)
+        return state | ({"formats": self.formats} if self.packed else {})
 
-    def _set_pools(self, pools: list[Tensor]) -> None:
-        self.keys, self.values, self.columns = pools[:3]
-        self.scores = pools[3] if len(pools) > 3 else None
+    @classmethod
+    def restore(cls, state: dict[str, Tensor], *, page_size: int, precision: Precision | None) -> RowStore:
+        """A store as `state` described it."""
+        exact = _restored("", state)
+        scored = exact.scores is not None
+        formats = state.get("formats")
+        store = cls(exact, page_size=page_size, scored=scored, precision=precision, formats=formats)
+        store.exact.fill(exact)
+        for index, part in enumerate(store.packed):
+            part.pages.fill(_restored(f"{_PACKED}{index}_", state))
+        return store
 
-    def _addresses(self, rows: int) -> Int[Tensor, "b h rows"]:
-        """Index of each row in the pool seen as one run of rows; of an arbitrary row where there is none."""
-        if rows == 0:
-            return self.table.new_zeros(*self.lengths.shape, 0, dtype=torch.long)
-        pages = math.ceil(rows / self.page_size)
-        starts = self.table[:, :, :pages].long().clamp(min=0) * self.page_size
-        at = starts[:, :, :, None] + torch.arange(self.page_size, device=self.device)
-        return at.flatten(2)[:, :, :rows]
+    # Its parts.
 
-    def _addresses_of(self, rows: Bool[Tensor, "b h n"]) -> Int[Tensor, " named"]:
-        """Indices of the rows named, head by head, in the pool seen as one run of rows."""
-        sequence, head, row = rows.nonzero(as_tuple=True)
-        pages = self.table[sequence, head, row // self.page_size].long()
-        return pages * self.page_size + row % self.page_size
+    @property
+    def _parts(self) -> list[PagedStore]:
+        return [self.exact, *(part.pages for part in self.packed)]
 
-    def _spread(self, pool: Tensor) -> Tensor:
-        """Numbers of every row from the pages of each head, padded to the longest head."""
-        width = math.ceil(self.longest / self.page_size)
-        pages = self.table[:, :, :width].clamp(min=0)
-        return pool[pages].flatten(2)[:, :, : self.longest]
+    @property
+    def _widths(self) -> list[int]:
+        return [pages.longest for pages in self._parts]
 
-    def _fit(self, lengths: Int[Tensor, "b h"], spare: int) -> None:
-        """Give back and take pages until every head has just enough for so many rows and `spare` more."""
-        needed = (lengths + (spare + self.page_size - 1)) // self.page_size
-        width = int(needed.max()) if needed.numel() else 0
-        if width > self.table.shape[-1]:
-            more = self.table.new_full((*lengths.shape, width - self.table.shape[-1]), -1)
-            self.table = torch.cat([self.table, more], dim=-1)
-        place = torch.arange(self.table.shape[-1], device=self.device)
-        owned = self.table >= 0
-        surplus = owned & (place >= needed[:, :, None])
-        if surplus.any():
-            self._release(self.table[surplus])
-            self.table.masked_fill_(surplus, -1)
-        wanted = ~owned & (place < needed[:, :, None])
-        count = int(wanted.sum())
-        if count:
-            self._grow(count)
-            pages = torch.tensor(self._take(count), dtype=torch.int32, device=self.device)
-            self.table.masked_scatter_(wanted, pages)
-        self._room = int((needed * self.page_size - lengths).min()) if needed.numel() else 0
-        self._shrink()
+    def _cut(self, along: Tensor) -> list[Any]:
+        """A tensor over the rows of all parts, part by part."""
+        return list(along.split(self._widths, dim=-1)) if self.packed else [along]
 
-    def _release(self, pages: Tensor) -> None:
-        self._free.extend(page for page in pages.flatten().tolist() if page >= 0)
+    def _drop_packed(self, keep: list[Tensor]) -> None:
+        for part, own in zip(self.packed, keep, strict=True):
+            part.pages.drop(own)
 
-    def _take(self, count: int) -> list[int]:
-        # In ascending order, so that a head's first pages lie side by side.
-        taken, self._free = self._free[len(self._free) - count :][::-1], self._free[: len(self._free) - count]
-        return taken
+    def _old(self, rank: Int[Tensor, "b h n"], lengths: Int[Tensor, "b h 1"]) -> Bool[Tensor, "b h n"]:
+        """Rows that are codes or should be, by their order among the rows of their head."""
+        if self.precision is None:
+            return torch.zeros_like(rank, dtype=torch.bool)
+        inside = (rank >= self.precision.sinks) & (rank < lengths - self.precision.recent)
+        return inside & (self.formats >= 0)[:, :, None]
 
-    def _grow(self, count: int) -> None:
-        """Make sure that many pages are free, growing the pool where they are not."""
-        assert not self.frozen or count <= len(self._free)
-        missing = count - len(self._free)
-        if missing <= 0:
-            return
-        capacity = len(self.keys)
-        # The first filling is exact: a prompt that is never continued pays for no slack.
-        grown = capacity + max(missing, math.ceil(capacity * _SLACK))
-        self._rebuild(torch.arange(capacity, device=self.device), grown)
-        self._free.extend(range(grown - 1, capacity - 1, -1))
+    def _by_format(self, old: Bool[Tensor, "b h n"]) -> list[Bool[Tensor, "b h n"]]:
+        return [old & (self.formats == index)[:, :, None] for index in range(len(self.packed))]
 
-    def _shrink(self) -> None:
-        """Return memory when more pages lie free than the slack allows."""
-        live = len(self.keys) - len(self._free)
-        if self.frozen or len(self._free) <= 2 * math.ceil(live * _SLACK):
-            return
-        owned = self.table >= 0
-        pages = self.table[owned].long()
-        capacity = live + math.ceil(live * _SLACK)
-        self._rebuild(pages, capacity)
-        renumbered = torch.arange(live, dtype=torch.int32, device=self.device)
-        self.table = torch.full_like(self.table, -1).masked_scatter(owned, renumbered)
-        width = int(owned.any(dim=0).any(dim=0).sum())
-        self.table = self.table[:, :, :width].clone()
-        self._free = list(range(capacity - 1, live - 1, -1))
 
-    def _rebuild(self, pages: Int[Tensor, " live"], capacity: int) -> None:
-        """Copy those pages to the front of new pools of that capacity, one pool at a time."""
-        pools = self._pools()
-        for index, pool in enumerate(pools):
-            fresh = empty(capacity, *pool.shape[1:], dtype=pool.dtype, device=pool.device)
-            torch.index_select(pool, 0, pages, out=fresh[: len(pages)])
-            pools[index] = fresh
-            self._set_pools(pools)
+def exact_row_bytes(keys: Tensor, values: Tensor, dtype: torch.dtype | None) -> int:
+    """Bytes of one exact row without a score: its key, its value and its column."""
+    return (keys.shape[-1] + values.shape[-1]) * (dtype or keys.dtype).itemsize + torch.int32.itemsize
+
+
+def add_on_codes(views: list[PageView], increments: Float[Tensor, "b h n"], kernels: Kernels) -> Float[Tensor, "b h m"]:
+    """Add to the scores of rows that are codes, without waiting for the device.
+
+    Args:
+        increments: over the rows of all views.
+
+    Returns:
+        those of the exact rows.
+    """
+    mine: Tensor
+    mine, *others = increments.split([view.longest for view in views], dim=-1)
+    for view, own in zip(views[1:], others, strict=True):
+        heads = own.shape[:2]
+        keys, values = (pool.new_empty(*heads, 0, pool.shape[-1]) for pool in (view.keys, view.values))
+        kernels.append(view, keys, values, view.columns.new_empty(0), None, own.new_empty(*heads, 0), own)
+    return mine
+
+
+def _side_by_side(parts: list[Rows]) -> Rows:
+    if len(parts) == 1:
+        return parts[0]
+    contents = [torch.cat(same, dim=2) for same in zip(*(part.contents() for part in parts), strict=True)]
+    keys, values, columns, *rest = contents
+    return Rows(keys, values, columns, rest[0] if rest else None, torch.cat([part.keep for part in parts], dim=-1))
+
+
+_NAMES = ("keys", "values", "columns", "scores", "key_steps", "value_steps")
+
+
+def _state(prefix: str, pages: PagedStore) -> dict[str, Tensor]:
+    rows = pages.rows()
+    named = {name: getattr(rows, name) for name in _NAMES}
+    return {f"{prefix}lengths": pages.lengths} | {
+        prefix + name: part[rows.keep] for name, part in named.items() if part is not None
+    }
+
+
+def _restored(prefix: str, state: dict[str, Tensor]) -> Rows:
+    lengths = state[f"{prefix}lengths"]
+    keep = torch.arange(int(lengths.max()) if lengths.numel() else 0, device=lengths.device) < lengths[:, :, None]
+
+    def spread(name: str) -> Any:
+        rows = state.get(prefix + name)
+        return None if rows is None else rows.new_zeros(*keep.shape, *rows.shape[1:]).index_put_((keep,), rows)
+
+    keys, values, columns, scores, key_steps, value_steps = map(spread, _NAMES)
+    return Rows(keys, values, columns, scores, keep, key_steps, value_steps)

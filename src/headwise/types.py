@@ -34,7 +34,19 @@ else:
 
         Bool = Float = Int = UInt8 = _Shape
 
-__all__ = ["Bool", "Decoded", "Float", "Int", "Kind", "LogitOptions", "PageView", "Tensor", "Tokens", "UInt8"]
+__all__ = [
+    "Bool",
+    "Decoded",
+    "Float",
+    "Int",
+    "Kind",
+    "LogitOptions",
+    "Packing",
+    "PageView",
+    "Tensor",
+    "Tokens",
+    "UInt8",
+]
 
 
 class Kind(IntFlag):
@@ -118,25 +130,55 @@ class LogitOptions:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How the codes in pages are read.
+
+    A row of d numbers is first multiplied by an orthogonal matrix, then cut into groups of as many channels; number i
+    of group j is read as `step[j] * code[i] + least[j]`, and the row as their product with the transposed matrix. With
+    4 bits, byte i holds the code of channel i in its low half, and that of channel i + d / 2 in its high one.
+
+    Attributes:
+        key_bits, value_bits: of a code, 4 or 8.
+        key_steps, value_steps: fp16; of every row the steps of its groups, then the least numbers of its groups.
+        key_rotation, value_rotation: the matrices, in fp32.
+    """
+
+    key_bits: int
+    value_bits: int
+    key_steps: Float[Tensor, "pages s ks"]
+    value_steps: Float[Tensor, "pages s vs"]
+    key_rotation: Float[Tensor, "d d"]
+    value_rotation: Float[Tensor, "e e"]
+
+
+@dataclass(frozen=True)
 class PageView:
-    """What a decode kernel reads: the pages of one layer and whose they are.
+    """What a decode kernel reads: pages of one layer and whose they are.
 
     Row i of head (b, h) lies in page `table[b, h, i // s]` at offset `i % s`, for i below `lengths[b, h]`.
     What lies beyond a head's length is undefined and must not be used.
 
     Attributes:
+        keys, values: numbers, or the bytes of codes.
         columns: of every row; what a mask is looked up by.
         scores: accumulated score of every row; None where no rule ranks by it.
         longest: no head is longer; known without asking the device.
+        packing: how codes are read; None where the rows are numbers.
     """
 
-    keys: Float[Tensor, "pages s d"]
-    values: Float[Tensor, "pages s e"]
+    keys: Float[Tensor, "pages s d"] | UInt8[Tensor, "pages s kc"]
+    values: Float[Tensor, "pages s e"] | UInt8[Tensor, "pages s vc"]
     columns: Int[Tensor, "pages s"]
     scores: Float[Tensor, "pages s"] | None
     table: Int[Tensor, "b h p"]
     lengths: Int[Tensor, "b h"]
     longest: int
+    packing: Packing | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Rows that the pages of a head have room for at most."""
+        return self.table.shape[-1] * self.columns.shape[1]
 
 
 @dataclass(frozen=True)

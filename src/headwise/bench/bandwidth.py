@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headwise.prompt import clock
-from headwise.types import LogitOptions, Tensor
+from headwise.types import LogitOptions, PageView, Tensor
 
 if TYPE_CHECKING:
     from headwise import HeadwiseCache
@@ -87,8 +87,7 @@ def measure_kernel(cache: HeadwiseCache, group: int, size_of_cache: int | None) 
         if store is None:
             continue
         calls.append(_decode_call(store, layer.core.settings.kernels.ragged_decode, group))
-        row = (store.keys.shape[-1] + store.values.shape[-1]) * store.keys.element_size()
-        moved += int(store.lengths.sum()) * row
+        moved += sum(_read_bytes(view) for view in store.view())
     if not moved:
         return None
 
@@ -114,13 +113,22 @@ def last_level_cache(device: torch.device) -> int | None:
     return max(sizes) or None
 
 
+def _read_bytes(view: PageView) -> int:
+    """What a decode kernel reads of the rows: keys, values and steps."""
+    pools = [view.keys, view.values]
+    if view.packing is not None:
+        pools += [view.packing.key_steps, view.packing.value_steps]
+    return int(view.lengths.sum()) * sum(pool.shape[-1] * pool.element_size() for pool in pools)
+
+
 def _decode_call(store: Any, kernel: Callable[..., object], group: int) -> Callable[[], object]:
     pages = store.view()
     batch, heads = store.lengths.shape
-    key_dim, value_dim = store.keys.shape[-1], store.values.shape[-1]
+    exact = pages[0]
+    key_dim, value_dim = exact.keys.shape[-1], exact.values.shape[-1]
 
     def row(*shape: int) -> Tensor:
-        return torch.randn(batch, heads, *shape, device=store.device).to(store.keys.dtype)
+        return torch.randn(batch, heads, *shape, device=store.device).to(exact.keys.dtype)
 
     query, key, value = row(group, 1, key_dim), row(1, key_dim), row(1, value_dim)
     options = LogitOptions(scaling=key_dim**-0.5)

@@ -20,6 +20,7 @@ from headwise.cli.lm_eval import SETTINGS, lm_eval
 from headwise.cli.policies import policies
 from headwise.cli.profile import profile
 from headwise.cli.results import results
+from headwise.cli.train_gate import train_gate
 from headwise.cli.train_less import train_less
 from headwise.errors import HeadwiseError
 
@@ -65,6 +66,7 @@ app.add_typer(evaluations)
 app.command()(compare)
 app.command()(results)
 app.command("train-less")(train_less)
+app.command("train-gate")(train_gate)
 app.command("lm-eval", context_settings=SETTINGS)(lm_eval)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,7 +62,10 @@ def train_less(
         int, typer.Option(min=1, metavar="E", help="Hidden width of the kernels.", rich_help_panel=_TRAINING)
     ] = 64,
     epochs: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Passes over the sequences.", rich_help_panel=_TRAINING)
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Passes over the sequences; 0 leaves this part out.", rich_help_panel=_TRAINING
+        ),
     ] = 8,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences in a step.", rich_help_panel=_TRAINING)] = 2,
     rate: Annotated[
@@ -71,6 +74,15 @@ def train_less(
     halve_every: Annotated[
         int, typer.Option(min=1, metavar="N", help="Epochs after which it is halved.", rich_help_panel=_TRAINING)
     ] = 2,
+    together: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Then, passes in which all layers are trained at once.", rich_help_panel=_TRAINING
+        ),
+    ] = 0,
+    together_rate: Annotated[
+        float, typer.Option(min=0, metavar="X", help="Of Adam in those, at the start.", rich_help_panel=_TRAINING)
+    ] = 1e-3,
     seed: Annotated[
         int, typer.Option(min=0, metavar="N", help="Of passages and weights.", rich_help_panel=_TRAINING)
     ] = 0,
@@ -84,19 +96,22 @@ def train_less(
 ) -> None:
     """Train the kernels of LESS, with which a cache remembers what its policy evicts.
 
-    The model is frozen, and each layer is trained alone. What is captured lies in FOLDER/work until the end.
+    The model is frozen. Each layer is trained alone by the error of its output; then, with --together, all at once by
+    what the model says. What is captured lies in FOLDER/work until the end.
     """
     from headwise.eval.text import read_documents
     from headwise.hf.budget import parse_bytes
     from headwise.less.checkpoint import load_kernels, save_kernels
     from headwise.less.run import Recipe, TrainingRun
+    from headwise.less.together import TogetherOptions
     from headwise.less.training import TrainingOptions
     from headwise.spec import parse_policy
 
     if shortest > longest:
         raise ConfigurationError(f"the shortest prompt cannot be longer than the longest: {shortest} and {longest}")
     training = TrainingOptions(features, width, epochs, batch, rate, halve_every, seed)
-    recipe = Recipe(sequences, shortest, longest, rows, parse_bytes(store_limit), training)
+    jointly = TogetherOptions(together, rate=together_rate, seed=seed)
+    recipe = Recipe(sequences, shortest, longest, rows, parse_bytes(store_limit), training, jointly)
     policies = [(spec, parse_policy(spec)) for spec in policy or _POLICIES]
     texts = read_documents(text or ())
     earlier = None if start is None else load_kernels(start)
@@ -112,6 +127,8 @@ def train_less(
     save_kernels(kernels, out)
     run.finish()
     _show(kernels.about["layers"])
+    if "divergence" in kernels.about:
+        _show_divergence(kernels.about["divergence"])
     message(f"kernels: {out}\n")
 
 
@@ -119,4 +136,13 @@ def _show(layers: dict[str, dict[str, float]]) -> None:
     table = plain_table("layer", "error without", "with LESS", "share left")
     for index, error in layers.items():
         table.add_row(index, f"{error['without']:.4f}", f"{error['with']:.4f}", f"{error['share']:.0%}")
+    output().print(table)
+
+
+def _show_divergence(figures: dict[str, Any]) -> None:
+    table = plain_table("after", "KL to the full cache, nats per token", "share left")
+    table.add_row("no memory", f"{figures['without']:.4f}", "")
+    for epoch, found in enumerate(figures["with"]):
+        name = "each layer alone" if epoch == 0 else f"epoch {epoch} together"
+        table.add_row(name, f"{found:.4f}", f"{found / figures['without']:.0%}")
     output().print(table)

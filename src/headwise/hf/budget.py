@@ -28,7 +28,10 @@ def with_budget(policy: Policy, budget: int | float | str, config: Any, dtype: t
     Raises:
         ConfigurationError: when the policy takes no budget, it is out of range, or too small for a token.
     """
-    return policy.with_keep(budget if not isinstance(budget, str) else _tokens(policy, budget, config, dtype))
+    if isinstance(budget, str):
+        in_bytes = policy.with_bytes(parse_bytes(budget))
+        return policy.with_keep(_tokens(policy, budget, config, dtype)) if in_bytes is None else in_bytes
+    return policy.with_keep(budget)
 
 
 def parse_bytes(text: str) -> int:
@@ -46,15 +49,25 @@ def parse_bytes(text: str) -> int:
 def row_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of one token in all layers; only an estimate where layers differ."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize)
+    return int(2 * config.num_hidden_layers * heads * head_dim(config) * dtype.itemsize)
+
+
+def head_dim(config: Any) -> int:
+    """Channels of a head, as the configuration says or lets infer."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _tokens(policy: Policy, text: str, config: Any, dtype: torch.dtype) -> Size:
     heads: int = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     scored = any("score" in rule.reads for rule in policy.rungs)
-    per_token = row_bytes(config, dtype) + heads * (_COLUMN_BYTES + (_SCORE_BYTES if scored else 0))
-    tokens = parse_bytes(text) // per_token
+    score = heads * (_SCORE_BYTES if scored else 0)
+    per_token = row_bytes(config, dtype) + heads * _COLUMN_BYTES + score
+    room = parse_bytes(text)
+    tokens = room // per_token
+    if policy.precision is not None and tokens > policy.precision.exact:
+        dim = head_dim(config)
+        exact, (format, *_) = policy.precision.exact, policy.precision.formats
+        tokens = exact + (room - exact * per_token) // (heads * format.row_bytes(dim, dim) + score)
     if tokens < 1:
         raise ConfigurationError(f"{text} is less than one token per KV head takes, which is {per_token} bytes")
     return tokens

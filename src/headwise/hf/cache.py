@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedModel, PreTrainedTokenizerBase
 
-from headwise.errors import CacheStateError, ConfigurationError, MismatchError, UnsupportedModelError
+from headwise.errors import CacheStateError, MismatchError, UnsupportedModelError
+from headwise.gate.checkpoint import gates_of
 from headwise.hf.attachment import attach
 from headwise.hf.attention import NAME
 from headwise.hf.budget import with_budget
+from headwise.hf.checks import check_options
 from headwise.hf.kinds import KindTable
 from headwise.hf.layer import HeadwiseLayer
 from headwise.hf.rotation import find_rotation
@@ -22,10 +24,9 @@ from headwise.hf.together import Together
 from headwise.kernels import AUTO, REFERENCE, choose, obstacle
 from headwise.layer import LayerCache
 from headwise.less.kernels import LayerKernels
-from headwise.less.policy import Less
+from headwise.less.policy import load_less
 from headwise.policies.base import Policy
 from headwise.policies.full import Full
-from headwise.policies.scored import Scored
 from headwise.report import LayerReport, Report, storage_bytes
 from headwise.settings import Settings
 from headwise.transcript import Transcript
@@ -61,11 +62,13 @@ class HeadwiseCache(Cache):
         budget: room for each sequence, whatever the policy's own parameters say: tokens per KV head (int), a fraction
             of the prompt (float), or bytes of kept rows as text, such as "64MiB". FastGen then finds the recovery
             that fits it. `report()` has what was achieved.
+        cache_dtype: of exact rows; None for that of the model. Half precision halves the cache of a model in fp32.
 
     Raises:
         ConfigurationError: when the policy needs a tokenizer and there is none, an option is out of range, or the
             kernels asked for cannot run on the model's device.
-        InputError, MismatchError: when there are no kernels for `Less`, or they are of another model.
+        InputError, MismatchError: when there are no kernels for `Less` or gates for a policy, or they are of another
+            model.
         UnsupportedModelError: when no layer of the model can be compressed and the policy is not `Full`, or the
             model does not take attention functions.
     """
@@ -82,10 +85,11 @@ class HeadwiseCache(Cache):
         kernel: str = AUTO,
         evict_every: int = 16,
         budget: int | float | str | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         if budget is not None and isinstance(policy, Policy):
-            policy = with_budget(policy, budget, model.config.get_text_config(decoder=True), model.dtype)
-        _check_options(policy, tokenizer, page_size, prompt_tokens, evict_every)
+            policy = with_budget(policy, budget, model.config.get_text_config(decoder=True), cache_dtype or model.dtype)
+        check_options(policy, tokenizer, page_size, prompt_tokens, evict_every, cache_dtype)
         self._options: dict[str, Any] = {
             "tokenizer": tokenizer,
             "markers": tuple(markers),
@@ -93,13 +97,14 @@ class HeadwiseCache(Cache):
             "page_size": page_size,
             "kernel": kernel,
             "evict_every": evict_every,
+            "cache_dtype": cache_dtype,
         }
         needs_kinds = "kind" in policy.facts
         less: Mapping[int, LayerKernels] = {}
-        if isinstance(policy, Less):
-            policy = policy.load(model)
-            less = policy.layers
-            if not policy.trained:
+        loaded, remembering = load_less(policy, model)
+        if remembering is not None:
+            policy, less = loaded, remembering.layers
+            if not remembering.trained:
                 warnings.warn(
                     f"the kernels of LESS were not trained with what {policy.chooser} evicts; "
                     "`headwise train-less` can do that",
@@ -115,7 +120,7 @@ class HeadwiseCache(Cache):
         # Set while a step of it is captured: its bookkeeping is then done between the passes, not in them.
         self.captured = False
         self._together = Together(tokenizer)
-        kernels = choose(kernel, model.device, model.dtype)
+        kernels = choose(kernel, model.device, cache_dtype or model.dtype)
         self.kernel = kernels.name
         if kernel == AUTO and kernels.name == REFERENCE:
             reason = obstacle("cpu" if model.device.type == "cpu" else "triton", model.device, model.dtype)
@@ -134,7 +139,17 @@ class HeadwiseCache(Cache):
                 f"{self.model_name} has nothing to compress: all of its {len(stock)} layers are {kinds}; "
                 "headwise compresses full-attention layers"
             )
-        settings = Settings(page_size, prompt_tokens, kernels, evict_every, len(stock), find_rotation(model))
+        settings = Settings(
+            page_size,
+            prompt_tokens,
+            kernels,
+            evict_every,
+            layers=len(stock),
+            rotation=find_rotation(model),
+            gates=gates_of(policy.chooser, model),
+            dtype=cache_dtype,
+            precision=policy.precision,
+        )
         cache = weakref.ref(self)
         layers = [
             HeadwiseLayer(
@@ -364,32 +379,6 @@ class HeadwiseCache(Cache):
         if not isinstance(layer, HeadwiseLayer):
             return LayerReport.of_stock([value for value in vars(layer).values() if isinstance(value, Tensor)])
         return LayerReport.of(layer.core)
-
-
-def _check_options(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase | None,
-    page_size: int,
-    prompt_tokens: int | None,
-    evict_every: int,
-) -> None:
-    if not isinstance(policy, Policy):
-        raise ConfigurationError(f"policy must be a headwise policy such as FastGen(recovery=0.95), got {policy!r}")
-    chooser = policy.chooser
-    if "kind" in chooser.facts and tokenizer is None:
-        raise ConfigurationError(
-            f"{type(chooser).__name__} looks at the kind of each token (special, punctuation) and needs a tokenizer: "
-            "HeadwiseCache(model, policy, tokenizer=tokenizer)"
-        )
-    if isinstance(chooser, Scored) and chooser.reconstructs and tokenizer is None:
-        raise ConfigurationError(
-            f"{type(chooser).__name__} asks the model to repeat its prompt and needs a tokenizer: "
-            "HeadwiseCache(model, policy, tokenizer=tokenizer)"
-        )
-    counts = {"page_size": page_size, "prompt_tokens": prompt_tokens, "evict_every": evict_every}
-    for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigurationError(f"{name} must be a count of 1 or more, got {value!r}")
 
 
 __all__ = ["HeadwiseCache", "HeadwiseWarning"]

@@ -114,7 +114,7 @@ class DecodeGraph:
         changed = [self._column, self._positions]
         for core in cores:
             assert core.store is not None
-            changed += [t for t in (core.store.lengths, core.store.scores) if t is not None]
+            changed += core.store.volatile()
         before = [tensor.clone() for tensor in changed]
         self._step()
         self._replay = self._capture(self._step)

@@ -6,6 +6,7 @@ Those that read the attention map of a prompt stand in `headwise.kernels.cpu_map
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 
 import torch
@@ -13,18 +14,24 @@ import torch
 from headwise.kernels import cpu_library
 from headwise.kernels.cpu_library import library_and_threads, pointer
 from headwise.kernels.cpu_map import attention_and_peaks, column_mass
-from headwise.types import Bool, Decoded, Float, Int, LogitOptions, PageView, Tensor
+from headwise.types import Bool, Decoded, Float, Int, LogitOptions, Packing, PageView, Tensor, UInt8
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 # Fewer bytes than this per thread are not worth waking it.
 _BYTES_PER_SHARE = 64 * 1024
 
 
+class _Packing(ctypes.Structure):
+    _fields_ = [("steps", c_void_p), ("rotation", c_void_p), ("bits", c_int64), ("groups", c_int64)]
+
+
 class _Pages(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("keys", "values", "columns", "scores", "table", "lengths")),
-        *((name, c_int64) for name in ("page_size", "table_width", "longest", "key_dim", "value_dim", "type")),
+        *((name, c_int64) for name in ("page_size", "table_width", "longest", "key_width", "value_width", "type")),
+        ("key_packing", _Packing),
+        ("value_packing", _Packing),
     ]
 
 
@@ -40,10 +47,11 @@ class _Fresh(ctypes.Structure):
 
 class _Decode(ctypes.Structure):
     _fields_ = [
-        ("pages", _Pages),
+        ("pages", ctypes.POINTER(_Pages)),
+        ("views", c_int64),
         ("fresh", _Fresh),
         *((n, c_void_p) for n in ("query", "mask", "sinks", "output", "lse", "on_kept", "on_fresh")),
-        *((name, c_int64) for name in ("batch", "heads", "group", "queries", "shares")),
+        *((name, c_int64) for name in ("batch", "heads", "group", "queries", "key_dim", "value_dim", "shares")),
         ("query_strides", c_int64 * 5),
         ("mask_columns", c_int64),
         ("mask_strides", c_int64 * 3),
@@ -83,7 +91,7 @@ def vectors(wanted: str = "") -> list[str]:
 
 def ragged_decode(
     query: Float[Tensor, "b h g q d"],
-    pages: PageView,
+    pages: Sequence[PageView],
     fresh_keys: Float[Tensor, "b h f d"],
     fresh_values: Float[Tensor, "b h f e"],
     mask: Bool[Tensor, "b q t"] | None,
@@ -95,18 +103,20 @@ def ragged_decode(
     library, parallel_for = library_and_threads()
     batch, heads, group, queries, key_dim = query.shape
     fresh, value_dim = fresh_values.shape[2:]
-    dtype = pages.keys.dtype
+    dtype = pages[0].keys.dtype
     if query.dtype is not dtype or query.stride(-1) != 1:
         query = query.to(dtype).contiguous()
-    kept_bytes = batch * heads * pages.longest * (key_dim + value_dim) * dtype.itemsize
+    kept = sum(view.longest for view in pages)
+    kept_bytes = batch * heads * sum(view.longest * _row_bytes(view) for view in pages)
     output = torch.empty(batch, heads, group, queries, value_dim)
     lse = torch.empty(batch, heads, group, queries)
-    on_kept = torch.empty(batch, heads, queries, pages.longest) if with_mass else None
+    on_kept = torch.empty(batch, heads, queries, kept) if with_mass else None
     on_fresh = torch.empty(batch, heads, queries, fresh) if with_mass else None
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
     held, rows = _fresh(fresh_keys, fresh_values, dtype)
     arguments = _Decode(
-        _pages(pages),
+        (_Pages * len(pages))(*map(_pages, pages)),
+        len(pages),
         rows,
         query.data_ptr(),
         pointer(mask),
@@ -119,6 +129,8 @@ def ragged_decode(
         heads,
         group,
         queries,
+        key_dim,
+        value_dim,
         max(1, min(torch.get_num_threads(), kept_bytes // _BYTES_PER_SHARE)),
         query.stride(),
         0 if mask is None else mask.shape[-1],
@@ -134,8 +146,8 @@ def ragged_decode(
 
 def append(
     pages: PageView,
-    keys: Float[Tensor, "b h f d"],
-    values: Float[Tensor, "b h f e"],
+    keys: Float[Tensor, "b h f d"] | UInt8[Tensor, "b h f kc"],
+    values: Float[Tensor, "b h f e"] | UInt8[Tensor, "b h f vc"],
     columns: Int[Tensor, " f"],
     real: Bool[Tensor, "b f"] | None,
     scores: Float[Tensor, "b h f"] | None,
@@ -177,21 +189,39 @@ def read(buffer: Tensor) -> int:
     return int(sums.sum())
 
 
-def _pages(pages: PageView) -> _Pages:
+def _pages(view: PageView) -> _Pages:
     return _Pages(
-        pages.keys.data_ptr(),
-        pages.values.data_ptr(),
-        pages.columns.data_ptr(),
-        pointer(pages.scores),
-        pages.table.data_ptr(),
-        pages.lengths.data_ptr(),
-        pages.keys.shape[1],
-        pages.table.shape[-1],
-        pages.longest,
-        pages.keys.shape[2],
-        pages.values.shape[2],
-        _TYPES[pages.keys.dtype],
+        view.keys.data_ptr(),
+        view.values.data_ptr(),
+        view.columns.data_ptr(),
+        pointer(view.scores),
+        view.table.data_ptr(),
+        view.lengths.data_ptr(),
+        view.columns.shape[1],
+        view.table.shape[-1],
+        view.longest,
+        view.keys.shape[2],
+        view.values.shape[2],
+        _TYPES[view.keys.dtype],
+        *_packings(view.packing),
     )
+
+
+def _packings(packing: Packing | None) -> tuple[_Packing, _Packing]:
+    if packing is None:
+        return _Packing(), _Packing()
+    return (
+        _packing(packing.key_bits, packing.key_steps, packing.key_rotation),
+        _packing(packing.value_bits, packing.value_steps, packing.value_rotation),
+    )
+
+
+def _packing(bits: int, steps: Tensor, rotation: Tensor) -> _Packing:
+    return _Packing(steps.data_ptr(), rotation.data_ptr(), bits, steps.shape[-1] // 2)
+
+
+def _row_bytes(view: PageView) -> int:
+    return (view.keys.shape[2] + view.values.shape[2]) * view.keys.element_size()
 
 
 def _fresh(keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], _Fresh]:

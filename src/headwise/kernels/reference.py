@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from headwise.prefill import HIDDEN, causal, dense_attention, logits_of, probabilities, query_blocks, softmax
-from headwise.types import Bool, Decoded, Float, Int, LogitOptions, PageView, Tensor
+from headwise.quant.codes import decode
+from headwise.types import Bool, Decoded, Float, Int, LogitOptions, PageView, Tensor, UInt8
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -17,7 +18,7 @@ def obstacle(device: torch.device) -> str | None:
 
 def ragged_decode(
     query: Float[Tensor, "b h g q d"],
-    pages: PageView,
+    pages: Sequence[PageView],
     fresh_keys: Float[Tensor, "b h f d"],
     fresh_values: Float[Tensor, "b h f e"],
     mask: Bool[Tensor, "b q t"] | None,
@@ -29,7 +30,7 @@ def ragged_decode(
 
     Args:
         query: the newest tokens; the q-th is also the q-th last fresh row.
-        pages: kept rows; n is `pages.longest`.
+        pages: kept rows, the exact ones first; n is the sum of what is `longest` in each.
         fresh_keys, fresh_values: rows that are not in the pages yet.
         mask: True where a query may see a column; its last f columns are the fresh rows. None lets every query see
             all kept rows and the fresh rows up to its own.
@@ -37,24 +38,14 @@ def ragged_decode(
     """
     batch, heads, _, queries, _ = query.shape
     fresh = fresh_keys.shape[2]
-    # Whole pages are gathered, up to the longest head's last; rows beyond a head's length are hidden below.
-    used = -(-pages.longest // pages.keys.shape[1])
-    own = pages.table[:, :, :used].long().clamp(min=0).flatten()
-    keys, values = (
-        pool.index_select(0, own).view(batch, heads, used * pool.shape[1], pool.shape[2])
-        for pool in (pages.keys, pages.values)
-    )
+    kept = [_gathered(view) for view in pages]
+    keys, values, columns, occupied = (torch.cat(parts, dim=2) for parts in zip(*kept, strict=True))
     gathered = keys.shape[2]
-    occupied = torch.arange(gathered, device=keys.device) < pages.lengths[:, :, None]
-    # That memory is undefined. A key's logit is overwritten, but 0 times a value that is NaN would still be NaN.
-    values.masked_fill_(~occupied[..., None], 0)
-
     sees = occupied[:, :, None].expand(-1, -1, queries, -1)
     if mask is None:
         rows = torch.arange(fresh - queries, fresh, device=query.device)
         sees_fresh = causal(rows, fresh)[None].expand(batch, -1, -1)
     else:
-        columns = pages.columns.index_select(0, own).view(batch, heads, gathered).masked_fill(~occupied, 0)
         sees = sees & _at_columns(mask, columns.long())
         sees_fresh = mask[:, :, mask.shape[-1] - fresh :]
     sees = torch.cat([sees, sees_fresh[:, None].expand(-1, heads, -1, -1)], dim=-1)
@@ -67,15 +58,15 @@ def ragged_decode(
     return Decoded(
         output.to(fresh_values.dtype),
         lse,
-        None if mass is None else mass[..., : pages.longest],
+        None if mass is None else mass[..., :gathered],
         None if mass is None else mass[..., gathered:],
     )
 
 
 def append(
     pages: PageView,
-    keys: Float[Tensor, "b h f d"],
-    values: Float[Tensor, "b h f e"],
+    keys: Float[Tensor, "b h f d"] | UInt8[Tensor, "b h f kc"],
+    values: Float[Tensor, "b h f e"] | UInt8[Tensor, "b h f vc"],
     columns: Int[Tensor, " f"],
     real: Bool[Tensor, "b f"] | None,
     scores: Float[Tensor, "b h f"] | None,
@@ -236,6 +227,27 @@ def _map_blocks(
             yield block, softmax(logits, options)
         else:
             yield block, probabilities(logits, mask[:, None, None, block], options)
+
+
+def _gathered(view: PageView) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of every head side by side: keys and values as numbers, columns, and where there is a row.
+
+    Pages hold undefined memory beyond a head's length. A key's logit there is overwritten, but 0 times a value that is
+    NaN would still be NaN: values and columns are 0 there.
+    """
+    size, (batch, heads) = view.columns.shape[1], view.lengths.shape
+    own = view.table[:, :, : -(-view.longest // size)].long().clamp(min=0).flatten()
+
+    def rows(pool: Tensor) -> Tensor:
+        return pool.index_select(0, own).view(batch, heads, -1, *pool.shape[2:])[:, :, : view.longest]
+
+    keys, values, columns = rows(view.keys), rows(view.values), rows(view.columns)
+    occupied = torch.arange(view.longest, device=keys.device) < view.lengths[:, :, None]
+    if view.packing is not None:
+        packing = view.packing
+        keys = decode(keys, rows(packing.key_steps), packing.key_bits) @ packing.key_rotation.T
+        values = decode(values, rows(packing.value_steps), packing.value_bits) @ packing.value_rotation.T
+    return keys, values.masked_fill(~occupied[..., None], 0), columns.masked_fill(~occupied, 0), occupied
 
 
 def _at_columns(mask: Bool[Tensor, "b q t"], columns: Int[Tensor, "b h n"]) -> Bool[Tensor, "b h q n"]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -24,7 +25,8 @@ from headwise.kernels.triton_launch import (
     power,
     strides,
 )
-from headwise.types import Bool, Decoded, Float, Int, LogitOptions, PageView, Tensor
+from headwise.kernels.triton_packed import attend_codes, code_tiles, is_half, packing_of, rotation_of, turning
+from headwise.types import Bool, Decoded, Float, Int, LogitOptions, PageView, Tensor, UInt8
 
 # Programs per processor that splitting aims at: two fit at a time, and heads differ in length, so that some of them
 # end at once.
@@ -46,7 +48,7 @@ def obstacle(device: torch.device) -> str | None:
 
 def ragged_decode(
     query: Float[Tensor, "b h g q d"],
-    pages: PageView,
+    pages: Sequence[PageView],
     fresh_keys: Float[Tensor, "b h f d"],
     fresh_values: Float[Tensor, "b h f e"],
     mask: Bool[Tensor, "b q t"] | None,
@@ -58,105 +60,119 @@ def ragged_decode(
 
     Args:
         query: the newest tokens; the q-th is also the q-th last fresh row.
-        pages: kept rows; n is `pages.longest`.
+        pages: kept rows, the exact ones first; n is the sum of what is `longest` in each. All codes are turned by the
+            same rotations.
         fresh_keys, fresh_values: rows that are not in the pages yet.
         mask: True where a query may see a column; its last f columns are the fresh rows. None lets every query see
             all kept rows and the fresh rows up to its own.
         with_mass: whether to return the probabilities; they take q x (n + f) numbers per KV head.
     """
+    coded = [view for view in pages[1:] if view.longest]
+    exact = pages[0]
     batch, heads, group, queries, key_dim = query.shape
     fresh, value_dim = fresh_values.shape[2:]
     code, device = device_code(), query.device
     query, fresh_keys, fresh_values = dense_rows(query), dense_rows(fresh_keys), dense_rows(fresh_values)
     mask = None if mask is None else dense_rows(mask)
-    table, lengths, longest = pages.table.contiguous(), pages.lengths, pages.longest
-    narrow = is_narrow(query, pages.keys, pages.values, fresh_keys, fresh_values)
-    tiles = _decode_tiles(group * queries, key_dim, value_dim, narrow)
+    table, lengths = exact.table.contiguous(), exact.lengths
+    narrow = is_narrow(query, exact.keys, exact.values, fresh_keys, fresh_values)
     members = group * queries
-    blocks = -(-members // tiles["BLOCK_M"])
-    splits, split_rows = _splits(longest, batch * heads * blocks, tiles["BLOCK_N"], device)
+    tiles = [_decode_tiles(members, key_dim, value_dim, narrow)]
+    for packing in map(packing_of, coded):
+        bits = packing.key_bits, packing.value_bits
+        tiles.append(code_tiles(members, key_dim, value_dim, *bits, is_half(query)))
+    cuts = []
+    for view, sizes in zip([exact, *coded], tiles, strict=True):
+        programs = batch * heads * -(-members // sizes["BLOCK_M"])
+        cuts.append(_splits(view.longest, programs, sizes["BLOCK_N"], device))
+    # Parts are the splits of the exact rows, the fresh rows, and the splits of each view of codes.
+    splits, split_rows = cuts[0]
+    parts = 1 + sum(count for count, _ in cuts)
+    kept = exact.longest + sum(view.longest for view in coded)
 
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
 
-    partial = new(batch * heads, splits + 1, members, value_dim)
-    partial_lse = new(batch * heads, splits + 1, members)
-    logits = new(batch * heads, members, longest + fresh) if with_mass else None
-    output = torch.empty(batch, heads, group, queries, value_dim, dtype=fresh_values.dtype, device=device)
-    lse = new(batch, heads, group, queries)
-    mass = new(batch, heads, queries, longest + fresh) if with_mass else None
+    partial, partial_lse = new(batch * heads, parts, members, value_dim), new(batch * heads, parts, members)
+    output, lse = new(*query.shape[:-1], value_dim, dtype=fresh_values.dtype), new(*query.shape[:-1])
+    logits = spans = mass = None
+    if with_mass:
+        logits, mass = new(batch * heads, members, kept + fresh), new(batch, heads, queries, kept + fresh)
+        spans = new(batch * heads, 1 + len(coded), 2, dtype=torch.int32)
     sinks = None if options.sinks is None else options.sinks.contiguous()
+    mask_b, mask_q = strides(mask)
+    inner, outer = factors(options)
+    every = {
+        "mask": mask,
+        "partial": partial,
+        "partial_lse": partial_lse,
+        "logits": logits,
+        "spans": spans,
+        "mask_b": mask_b,
+        "mask_q": mask_q,
+        "heads": heads,
+        "queries": queries,
+        "fresh": fresh,
+        "parts": parts,
+        "kept": kept,
+        "views": 1 + len(coded),
+        "inner": inner,
+        "outer": outer,
+        "GROUP": group,
+    }
     with on_device(device):
-        code.attend[batch * heads, splits + 1, blocks](
+        code.attend[batch * heads, splits + 1, -(-members // tiles[0]["BLOCK_M"])](
             query,
-            pages.keys,
-            pages.values,
-            pages.columns,
+            exact.keys,
+            exact.values,
+            exact.columns,
             table,
             lengths,
             fresh_keys,
             fresh_values,
-            mask,
-            partial,
-            partial_lse,
-            logits,
-            query.stride(),
-            lengths.stride(),
-            fresh_keys.stride(),
-            fresh_values.stride(),
-            *strides(mask),
-            0 if mask is None else mask.shape[2] - fresh,
-            heads,
-            queries,
-            fresh,
-            splits,
-            split_rows,
-            longest,
-            table.shape[2],
-            *factors(options),
-            GROUP=group,
-            PAGE=pages.keys.shape[1],
+            query_stride=query.stride(),
+            length_stride=lengths.stride(),
+            key_stride=fresh_keys.stride(),
+            value_stride=fresh_values.stride(),
+            unseen=0 if mask is None else mask.shape[2] - fresh,
+            splits=splits,
+            split_rows=split_rows,
+            pages=table.shape[2],
+            PAGE=exact.columns.shape[1],
             NARROW=narrow,
-            **tiles,
+            **tiles[0],
+            **every,
         )
+        attend_codes(query, coded, tiles[1:], cuts[1:], splits + 1, exact.longest, every)
         code.combine[(lse.numel(),)](
             partial,
             partial_lse,
             sinks,
+            rotation_of(coded, "value_rotation"),
             output,
             lse,
             heads,
             queries,
+            parts,
             splits + 1,
             GROUP=group,
             E=value_dim,
-            BLOCK_E=tiles["BLOCK_E"],
+            BLOCK_E=tiles[0]["BLOCK_E"],
             BLOCK_S=32,
-            **LAUNCH,
+            **(turning(value_dim) if coded else LAUNCH),
         )
         if mass is None:
             return Decoded(output, lse, None, None)
         code.weigh[batch * heads * queries, -(-mass.shape[-1] // 512)](
-            logits,
-            lse,
-            lengths,
-            mass,
-            lengths.stride(),
-            heads,
-            queries,
-            longest,
-            fresh,
-            GROUP=group,
-            BLOCK_N=512,
-            **LAUNCH,
+            logits, lse, spans, mass, queries, kept, fresh, 1 + len(coded), GROUP=group, BLOCK_N=512, **LAUNCH
         )
-    return Decoded(output, lse, mass[..., :longest], mass[..., longest:])
+    return Decoded(output, lse, mass[..., :kept], mass[..., kept:])
 
 
 def append(
     pages: PageView,
-    keys: Float[Tensor, "b h f d"],
-    values: Float[Tensor, "b h f e"],
+    keys: Float[Tensor, "b h f d"] | UInt8[Tensor, "b h f kc"],
+    values: Float[Tensor, "b h f e"] | UInt8[Tensor, "b h f vc"],
     columns: Int[Tensor, " f"],
     real: Bool[Tensor, "b f"] | None,
     scores: Float[Tensor, "b h f"] | None,
@@ -167,6 +183,7 @@ def append(
     The pages for them must be in the table already. Nothing waits for the device.
 
     Args:
+        keys, values: numbers, or codes where there are none to write.
         real: rows to write, the same in every head; None means all of them.
         scores: of the new rows, where the pages carry scores.
         increments: to add to the scores of the rows already there; ignored beyond a head's length.
@@ -211,7 +228,7 @@ def append(
             COUNT=blocks == 1,
             **tiles,
         )
-    if blocks > 1:
+    if fresh and blocks > 1:
         pages.lengths.add_(fresh if real is None else real.sum(dim=1, keepdim=True))
 
 

@@ -16,85 +16,27 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from headwise.kernels.triton_codes import attend_codes, turn
+from headwise.kernels.triton_tiles import (
+    absorb,
+    addresses,
+    capped,
+    finite,
+    products_of,
+    put,
+    record,
+    seen,
+    soften,
+    tile,
+)
 
-@triton.jit
-@no_type_check
-def tile(start, index, stride, held, channel, WIDTH: tl.constexpr):
-    """Rows of a matrix, gathered by index; 0 where nothing is held."""
-    at = start + index.to(tl.int64)[:, None] * stride + channel[None, :]
-    return tl.load(at, mask=held[:, None] & (channel < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-@no_type_check
-def seen(mask, query_row, column, mask_q, visible):
-    """What of `visible` the mask lets through; it reads nothing else of the mask."""
-    at = mask + query_row.to(tl.int64)[:, None] * mask_q + column.to(tl.int64)[None, :]
-    return visible & (tl.load(at, mask=visible, other=0) != 0)
-
-
-@triton.jit
-@no_type_check
-def capped(products, inner, outer):
-    """Logits in base 2: inner * q.k, or outer * tanh(inner * q.k) under a soft cap."""
-    logits = products * inner
-    if outer is not None:
-        # Through the exponential of a negative number, which cannot overflow.
-        shrunk = tl.exp2(tl.abs(logits) * -2.8853900817779268)
-        size = outer * (1 - shrunk) / (1 + shrunk)
-        logits = tl.where(logits < 0, -size, size)
-    return logits
-
-
-@triton.jit
-@no_type_check
-def products_of(query, keys, NARROW: tl.constexpr):
-    """Products of a few queries with keys, in fp32."""
-    if NARROW:
-        # Products of 16-bit numbers are exact in fp32, in which the tensor cores sum them.
-        products = tl.dot(query, tl.trans(keys))
-    else:
-        # A matrix product in full fp32 wants a whole row and column in registers, and spills; this does not.
-        products = tl.sum(query.to(tl.float32)[:, None, :] * keys.to(tl.float32)[None, :, :], 2)
-    return products
-
-
-@triton.jit
-@no_type_check
-def finite(top):
-    """The same with 0 for minus infinity, from which nothing can be subtracted."""
-    return tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
-@no_type_check
-def absorb(logits, values, top, total, output, NARROW: tl.constexpr):
-    """One step of the online softmax (FlashAttention-2, Dao 2023, section 3.1): maximum, denominator, output."""
-    raised = tl.maximum(top, tl.max(logits, 1))
-    base = finite(raised)
-    weights = tl.exp2(logits - base[:, None])
-    decay = tl.exp2(top - base)
-    total = total * decay + tl.sum(weights, 1)
-    output = output * decay[:, None]
-    if NARROW:
-        output = tl.dot(weights.to(values.dtype), values, output)
-    else:
-        output += tl.sum(weights[:, :, None] * values.to(tl.float32)[None, :, :], 1)
-    return raised, total, output
+__all__ = ["attend", "attend_codes", "combine", "turn", "weigh", "write"]
 
 
 @triton.jit(
     do_not_specialize=[
-        "mask",
-        "mask_b",
-        "mask_q",
-        "unseen",
-        "queries",
-        "fresh",
-        "splits",
-        "split_rows",
-        "longest",
-        "pages",
+        *("mask", "mask_b", "mask_q", "queries", "fresh", "parts", "kept", "views"),
+        *("unseen", "splits", "split_rows", "pages"),
     ]
 )
 @no_type_check
@@ -111,19 +53,22 @@ def attend(
     partial,
     partial_lse,
     logits,
+    spans,
     query_stride,
     length_stride,
     key_stride,
     value_stride,
     mask_b,
     mask_q,
-    unseen,
     heads,
     queries,
     fresh,
+    parts,
+    kept,
+    views,
+    unseen,
     splits,
     split_rows,
-    longest,
     pages,
     inner,
     outer,
@@ -137,11 +82,14 @@ def attend(
     BLOCK_E: tl.constexpr,
     NARROW: tl.constexpr,
 ):
-    """Attention of a block of a head's members over one split of its kept rows; the last split is the fresh rows.
+    """Attention of a block of a head's members over one split of its exact rows; the last split is the fresh rows.
 
     Writes the output and the denominator that the split has by itself, and the logits where `weigh` will need them.
 
     Args:
+        spans: for every view of a head, where its logits begin and end.
+        parts: splits of all views, and the fresh rows.
+        kept: rows of all views, each padded to its longest head.
         unseen: the mask's column of the first fresh row.
         pages: entries of the table per head.
     """
@@ -152,8 +100,10 @@ def attend(
     members = GROUP * queries
     member = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     asks = member < members
-    place = (head * (splits + 1) + split) * members + member
+    place = (head * parts + split) * members + member
     length = tl.load(lengths + b * length_stride[0] + h * length_stride[1]).to(tl.int32)
+    if spans is not None:
+        record(spans + head * views * 2, split, 0, length)
     start = split * split_rows
     stop = tl.minimum(start + split_rows, length)
     if (split < splits) & (start >= stop):
@@ -174,7 +124,7 @@ def attend(
     )
     if mask is not None:
         mask += b * mask_b
-    of_logits = (head * members + member)[:, None] * (longest + fresh)
+    of_logits = (head * members + member)[:, None] * (kept + fresh)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     output = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
@@ -183,8 +133,7 @@ def attend(
     for at in range(start, stop, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
         held = n < stop
-        page = tl.load(table + head * pages + n // PAGE, mask=held, other=0)
-        address = page.to(tl.int64) * PAGE + n % PAGE
+        address = addresses(table + head * pages, n, held, PAGE)
         k = tile(key_pool, address, D, held, feature, D)
         v = tile(value_pool, address, E, held, channel, E)
         visible = asks[:, None] & held[None, :]
@@ -194,7 +143,8 @@ def attend(
         x = tl.where(visible, capped(products_of(q, k, NARROW), inner, outer), float("-inf"))
         if logits is not None:
             tl.store(logits + of_logits + n[None, :], x, mask=asks[:, None] & held[None, :])
-        top, total, output = absorb(x, v, top, total, output, NARROW)
+        top, total, weights, decay = soften(x, top, total)
+        output = absorb(output, decay, weights, v, NARROW)
 
     for at in range(0, tl.where(split == splits, fresh, 0), BLOCK_N):
         f = at + tl.arange(0, BLOCK_N)
@@ -208,32 +158,38 @@ def attend(
             visible = visible & (f[None, :] <= fresh - queries + i[:, None])
         x = tl.where(visible, capped(products_of(q, k, NARROW), inner, outer), float("-inf"))
         if logits is not None:
-            tl.store(logits + of_logits + longest + f[None, :], x, mask=asks[:, None] & held[None, :])
-        top, total, output = absorb(x, v, top, total, output, NARROW)
+            tl.store(logits + of_logits + kept + f[None, :], x, mask=asks[:, None] & held[None, :])
+        top, total, weights, decay = soften(x, top, total)
+        output = absorb(output, decay, weights, v, NARROW)
 
     some = tl.where(total > 0, total, 1.0)
     tl.store(partial_lse + place, top + tl.log2(some), mask=asks)
-    of_output = partial + place[:, None] * E + channel[None, :]
-    tl.store(of_output, output / some[:, None], mask=asks[:, None] & (channel < E)[None, :])
+    put(partial, place, E, asks, channel, E, output / some[:, None])
 
 
-@triton.jit(do_not_specialize=["queries", "parts"])
+@triton.jit(do_not_specialize=["queries", "parts", "straight"])
 @no_type_check
 def combine(
     partial,
     partial_lse,
     sinks,
+    rotation,
     output,
     lse,
     heads,
     queries,
     parts,
+    straight,
     GROUP: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Merge the splits of one member, and its sink logit, into its output and its natural log-sum-exp."""
+    """Merge the splits of one member, and its sink logit, into its output and its natural log-sum-exp.
+
+    Args:
+        straight: parts whose output is as it should be; that of the others is still to be turned back.
+    """
     own = tl.program_id(0).to(tl.int64)
     members = GROUP * queries
     head = own // members
@@ -245,6 +201,7 @@ def combine(
         top = tl.zeros([1], tl.float32) + sink * 1.4426950408889634
     total = tl.where(top > float("-inf"), 1.0, 0.0)
     merged = tl.zeros([BLOCK_E], tl.float32)
+    turned = merged
     for at in range(0, parts, BLOCK_S):
         part = at + tl.arange(0, BLOCK_S)
         place = (head * parts + part) * members + member
@@ -255,36 +212,32 @@ def combine(
         weights = tl.exp2(share - base)
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(weights, 0)
-        merged = merged * decay + tl.sum(weights[:, None] * values, 0)
+        if rotation is None:
+            merged = merged * decay + tl.sum(weights[:, None] * values, 0)
+        else:
+            merged = merged * decay + tl.sum(tl.where(part < straight, weights, 0.0)[:, None] * values, 0)
+            turned = turned * decay + tl.sum(tl.where(part < straight, 0.0, weights)[:, None] * values, 0)
         top = raised
+    if rotation is not None:
+        merged += tl.sum(tile(rotation, channel, E, channel < E, channel, E) * turned[None, :], 1)
     some = tl.where(total > 0, total, 1.0)
     tl.store(output + own * E + channel, merged / some, mask=channel < E)
     tl.store(lse + own + tl.arange(0, 1), (top + tl.log2(some)) * 0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["queries", "longest", "fresh"])
+@triton.jit(do_not_specialize=["queries", "kept", "fresh", "views"])
 @no_type_check
-def weigh(
-    logits,
-    lse,
-    lengths,
-    mass,
-    length_stride,
-    heads,
-    queries,
-    longest,
-    fresh,
-    GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def weigh(logits, lse, spans, mass, queries, kept, fresh, views, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
     """Probabilities of one query over a block of rows, the kept and then the fresh ones, summed over the group."""
     pair = tl.program_id(0).to(tl.int64)
     head = pair // queries
-    width = longest + fresh
-    length = tl.load(lengths + head // heads * length_stride[0] + head % heads * length_stride[1])
+    width = kept + fresh
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Nobody has written a logit between a head's length and the fresh rows.
-    there = (n < length) | ((n >= longest) & (n < width))
+    # Nobody has written a logit between a head's last row in a view and the next view, or the fresh rows.
+    there = (n >= kept) & (n < width)
+    for view in range(views):
+        span = spans + (head * views + view) * 2
+        there = there | ((n >= tl.load(span)) & (n < tl.load(span + 1)))
     received = tl.zeros([BLOCK_N], tl.float32)
     for g in tl.static_range(GROUP):
         own = (head * GROUP + g) * queries + pair % queries
@@ -362,16 +315,13 @@ def write(
                 before += tl.sum(is_real.to(tl.int32), 0)
             wanted = wanted & (tl.load(of_real + f * real_f, mask=wanted, other=0) != 0)
             n = length + before + tl.cumsum(wanted.to(tl.int32), 0) - 1
-        page = tl.load(table + head * pages + n // PAGE, mask=wanted, other=0)
-        address = page.to(tl.int64) * PAGE + n % PAGE
+        address = addresses(table + head * pages, n, wanted, PAGE)
         feature = tl.arange(0, BLOCK_D)
         channel = tl.arange(0, BLOCK_E)
         k = tile(keys + b * key_stride[0] + h * key_stride[1], f, key_stride[2], wanted, feature, D)
         v = tile(values + b * value_stride[0] + h * value_stride[1], f, value_stride[2], wanted, channel, E)
-        to_key = key_pool + address[:, None] * D + feature[None, :]
-        to_value = value_pool + address[:, None] * E + channel[None, :]
-        tl.store(to_key, k, mask=wanted[:, None] & (feature < D)[None, :])
-        tl.store(to_value, v, mask=wanted[:, None] & (channel < E)[None, :])
+        put(key_pool, address, D, wanted, feature, D, k)
+        put(value_pool, address, E, wanted, channel, E, v)
         tl.store(column_pool + address, tl.load(columns + f, mask=wanted), mask=wanted)
         if score_pool is not None:
             of_scores = scores + b * score_b + h * score_h + f
@@ -383,7 +333,6 @@ def write(
     elif increments is not None:
         old = (block - fresh_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
         held = (old < more) & (old < length)
-        page_of_old = tl.load(table + head * pages + old // PAGE, mask=held, other=0)
-        score = score_pool + page_of_old.to(tl.int64) * PAGE + old % PAGE
+        score = score_pool + addresses(table + head * pages, old, held, PAGE)
         increment = tl.load(increments + b * more_b + h * more_h + old, mask=held, other=0.0)
         tl.store(score, tl.load(score, mask=held, other=0.0) + increment, mask=held)

@@ -11,7 +11,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from headwise.kernels.triton_device import capped, finite, seen, tile
+from headwise.kernels.triton_tiles import capped, finite, seen, tile
 
 
 @triton.jit

@@ -6,7 +6,6 @@ keys. Here they are in the form that inference needs; what training adds is in `
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from headwise.trained import digest_of
 from headwise.types import Float, Tensor
 
 
@@ -94,11 +94,7 @@ class LessKernels:
     @cached_property
     def digest(self) -> str:
         """Hash of the weights."""
-        digest = hashlib.sha256()
-        for index, layer in sorted(self.layers.items()):
-            for name, tensor in layer.tensors().items():
-                digest.update(f"{index} {name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return digest_of({index: layer.tensors() for index, layer in self.layers.items()})
 
     @property
     def nbytes(self) -> int:

@@ -9,15 +9,14 @@ from typing import ClassVar
 
 from torch import nn
 
-from headwise.errors import ConfigurationError
 from headwise.less.checkpoint import check_kernels, load_kernels, shipped_kernels
 from headwise.less.kernels import LayerKernels, LessKernels
-from headwise.policies.base import Fact, Policy, Rule, Selection
-from headwise.policies.size import Size
+from headwise.policies.base import Policy
+from headwise.policies.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
-class Less(Policy):
+class Less(Wrapper):
     """Keeps what another policy keeps, and folds what that evicts into a small state, where it can still be queried.
 
     "Get More with LESS" (Dong et al., ICML 2024, arXiv 2402.09398). Each KV head has a state of constant size, in fp32;
@@ -34,12 +33,7 @@ class Less(Policy):
 
     name: ClassVar[str] = "less"
 
-    policy: Policy
     kernels: LessKernels | str | Path | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.policy, Policy) or isinstance(self.policy, Less):
-            raise ConfigurationError(f"Less wraps a policy such as H2O(keep=0.05), got {self.policy!r}")
 
     def __str__(self) -> str:
         """How Python would build it, without what is left at its default."""
@@ -77,42 +71,19 @@ class Less(Policy):
     def trained(self) -> bool:
         """Whether the kernels, once loaded, have seen what a policy of this kind evicts."""
         known = self.kernels.about.get("policies", ()) if isinstance(self.kernels, LessKernels) else ()
-        return any(spec.partition(":")[0] == self.policy.name for spec in known)
+        return any(spec.partition(":")[0] == self.chooser.name for spec in known)
 
-    @property
-    def chooser(self) -> Policy:
-        """What decides which rows stay."""
-        return self.policy
 
-    @property
-    def rungs(self) -> tuple[Rule, ...]:
-        """Those of the policy."""
-        return self.policy.rungs
+def load_less(policy: Policy, model: nn.Module) -> tuple[Policy, Less | None]:
+    """A policy with its kernels read, wherever among its wrappers LESS stands, and LESS itself.
 
-    @property
-    def selection(self) -> Selection | None:
-        """That of the policy."""
-        return self.policy.selection
-
-    @property
-    def profile_rows(self) -> Size:
-        """Those of the policy."""
-        return self.policy.profile_rows
-
-    @property
-    def deferred(self) -> bool:
-        """As the policy is."""
-        return self.policy.deferred
-
-    @property
-    def facts(self) -> frozenset[Fact]:
-        """What the policy looks at."""
-        return self.policy.facts
-
-    def with_keep(self, keep: Size) -> Policy:
-        """With another budget for the rows; the state is not part of it.
-
-        Raises:
-            ConfigurationError: when the policy has no such budget, or the number is out of range.
-        """
-        return replace(self, policy=self.policy.with_keep(keep))
+    Raises:
+        InputError, MismatchError: as `Less.load`.
+    """
+    if isinstance(policy, Less):
+        loaded = policy.load(model)
+        return loaded, loaded
+    if not isinstance(policy, Wrapper):
+        return policy, None
+    inner, less = load_less(policy.policy, model)
+    return (policy if less is None else replace(policy, policy=inner)), less

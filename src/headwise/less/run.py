@@ -1,6 +1,7 @@
 """Run: a model, policies and texts -> trained kernels; every sequence and every layer that is finished is kept.
 
-Two parts: one pass of the model over each sequence captures what all layers are asked, then each layer is trained.
+First one pass of the model over each sequence captures what all layers are asked, and each layer is trained alone.
+Then, where that is wanted, every sequence becomes a lesson, and all layers are trained together.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +26,15 @@ from headwise.hf.projection import output_projections
 from headwise.less.capture import Captured, WatchedLayer
 from headwise.less.checkpoint import check_kernels, sample_weights
 from headwise.less.kernels import LayerKernels, LessKernels
+from headwise.less.lecture import take_lesson
+from headwise.less.lesson import lesson_bytes
 from headwise.less.passages import Passage, draw_passages
+from headwise.less.policy import Less
 from headwise.less.samples import Samples, sample_bytes
+from headwise.less.together import Taught, TogetherOptions, train_together
 from headwise.less.training import FIGURES, TrainableKernels, TrainingOptions, train
 from headwise.policies.base import Policy
-from headwise.types import Tensor
+from headwise.types import Int, Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +54,8 @@ class Recipe:
         shortest, longest: tokens of the prompts.
         rows: tokens after each prompt, which are what the memory is asked.
         store_limit: bytes that the captured tensors may take on disk.
-        training: of every layer.
+        training: of every layer alone.
+        together: of all layers, after that.
     """
 
     sequences: int = 160
@@ -57,6 +64,7 @@ class Recipe:
     rows: int = 192
     store_limit: int = 16 * 2**30
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    together: TogetherOptions = field(default_factory=TogetherOptions)
 
 
 class TrainingRun:
@@ -69,7 +77,8 @@ class TrainingRun:
         start: kernels to start from; None for random ones.
 
     Raises:
-        ConfigurationError: when the folder holds another run or the captured tensors would exceed the limit.
+        ConfigurationError: when the folder holds another run, the captured tensors would exceed the limit, or nothing
+            is to be trained.
         MismatchError: when the kernels to start from are of another model.
         InputError: when the texts are too short.
     """
@@ -88,6 +97,8 @@ class TrainingRun:
     ) -> None:
         if start is not None:
             check_kernels(start, model)
+        elif not recipe.training.epochs:
+            raise ConfigurationError("kernels to start from are needed where no epoch trains each layer alone")
         self._model, self._tokenizer, self._start = model, tokenizer, start
         self._policies, self._recipe, self._work = policies, recipe, work
         self._tokens = [tokenizer(text.text, add_special_tokens=False, verbose=False).input_ids for text in texts]
@@ -111,9 +122,17 @@ class TrainingRun:
 
     def run(self, tell: Tell) -> LessKernels:
         """Capture, train, and put the layers together."""
-        samples = self._capture(tell)
-        layers, errors = self._train(samples, tell)
-        return LessKernels(layers, {**self.about, "layers": errors}, sample_weights(self._model))
+        alone = self._start
+        if self._recipe.training.epochs:
+            layers, errors = self._train(self._capture(tell), tell)
+            alone = LessKernels(layers, {**self.about, "layers": errors}, sample_weights(self._model))
+        assert alone is not None
+        if not self._recipe.together.epochs:
+            return alone
+        result = self._train_together(alone, tell)
+        divergence = {"without": result.forgetful, "with": result.divergences}
+        about = {**self.about, "layers": alone.about["layers"], "divergence": divergence}
+        return LessKernels(result.layers, about, alone.sample)
 
     def finish(self) -> None:
         """Remove the folder for what is captured."""
@@ -133,14 +152,18 @@ class TrainingRun:
         config = self._model.config.get_text_config(decoder=True)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rows, columns = self._room()
-        group = config.num_attention_heads // heads
-        needed = config.num_hidden_layers * sample_bytes(rows, columns, heads, group, dim, dim)
-        if needed > self._recipe.store_limit:
-            fit = self._recipe.sequences * self._recipe.store_limit // needed
+        recipe, layers, needed = self._recipe, config.num_hidden_layers, 0
+        if recipe.training.epochs:
+            group = config.num_attention_heads // heads
+            needed += layers * sample_bytes(*self._room(), heads, group, dim, dim)
+        if recipe.together.epochs:
+            sizes = (recipe.rows, layers, heads, dim, dim, config.vocab_size)
+            needed += sum(lesson_bytes(passage.prompt, *sizes) for passage in self._passages)
+        if needed > recipe.store_limit:
+            fit = recipe.sequences * recipe.store_limit // needed
             raise ConfigurationError(
-                f"{self._recipe.sequences} sequences take up to {needed / 2**30:.1f} GiB on disk, and the limit is "
-                f"{self._recipe.store_limit / 2**30:.1f} GiB: ask for {fit} or fewer, for shorter ones, or raise it"
+                f"{recipe.sequences} sequences take up to {needed / 2**30:.1f} GiB on disk, and the limit is "
+                f"{recipe.store_limit / 2**30:.1f} GiB: ask for {fit} or fewer, for shorter ones, or raise it"
             )
 
     def _room(self) -> tuple[int, int]:
@@ -157,12 +180,36 @@ class TrainingRun:
         tell("capture", len(self._passages), len(self._passages))
         return samples
 
+    def _train_together(self, alone: LessKernels, tell: Tell) -> Taught:
+        paths = self._take_lessons(alone, tell)
+        parts: dict[bool, list[Path]] = {False: [], True: []}
+        for path, passage in zip(paths, self._passages, strict=True):
+            parts[passage.checks].append(path)
+        state, options = self._work / "together.pt", self._recipe.together
+        return train_together(
+            self._model, alone.layers, parts[False], parts[True], options, state, partial(tell, "train together")
+        )
+
+    def _take_lessons(self, alone: LessKernels, tell: Tell) -> list[Path]:
+        folder = self._work / "lessons"
+        folder.mkdir(exist_ok=True)
+        paths = [folder / f"{number:05d}.safetensors" for number in range(len(self._passages))]
+        for number, (path, passage) in enumerate(zip(paths, self._passages, strict=True)):
+            tell("lessons", number, len(paths))
+            if not path.is_file():
+                policy = Less(self._policies[number % len(self._policies)][1], alone)
+                take_lesson(self._model, self._tokenizer, policy, self._ids(passage), passage.prompt).save(path)
+        tell("lessons", len(paths), len(paths))
+        return paths
+
     def _captured(self, passage: Passage, policy: Policy) -> dict[int, Captured | None]:
+        return capture(self._model, self._tokenizer, policy, self._ids(passage), passage.prompt)
+
+    def _ids(self, passage: Passage) -> Int[Tensor, "1 t"]:
         first = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
         end = passage.start + passage.prompt + self._recipe.rows - len(first)
         tokens = first + self._tokens[passage.text][passage.start : end]
-        ids = torch.tensor([tokens], device=self._model.device)
-        return capture(self._model, self._tokenizer, policy, ids, passage.prompt)
+        return torch.tensor([tokens], device=self._model.device)
 
     def _train(self, samples: Samples, tell: Tell) -> tuple[dict[int, LayerKernels], dict[str, dict[str, float]]]:
         projections = output_projections(self._model)

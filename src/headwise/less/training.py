@@ -98,6 +98,14 @@ class TrainableKernels(nn.Module):
         self.scale = nn.Parameter(torch.full((heads, features), _START))
         self.gain = nn.Parameter(torch.full((heads, features), _START))
 
+    @classmethod
+    def like(cls, kernels: LayerKernels) -> TrainableKernels:
+        """Of the same sizes and with the same effect, on the same device."""
+        heads, group, dim, width = kernels.query_in.shape
+        made = cls(heads, group, dim, width, kernels.features).to(kernels.query_in.device)
+        made.start_from(kernels)
+        return made
+
     @torch.no_grad()
     def start_from(self, kernels: LayerKernels) -> None:
         """Take over kernels that were trained before.

@@ -1,6 +1,7 @@
 """Policies: one small file per rule or policy, found by the registry; a new one is one new file here."""
 
 from headwise.policies.adakv import AdaKV
+from headwise.policies.auto import Auto
 from headwise.policies.base import Policy, Rule, Union
 from headwise.policies.expected_attention import ExpectedAttention
 from headwise.policies.fastgen import FastGen
@@ -24,6 +25,7 @@ __all__ = [
     "H2O",
     "TOVA",
     "AdaKV",
+    "Auto",
     "Evidence",
     "ExpectedAttention",
     "FastGen",

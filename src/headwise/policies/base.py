@@ -15,6 +15,7 @@ import torch
 
 from headwise.errors import ConfigurationError
 from headwise.policies.size import Size, check_size
+from headwise.quant.formats import Precision
 from headwise.types import Bool, Int, Tensor, Tokens
 
 Fact = Literal["kind", "score"]
@@ -67,6 +68,11 @@ class Policy(ABC):
         """Whether a layer waits for all the others before it is compacted; the peak is then the full cache."""
         return False
 
+    @property
+    def precision(self) -> Precision | None:
+        """How older rows are stored; None where all of them stay exact."""
+        return None
+
     def with_keep(self, keep: Size) -> Policy:
         """The same policy with room for so many tokens per KV head: a count, or a fraction of the prompt.
 
@@ -76,6 +82,10 @@ class Policy(ABC):
         if "keep" not in self.parameters():
             raise ConfigurationError(f"{self.name or type(self).__name__} has no budget of tokens to set")
         return replace(self, keep=keep)  # type: ignore[type-var]  # subclasses are dataclasses
+
+    def with_bytes(self, count: int) -> Policy | None:
+        """The same policy with so many bytes for a sequence; None where it counts in tokens."""
+        return None
 
     @property
     def facts(self) -> frozenset[Fact]:

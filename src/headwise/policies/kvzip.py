@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from headwise.policies.registry import register
-from headwise.policies.scored import Evidence, Repeated
+from headwise.policies.scored import Evidence, Repeated, check_gate
 from headwise.policies.size import Size, check_count
 from headwise.types import Float, Tensor
 
@@ -19,19 +19,23 @@ class KVzip(Repeated):
 
     arXiv 2505.23416. A token's score is the largest attention it received from any query of its group; the budget
     is shared among all heads of all layers. Repeating costs about two prefills more, and the whole cache is held
-    until then.
+    until then. With a gate nothing is repeated (after Fast KVzip, arXiv 2601.17668).
 
     Args:
         keep: tokens of the prompt per KV head, on average over the model: a count (int), or a fraction (float).
         sinks: first tokens, which are kept.
+        gate: True for scores that are predicted by gates trained for the model, so that it need not repeat anything:
+            those that come with headwise, which are for its default model; or the folder of others.
     """
 
     keep: Size
     sinks: int = 4
+    gate: bool | str = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("sinks", self.sinks, 0)
+        check_gate(self.gate)
 
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """Largest attention while repeating."""

@@ -9,7 +9,7 @@ import torch
 
 from headwise.policies.base import check_target
 from headwise.policies.registry import register
-from headwise.policies.scored import Evidence, Repeated, newest_first
+from headwise.policies.scored import Evidence, Repeated, check_gate, newest_first
 from headwise.policies.size import Size, check_count
 from headwise.types import Bool, Float, Tensor, Tokens
 
@@ -24,7 +24,8 @@ class Recite(Repeated):
     as in KVzip (Kim et al., NeurIPS 2025, arXiv 2505.23416, section 3), and of the last rows of the prompt, as in
     SnapKV (Li et al., NeurIPS 2024, section 4). With a recovery of T, a token is dropped only if no such query gave
     it 1 - T of its attention; every head then keeps the smallest set that does, however many that are. Sinks and a
-    local window are always kept. Repeating costs about two prefills more, and the whole cache is held until then.
+    local window are always kept. Repeating costs about two prefills more, and the whole cache is held until then. With
+    a gate nothing is repeated; the recovery is then that of the predicted attention.
 
     Args:
         recovery: T, from 0 to 1; 1 keeps everything.
@@ -32,17 +33,21 @@ class Recite(Repeated):
             fraction (float).
         window: newest tokens that are kept, and whose attention counts.
         sinks: first tokens, which are kept.
+        gate: True for scores that are predicted by gates trained for the model, so that it need not repeat anything:
+            those that come with headwise, which are for its default model; or the folder of others.
     """
 
     recovery: int | float | None = None
     keep: Size | None = None  # type: ignore[assignment]  # either this or the recovery
     window: int = 64
     sinks: int = 4
+    gate: bool | str = False
 
     def __post_init__(self) -> None:
         check_target("recite", self.recovery, self.keep)
         check_count("window", self.window, 1)
         check_count("sinks", self.sinks, 0)
+        check_gate(self.gate)
 
     @property
     def query_rows(self) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from headwise.errors import ConfigurationError
 from headwise.policies.base import Policy, Rule
 from headwise.policies.size import Size, check_size, quota_tokens
 from headwise.prefill import causal, logits_of, probabilities, query_blocks
@@ -29,8 +30,9 @@ class Evidence:
         mask: True where such a query sees a column; None means causal and no padding.
         positions, real: of every column.
         rotation: the model's rotary embedding; None where it has none that is known.
-        reconstruction: the largest attention that each token received while the model repeated the prompt; None
-            where the policy did not ask for it.
+        reconstruction: the largest attention that each token received while the model repeated the prompt, or what a
+            gate predicts of it; None where the policy did not ask for it.
+        row_bytes: of a row that is stored exactly.
     """
 
     query: Float[Tensor, "b h g q d"]
@@ -42,6 +44,7 @@ class Evidence:
     real: Bool[Tensor, "b t"]
     rotation: Rotation | None
     reconstruction: Float[Tensor, "b h t"] | None
+    row_bytes: int = 0
 
     @property
     def length(self) -> Int[Tensor, "b 1 1"]:
@@ -88,6 +91,19 @@ class Evidence:
         return (newest - 1).clamp(min=0), newest > 0
 
 
+@dataclass(frozen=True)
+class Damage:
+    """What it costs the heads of a layer to be stored in each of some formats, exact rows first.
+
+    Attributes:
+        losses: of accuracy, in the unit of the scores.
+        row_bytes: of a row.
+    """
+
+    losses: Float[Tensor, "formats b h"]
+    row_bytes: tuple[int, ...]
+
+
 class Scored(Policy):
     """Keeps the tokens of the prompt with the highest scores, and everything that is generated.
 
@@ -122,28 +138,58 @@ class Scored(Policy):
         """Which tokens stay, for each of the layers given: all of them where the policy is `deferred`, else one."""
         return [highest(score, facts, self.quota(facts)) for score, facts in zip(scores, tokens, strict=True)]
 
+    def damage(self, evidence: Evidence) -> Damage | None:
+        """What formats cost, where the policy chooses among several for every head."""
+        return None
+
+    def choose(
+        self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens], damages: Sequence[Damage]
+    ) -> tuple[list[Bool[Tensor, "b h t"]], list[Int[Tensor, "b h"]] | list[None]]:
+        """Which tokens stay, and the format of every head; None for the first that there is.
+
+        Args:
+            damages: of the layers, where the policy gave them.
+        """
+        return self.select(scores, tokens), [None] * len(scores)
+
     def quota(self, tokens: Tokens) -> Int[Tensor, "b 1 1"]:
         """Tokens that a head of that layer may keep."""
         return quota_tokens(self.keep, tokens.prompt)
 
 
 class Repeated(Scored):
-    """Scores tokens by a repetition of the prompt, and keeps the best of the whole model."""
+    """Scores tokens by a repetition of the prompt, and keeps the best of the whole model.
+
+    A gate, trained for the model, predicts what the repetition would find, and is almost free. Subclasses that offer it
+    have a field `gate`: False for a repetition, True for the gates that come with headwise, or a folder with others.
+    """
+
+    gate: bool | str = False
 
     @property
     def deferred(self) -> bool:
-        """The prompt is repeated once all layers have it."""
+        """The choice is made over all layers, and the prompt is repeated once they have it."""
         return True
 
     @property
     def reconstructs(self) -> bool:
-        """It does."""
-        return True
+        """Unless a gate predicts what would be found."""
+        return self.gate is False
 
     def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
         """The best of the model."""
         heads = sum(score.shape[1] for score in scores)
         return across(scores, tokens, self.quota(tokens[0]) * heads)
+
+
+def check_gate(value: object) -> None:
+    """Refuse what is neither a switch nor the name of a folder.
+
+    Raises:
+        ConfigurationError: with what was given.
+    """
+    if not isinstance(value, bool | str) or value == "":
+        raise ConfigurationError(f"gate must be True, False or the folder of trained gates, got {value!r}")
 
 
 @dataclass(frozen=True)

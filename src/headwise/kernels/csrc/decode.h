@@ -2,159 +2,56 @@
 //
 // The rows of all heads, laid end to end, are cut into equal shares, one per thread; a head that a cut goes through is
 // put together from partial results (the idea of Flash-Decoding). Every row is read once for the whole group of query
-// heads, with an online softmax in fp32 (Milakov and Gimelshein, 2018).
+// heads. A head's rows are taken in the order of the views but for the first, whose numbers come last, so that the fresh
+// rows follow them.
 #include <algorithm>
-#include <type_traits>
+#include <cmath>
 #include <vector>
 
+#include "codes.h"
 #include "headwise.h"
-#include "vectors.h"
+#include "numbers.h"
+#include "partial.h"
+#include "products.h"
 
 namespace HEADWISE_ISA {
 namespace {
 
 using headwise::Decode;
+using headwise::Pages;
+using headwise::size_of;
 
 constexpr int64_t kFewLogits = 1 << 15;
-constexpr int kChunk = 64;  // rows whose logits are in flight
 
-int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
-
-// Per query row: the largest logit, the sum of exponentials, and the weighted sum of values.
-struct Partial {
-  float* top;
-  float* sum;
-  float* acc;  // [rows, padded(value_dim)]
-
-  static int64_t floats(int64_t rows, int64_t dim) { return 2 * padded(rows) + rows * padded(dim); }
-
-  Partial(float* memory, int64_t rows) : top(memory), sum(memory + padded(rows)), acc(memory + 2 * padded(rows)) {}
-
-  void clear(int64_t rows, int64_t dim) {
-    std::fill_n(top, rows, kNone);
-    std::fill_n(sum, rows, 0.0f);
-    std::fill_n(acc, rows * padded(dim), 0.0f);
-  }
+// Where the rows of a chunk stand.
+struct Places {
+  int64_t first;            // index among the head's rows
+  int64_t columns[kChunk];  // only where there is a mask
 };
-
-// Numbers in a line of the processor's cache.
-template <typename T>
-constexpr int64_t kLine = 64 / int64_t(sizeof(T));
-
-// A few rows of one head, wherever they lie.
-template <typename T>
-struct Chunk {
-  int count = 0;
-  const T* keys[kChunk];
-  const T* values[kChunk];
-  int64_t first;             // index among the head's rows, the fresh ones behind the kept ones
-  int64_t columns[kChunk];   // only where there is a mask
-};
-
-// Dot products of R keys with N query rows that lie `stride` apart; to[n][r]. The values of the same rows are fetched
-// meanwhile: the processor follows the keys by itself, but not two streams in turn.
-//
-// 32-bit rows are bound by memory and read one after another, as the processor expects; 16-bit rows are bound by
-// arithmetic and read side by side, so that each load of the query serves all of them.
-template <int R, int N, typename T>
-inline void dots(const float* query, int64_t stride, const T* const* keys, const T* const* values, int64_t dim,
-                 float* to) {
-  Vec acc[R][N];
-  int64_t whole = dim / kWidth * kWidth;
-  if constexpr (sizeof(T) == 4) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      Vec mine[N] = {};
-      for (int64_t i = 0; i < whole; i += kWidth) {
-        if (i % kLine<T> == 0) __builtin_prefetch(values[r] + i);
-        Vec k = load(keys[r] + i);
-        for (int n = 0; n < N; n++) mine[n] += k * load(query + n * stride + i);
-      }
-      for (int n = 0; n < N; n++) acc[r][n] = mine[n];
-    }
-  } else {
-    for (int r = 0; r < R; r++)
-      for (int n = 0; n < N; n++) acc[r][n] = Vec{};
-    for (int64_t i = 0; i < whole; i += kWidth) {
-      Vec q[N];
-      for (int n = 0; n < N; n++) q[n] = load(query + n * stride + i);
-      for (int r = 0; r < R; r++) {
-        if (i % kLine<T> == 0) __builtin_prefetch(values[r] + i);
-        Vec k = load(keys[r] + i);
-        for (int n = 0; n < N; n++) acc[r][n] += k * q[n];
-      }
-    }
-  }
-  for (int n = 0; n < N; n++) {
-    if constexpr (R == 4)
-      sums(acc[0][n], acc[1][n], acc[2][n], acc[3][n], to + n * kChunk);
-    else
-      for (int r = 0; r < R; r++) to[n * kChunk + r] = sum(acc[r][n]);
-  }
-  for (int64_t i = whole; i < dim; i++)
-    for (int r = 0; r < R; r++)
-      for (int n = 0; n < N; n++) to[n * kChunk + r] += scalar(keys[r][i]) * query[n * stride + i];
-}
-
-template <int N, typename T>
-inline void dots(const float* query, int64_t stride, const Chunk<T>& chunk, int64_t dim, float* to) {
-  int r = 0;
-  for (; r + 4 <= chunk.count; r += 4) dots<4, N>(query, stride, chunk.keys + r, chunk.values + r, dim, to + r);
-  for (; r < chunk.count; r++) dots<1, N>(query, stride, chunk.keys + r, chunk.values + r, dim, to + r);
-}
-
-// acc[n] += weights[n][r] times value r, over C vectors of the values and N query rows, which stay in registers.
-template <int C, int N, typename T>
-inline void weigh(const Chunk<T>& chunk, const float* weights, int64_t at, int64_t width, float* acc) {
-  Vec sums[N][C];
-  for (int n = 0; n < N; n++)
-    for (int c = 0; c < C; c++) sums[n][c] = load(acc + n * width + at + c * kWidth);
-  for (int r = 0; r < chunk.count; r++)
-    for (int c = 0; c < C; c++) {
-      Vec v = load(chunk.values[r] + at + c * kWidth);
-      for (int n = 0; n < N; n++) sums[n][c] += v * weights[n * kChunk + r];
-    }
-  for (int n = 0; n < N; n++)
-    for (int c = 0; c < C; c++) store(acc + n * width + at + c * kWidth, sums[n][c]);
-}
-
-template <int N, typename T>
-inline void weigh(const Chunk<T>& chunk, const float* weights, int64_t dim, int64_t width, float* acc) {
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= dim; i += 4 * kWidth) weigh<4, N>(chunk, weights, i, width, acc);
-  for (; i + kWidth <= dim; i += kWidth) weigh<1, N>(chunk, weights, i, width, acc);
-  for (; i < dim; i++)
-    for (int r = 0; r < chunk.count; r++)
-      for (int n = 0; n < N; n++) acc[n * width + i] += scalar(chunk.values[r][i]) * weights[n * kChunk + r];
-}
-
-// Calls `body` with the number of query rows at a time, at most 3: as many as registers hold, with 4 rows.
-template <typename Body>
-inline void tiled(int64_t rows, Body body) {
-  int64_t n = 0;
-  for (; n + 3 <= rows; n += 3) body(std::integral_constant<int, 3>(), n);
-  if (rows - n == 2) body(std::integral_constant<int, 2>(), n);
-  if (rows - n == 1) body(std::integral_constant<int, 1>(), n);
-}
 
 template <typename T>
 class Worker {
  public:
   explicit Worker(const Decode& args)
-      : a(args), rows(args.group * args.queries), key_dim(args.pages.key_dim), value_dim(args.pages.value_dim) {
-    heads = a.batch * a.heads;
-    partial_floats = Partial::floats(rows, value_dim);
-    logit_stride = a.pages.longest + a.fresh.count;
+      : a(args), heads(args.batch * args.heads), rows(args.group * args.queries), width(padded(args.value_dim)),
+        partial_floats(Partial::floats(rows, width)) {
+    kept_stride = 0;
+    scratch_floats = 0;
+    for (int64_t v = 0; v < a.views; v++) kept_stride += a.pages[v].longest;
+    for (int64_t v = 1; v < a.views; v++)
+      scratch_floats = std::max(scratch_floats, Codes::floats(a.pages[v], rows, a.key_dim, a.value_dim));
+    scratch_floats += padded(rows * kChunk);
+    logit_stride = kept_stride + a.fresh.count;
     // Kept from call to call, because asking the system for memory takes longer than a small call.
     static thread_local std::vector<float> memory;
     bool with_mass = a.on_kept || a.on_fresh;
-    int64_t weights = a.shares * padded(rows * kChunk), parts = 2 * a.shares * partial_floats;
-    int64_t needed = parts + weights + heads * rows * (key_dim + (with_mass ? logit_stride : 0));
+    int64_t parts = 2 * a.shares * partial_floats, scratches = a.shares * scratch_floats;
+    int64_t needed = parts + scratches + heads * rows * (a.key_dim + (with_mass ? logit_stride : 0));
     if (int64_t(memory.size()) < needed) memory.resize(needed);
     partials = memory.data();
-    chunks = partials + parts;
-    query = chunks + weights;
-    logits = with_mass ? query + heads * rows * key_dim : nullptr;
+    scratch = partials + parts;
+    query = scratch + scratches;
+    logits = with_mass ? query + heads * rows * a.key_dim : nullptr;
     scale();
     total = 0;
     for (int64_t x = 0; x < heads; x++) total += length(x);
@@ -163,8 +60,8 @@ class Worker {
   void run() {
     for (int64_t head = 0; head < heads; head++)
       if (length(head) == 0) {
-        Partial nothing(partials, rows);
-        nothing.clear(rows, value_dim);
+        Partial nothing = partial(0);
+        nothing.clear();
         finish(head, nothing);
       }
     parallel([](Worker& w, int64_t share) { w.attend(share); });
@@ -182,10 +79,10 @@ class Worker {
   void scale() {
     float* to = query;
     const int64_t* s = a.query_strides;
-    for (int64_t x = 0; x < heads * rows; x++, to += key_dim) {
+    for (int64_t x = 0; x < heads * rows; x++, to += a.key_dim) {
       int64_t q = x % a.queries, g = x / a.queries % a.group, h = x / rows % a.heads, b = x / rows / a.heads;
       const T* from = (const T*)a.query + b * s[0] + h * s[1] + g * s[2] + q * s[3];
-      for (int64_t i = 0; i < key_dim; i++) to[i] = scalar(from[i]) * a.scaling;
+      for (int64_t i = 0; i < a.key_dim; i++) to[i] = scalar(from[i]) * a.scaling;
     }
   }
 
@@ -206,8 +103,15 @@ class Worker {
         &context);
   }
 
-  int64_t length(int64_t head) const { return a.pages.lengths[head] + a.fresh.count; }
+  int64_t length(int64_t head) const {
+    int64_t length = a.fresh.count;
+    for (int64_t v = 0; v < a.views; v++) length += a.pages[v].lengths[head];
+    return length;
+  }
+
   int64_t start(int64_t share) const { return total * share / a.shares; }
+
+  Partial partial(int64_t index) const { return Partial(partials + index * partial_floats, rows, width); }
 
   // A share's rows, head by head: whole heads are finished at once, the others go into the share's two partials, the
   // first of which is for a head that began before the share.
@@ -217,137 +121,115 @@ class Worker {
       int64_t n = length(head), from = std::max(begin - at, int64_t(0)), to = std::min(end - at, n);
       at += n;
       if (from >= to) continue;
-      Partial partial(partials + (2 * share + (from > 0 ? 0 : 1)) * partial_floats, rows);
-      partial.clear(rows, value_dim);
-      segment(head, from, to, partial, chunks + share * padded(rows * kChunk));
-      if (from == 0 && to == n) finish(head, partial);
+      Partial found = partial(2 * share + (from > 0 ? 0 : 1));
+      found.clear();
+      segment(head, from, to, found, scratch + share * scratch_floats);
+      if (from == 0 && to == n) finish(head, found);
     }
   }
 
-  void segment(int64_t head, int64_t from, int64_t to, Partial& partial, float* weights) {
-    Chunk<T> chunk;
+  void segment(int64_t head, int64_t from, int64_t to, Partial& found, float* weights) {
+    const float* asked = query + head * rows * a.key_dim;
+    int64_t before = 0;
+    for (int64_t v = 1; v < a.views; v++) {
+      const Pages& pages = a.pages[v];
+      int64_t first = std::max(from, before), last = std::min(to, before + pages.lengths[head]);
+      if (first < last) {
+        Codes codes(pages, rows, a.key_dim, a.value_dim, weights + padded(rows * kChunk));
+        codes.begin(asked);
+        read(head, pages, before, first, last, codes, weights);
+        found.merge(codes.end());
+      }
+      before += pages.lengths[head];
+    }
+    Numbers<T> numbers = {rows, a.key_dim, a.value_dim, asked, found};
+    read(head, a.pages[0], before, std::max(from, before), to, numbers, weights);
+  }
+
+  // Rows from..to of a head, of which those of the view start at `before`, and fresh rows follow.
+  template <typename Rows>
+  void read(int64_t head, const Pages& pages, int64_t before, int64_t from, int64_t to, Rows& view, float* weights) {
+    Chunk chunk;
+    Places places;
+    int64_t kept = before + pages.lengths[head];
     for (; from < to; from += chunk.count) {
-      gather(head, from, to, chunk);
-      absorb(head, chunk, partial, weights);
+      int64_t end = std::min(to, from + kChunk);
+      chunk.count = chunk.runs = 0;
+      places.first = from;
+      take(head, pages, from - before, std::min(end, kept) - before, chunk, places);
+      take_fresh(head, std::max(from, kept) - kept, end - kept, chunk, places);
+      view.logits(chunk, weights);
+      absorb(head, chunk, places, view.partial, weights);
+      view.weigh_values(chunk, weights);
     }
   }
 
-  void gather(int64_t head, int64_t from, int64_t to, Chunk<T>& chunk) const {
-    const auto& p = a.pages;
-    const auto& f = a.fresh;
-    int64_t kept = p.lengths[head], end = std::min(to, from + kChunk), b = head / a.heads, h = head % a.heads, i = from;
-    chunk.first = from;
-    chunk.count = int(end - from);
-    while (i < std::min(end, kept)) {
-      int64_t offset = i % p.page_size, last = std::min({end, kept, i - offset + p.page_size});
+  void take(int64_t head, const Pages& p, int64_t i, int64_t end, Chunk& chunk, Places& places) const {
+    int64_t key_bytes = p.key_width * size_of(p.type), value_bytes = p.value_width * size_of(p.type);
+    while (i < end) {
+      int64_t offset = i % p.page_size, last = std::min(end, i - offset + p.page_size);
       int64_t at = p.table[head * p.table_width + i / p.page_size] * p.page_size + offset;
+      chunk.run[chunk.runs++] = {at, last - i};
       for (; i < last; i++, at++) {
-        chunk.keys[i - from] = (const T*)p.keys + at * key_dim;
-        chunk.values[i - from] = (const T*)p.values + at * value_dim;
-        if (a.mask) chunk.columns[i - from] = p.columns[at];
+        int r = chunk.count++;
+        chunk.keys[r] = static_cast<const char*>(p.keys) + at * key_bytes;
+        chunk.values[r] = static_cast<const char*>(p.values) + at * value_bytes;
+        if (a.mask) places.columns[r] = p.columns[at];
       }
     }
+  }
+
+  void take_fresh(int64_t head, int64_t i, int64_t end, Chunk& chunk, Places& places) const {
+    const auto& f = a.fresh;
+    int64_t b = head / a.heads, h = head % a.heads;
     for (; i < end; i++) {
-      int64_t j = i - kept;
-      chunk.keys[i - from] =
-          (const T*)f.keys + b * f.key_strides[0] + h * f.key_strides[1] + j * f.key_strides[2];
-      chunk.values[i - from] =
-          (const T*)f.values + b * f.value_strides[0] + h * f.value_strides[1] + j * f.value_strides[2];
-      if (a.mask) chunk.columns[i - from] = a.mask_columns - f.count + j;
+      int r = chunk.count++;
+      chunk.keys[r] = (const T*)f.keys + b * f.key_strides[0] + h * f.key_strides[1] + i * f.key_strides[2];
+      chunk.values[r] = (const T*)f.values + b * f.value_strides[0] + h * f.value_strides[1] + i * f.value_strides[2];
+      if (a.mask) places.columns[r] = a.mask_columns - f.count + i;
     }
   }
 
-  // Writes minus infinity over the logits of rows that a query may not see.
-  void hide(int64_t head, const Chunk<T>& chunk, float* weights) const {
-    int64_t kept = a.pages.lengths[head];
-    if (!a.mask && chunk.first + chunk.count <= kept) return;
-    for (int64_t n = 0; n < rows; n++) {
-      int64_t query = n % a.queries;
-      const bool* mask = a.mask + head / a.heads * a.mask_strides[0] + query * a.mask_strides[1];
-      for (int r = 0; r < chunk.count; r++) {
-        bool visible = a.mask ? mask[chunk.columns[r] * a.mask_strides[2]]
-                              : chunk.first + r - kept <= a.fresh.count - a.queries + query;
-        if (!visible) weights[n * kChunk + r] = kNone;
-      }
-    }
-  }
-
-  void absorb(int64_t head, const Chunk<T>& chunk, Partial& partial, float* weights) {
-    const float* asked = query + head * rows * key_dim;
-    tiled(rows, [&](auto tile, int64_t n) {
-      dots<tile()>(asked + n * key_dim, key_dim, chunk, key_dim, weights + n * kChunk);
-    });
+  // Logits become weights; where probabilities are asked for, the logits are kept.
+  void absorb(int64_t head, const Chunk& chunk, const Places& places, Partial& found, float* weights) {
     if (a.softcap > 0)
       for (int64_t n = 0; n < rows; n++)
         for (int r = 0; r < chunk.count; r += kWidth) {
           float* x = weights + n * kChunk + r;
           store(x, tangent(load(x) / a.softcap) * a.softcap);
         }
-    hide(head, chunk, weights);
+    hide(head, chunk, places, weights);
     for (int64_t n = 0; n < rows; n++) {
       float* mine = weights + n * kChunk;
-      if (logits) std::copy_n(mine, chunk.count, logits + (head * rows + n) * logit_stride + chunk.first);
-      int end = (chunk.count + kWidth - 1) / kWidth * kWidth;
-      for (int r = chunk.count; r < end; r++) mine[r] = kNone;
-      exponentials(partial, n, mine, end);
+      if (logits) std::copy_n(mine, chunk.count, logits + (head * rows + n) * logit_stride + places.first);
+      std::fill(mine + chunk.count, mine + chunk.end(), kNone);
+      found.absorb(n, mine, chunk.end());
     }
-    tiled(rows, [&](auto tile, int64_t n) {
-      int64_t width = padded(value_dim);
-      weigh<tile()>(chunk, weights + n * kChunk, value_dim, width, partial.acc + n * width);
-    });
   }
 
-  // Logits of one query row become weights relative to its largest logit so far.
-  void exponentials(Partial& partial, int64_t n, float* mine, int end) {
-    Vec top = load(mine);
-    for (int r = kWidth; r < end; r += kWidth) top = maximum(top, load(mine + r));
-    float highest = std::max(partial.top[n], largest(top));
-    if (highest == kNone) {
-      std::fill_n(mine, end, 0.0f);
-      return;
-    }
-    if (highest > partial.top[n]) rescale(partial, n, exponential(partial.top[n] - highest), highest);
-    Vec added = {};
-    for (int r = 0; r < end; r += kWidth) {
-      Vec p = exponential(load(mine + r) - highest);
-      added += p;
-      store(mine + r, p);
-    }
-    partial.sum[n] += sum(added);
-  }
-
-  void rescale(Partial& partial, int64_t n, float factor, float top) {
-    float* acc = partial.acc + n * padded(value_dim);
-    for (int64_t i = 0; i < padded(value_dim); i += kWidth) store(acc + i, load(acc + i) * factor);
-    partial.sum[n] *= factor;
-    partial.top[n] = top;
-  }
-
-  void merge(Partial& into, const Partial& from) {
-    int64_t width = padded(value_dim);
+  // Writes minus infinity over the logits of rows that a query may not see.
+  void hide(int64_t head, const Chunk& chunk, const Places& places, float* weights) const {
+    int64_t kept = length(head) - a.fresh.count;
+    if (!a.mask && places.first + chunk.count <= kept) return;
     for (int64_t n = 0; n < rows; n++) {
-      if (from.top[n] == kNone) continue;
-      if (from.top[n] > into.top[n]) rescale(into, n, exponential(into.top[n] - from.top[n]), from.top[n]);
-      float factor = exponential(from.top[n] - into.top[n]);
-      into.sum[n] += factor * from.sum[n];
-      for (int64_t i = 0; i < width; i += kWidth)
-        store(into.acc + n * width + i, load(into.acc + n * width + i) + load(from.acc + n * width + i) * factor);
-    }
-  }
-
-  void finish(int64_t head, Partial& partial) {
-    int64_t width = padded(value_dim);
-    for (int64_t n = 0; n < rows; n++) {
-      if (a.sinks) {
-        float sink = a.sinks[head % a.heads * a.group + n / a.queries];
-        if (sink > partial.top[n]) rescale(partial, n, exponential(partial.top[n] - sink), sink);
-        partial.sum[n] += exponential(sink - partial.top[n]);
+      int64_t query = n % a.queries;
+      const bool* mask = a.mask + head / a.heads * a.mask_strides[0] + query * a.mask_strides[1];
+      for (int r = 0; r < chunk.count; r++) {
+        bool visible = a.mask ? mask[places.columns[r] * a.mask_strides[2]]
+                              : places.first + r - kept <= a.fresh.count - a.queries + query;
+        if (!visible) weights[n * kChunk + r] = kNone;
       }
-      bool nothing = partial.sum[n] == 0;
-      float share = nothing ? 0 : 1 / partial.sum[n];
-      float* to = a.output + (head * rows + n) * value_dim;
-      for (int64_t i = 0; i < value_dim; i++) to[i] = partial.acc[n * width + i] * share;
-      a.lse[head * rows + n] = nothing ? kNone : partial.top[n] + std::log(partial.sum[n]);
+    }
+  }
+
+  void finish(int64_t head, Partial& found) {
+    for (int64_t n = 0; n < rows; n++) {
+      if (a.sinks) found.absorb_sink(n, a.sinks[head % a.heads * a.group + n / a.queries]);
+      bool nothing = found.sum[n] == 0;
+      float share = nothing ? 0 : 1 / found.sum[n];
+      float* to = a.output + (head * rows + n) * a.value_dim;
+      for (int64_t i = 0; i < a.value_dim; i++) to[i] = found.acc[n * width + i] * share;
+      a.lse[head * rows + n] = nothing ? kNone : found.top[n] + std::log(found.sum[n]);
     }
   }
 
@@ -359,11 +241,9 @@ class Worker {
       while (share < a.shares && start(share + 1) <= at) share++;
       if (share < a.shares && start(share + 1) < end) {
         // It begins in `share`, as the last head there, and goes on in later ones, as the first.
-        Partial whole(partials + (2 * share + 1) * partial_floats, rows);
-        for (int64_t later = share + 1; later < a.shares && start(later) < end; later++) {
-          if (start(later) == start(later + 1)) continue;
-          merge(whole, Partial(partials + 2 * later * partial_floats, rows));
-        }
+        Partial whole = partial(2 * share + 1);
+        for (int64_t later = share + 1; later < a.shares && start(later) < end; later++)
+          if (start(later) < start(later + 1)) whole.merge(partial(2 * later));
         finish(head, whole);
       }
       at = end;
@@ -374,19 +254,23 @@ class Worker {
   void probabilities(int64_t share) {
     int64_t jobs = heads * a.queries;
     for (int64_t job = jobs * share / a.shares; job < jobs * (share + 1) / a.shares; job++) {
-      int64_t head = job / a.queries, query = job % a.queries, kept = a.pages.lengths[head];
-      float* on_kept = a.on_kept + job * a.pages.longest;
-      float* on_fresh = a.on_fresh + job * a.fresh.count;
+      int64_t head = job / a.queries, query = job % a.queries;
       const float *first = logits + (head * rows + query) * logit_stride, *lse = a.lse + head * rows + query;
-      summed(first, lse, kept, on_kept);
-      std::fill(on_kept + kept, on_kept + a.pages.longest, 0.0f);
-      summed(first + kept, lse, a.fresh.count, on_fresh);
+      float *on_kept = a.on_kept + job * kept_stride, *on_view = on_kept + a.pages[0].longest;
+      for (int64_t v = 1; v < a.views; v++) {
+        const Pages& pages = a.pages[v];
+        first = spread(first, lse, pages.lengths[head], pages.longest, on_view);
+        on_view += pages.longest;
+      }
+      first = spread(first, lse, a.pages[0].lengths[head], a.pages[0].longest, on_kept);
+      spread(first, lse, a.fresh.count, a.fresh.count, a.on_fresh + job * a.fresh.count);
     }
   }
 
-  // Of one query position: the group's probabilities of `count` rows, added up.
-  void summed(const float* first, const float* lse, int64_t count, float* to) const {
-    std::fill_n(to, count, 0.0f);
+  // Of one query position: the group's probabilities of `count` rows, added up, and 0 up to `longest`; returns the
+  // logits behind them.
+  const float* spread(const float* first, const float* lse, int64_t count, int64_t longest, float* to) const {
+    std::fill_n(to, longest, 0.0f);
     for (int64_t g = 0; g < a.group; g++) {
       const float* x = first + g * a.queries * logit_stride;
       float denominator = lse[g * a.queries];
@@ -395,18 +279,19 @@ class Worker {
       for (; i + kWidth <= count; i += kWidth) store(to + i, load(to + i) + exponential(load(x + i) - denominator));
       for (; i < count; i++) to[i] += exponential(x[i] - denominator);
     }
+    return first + count;
   }
 
   const Decode& a;
-  const int64_t rows, key_dim, value_dim;
-  int64_t heads, partial_floats, logit_stride, total;
-  float *partials, *chunks, *query, *logits;
+  const int64_t heads, rows, width, partial_floats;
+  int64_t scratch_floats, kept_stride, logit_stride, total;
+  float *partials, *scratch, *query, *logits;
 };
 
 }  // namespace
 
 void decode(const Decode* args) {
-  switch (args->pages.type) {
+  switch (args->pages[0].type) {
     case headwise::kFloat32: return Worker<float>(*args).run();
     case headwise::kBFloat16: return Worker<BFloat16>(*args).run();
     case headwise::kFloat16: return Worker<Float16>(*args).run();

@@ -10,18 +10,28 @@ namespace headwise {
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
 
-enum Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kCodes = 3 };
+
+inline int64_t size_of(int64_t type) { return type == kFloat32 ? 4 : type == kCodes ? 1 : 2; }
+
+// How the codes of the keys, or of the values, are read: headwise.types.Packing.
+struct Packing {
+  const uint16_t* steps;  // [pages, page_size, 2 * groups]: fp16; of a row the steps, then the least numbers
+  const float* rotation;  // [dim, dim]
+  int64_t bits, groups;
+};
 
 // Pages of one layer: row i of head x lies in page table[x * table_width + i / page_size] at i % page_size.
 struct Pages {
-  void* keys;        // [pages, page_size, key_dim]
-  void* values;      // [pages, page_size, value_dim]
+  void* keys;        // [pages, page_size, key_width]
+  void* values;      // [pages, page_size, value_width]
   int32_t* columns;  // [pages, page_size]
   float* scores;     // [pages, page_size], or null
   const int32_t* table;
   int64_t* lengths;
   int64_t page_size, table_width, longest;
-  int64_t key_dim, value_dim, type;
+  int64_t key_width, value_width, type;  // elements of a row: numbers, or bytes of codes
+  Packing key_packing, value_packing;    // only where the type is codes
 };
 
 // Rows beside the pages: [batch, heads, fresh, dim], the last dimension contiguous; strides in elements.
@@ -33,16 +43,17 @@ struct Fresh {
 };
 
 struct Decode {
-  Pages pages;
+  const Pages* pages;  // [views]: numbers, then codes
+  int64_t views;
   Fresh fresh;
-  const void* query;   // [batch, heads, group, queries, key_dim] of the pages' type, strides below
+  const void* query;   // [batch, heads, group, queries, key_dim] of the numbers' type, strides below
   const bool* mask;    // [batch, queries, columns] with the strides below, or null
   const float* sinks;  // [heads, group], or null
   float* output;       // [batch, heads, group, queries, value_dim]
   float* lse;          // [batch, heads, group, queries]
-  float* on_kept;      // [batch, heads, queries, longest], or null
+  float* on_kept;      // [batch, heads, queries, sum of what is longest in each view], or null
   float* on_fresh;     // [batch, heads, queries, fresh], or null
-  int64_t batch, heads, group, queries, shares;
+  int64_t batch, heads, group, queries, key_dim, value_dim, shares;
   int64_t query_strides[5];
   int64_t mask_columns, mask_strides[3];
   float scaling, softcap;  // softcap 0: none

@@ -26,8 +26,6 @@ bool has(const Kernels* kernels) {
 
 const Kernels* chosen = &kernels_base;
 
-int64_t size_of(int64_t type) { return type == kFloat32 ? 4 : 2; }
-
 void append_head(const Append& a, int64_t head) {
   const Pages& p = a.pages;
   int64_t b = head / a.heads, h = head % a.heads, length = p.lengths[head], element = size_of(p.type);
@@ -44,10 +42,10 @@ void append_head(const Append& a, int64_t head) {
     if (a.real && !a.real[b * a.rows.count + i]) continue;
     int64_t at = table[length / p.page_size] * p.page_size + length % p.page_size;
     const auto &ks = a.rows.key_strides, &vs = a.rows.value_strides;
-    std::memcpy((char*)p.keys + at * p.key_dim * element,
-                (const char*)a.rows.keys + (b * ks[0] + h * ks[1] + i * ks[2]) * element, p.key_dim * element);
-    std::memcpy((char*)p.values + at * p.value_dim * element,
-                (const char*)a.rows.values + (b * vs[0] + h * vs[1] + i * vs[2]) * element, p.value_dim * element);
+    std::memcpy((char*)p.keys + at * p.key_width * element,
+                (const char*)a.rows.keys + (b * ks[0] + h * ks[1] + i * ks[2]) * element, p.key_width * element);
+    std::memcpy((char*)p.values + at * p.value_width * element,
+                (const char*)a.rows.values + (b * vs[0] + h * vs[1] + i * vs[2]) * element, p.value_width * element);
     p.columns[at] = a.columns[i];
     if (p.scores) p.scores[at] = a.scores[head * a.rows.count + i];
     length++;

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -22,12 +22,23 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(kWidth * 2)));
+typedef uint8_t ByteVec __attribute__((vector_size(kWidth)));
 
 struct BFloat16 {
   uint16_t bits;
 };
 struct Float16 {
   uint16_t bits;
+};
+// A code of 8 bits, or of the 4 in one half of a byte.
+struct Byte {
+  uint8_t bits;
+};
+struct LowHalf {
+  uint8_t bits;
+};
+struct HighHalf {
+  uint8_t bits;
 };
 
 inline Vec load(const float* from) {
@@ -39,9 +50,13 @@ inline Vec load(const float* from) {
 inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
 inline Vec load(const BFloat16* from) {
+#if defined(__AVX2__)
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#else
   HalfVec half;
   std::memcpy(&half, from, sizeof half);
   return (Vec)(__builtin_convertvector(half, IntVec) << 16);
+#endif
 }
 
 inline Vec load(const Float16* from) {
@@ -58,7 +73,24 @@ inline Vec load(const Float16* from) {
 #endif
 }
 
+inline IntVec load_bytes(const void* from) {
+#if defined(__AVX2__)
+  return (IntVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  ByteVec bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, IntVec);
+#endif
+}
+
+inline Vec load(const Byte* from) { return __builtin_convertvector(load_bytes(from), Vec); }
+inline Vec load(const LowHalf* from) { return __builtin_convertvector(load_bytes(from) & 15, Vec); }
+inline Vec load(const HighHalf* from) { return __builtin_convertvector(load_bytes(from) >> 4, Vec); }
+
 inline float scalar(float x) { return x; }
+inline float scalar(Byte x) { return x.bits; }
+inline float scalar(LowHalf x) { return x.bits & 15; }
+inline float scalar(HighHalf x) { return x.bits >> 4; }
 
 inline float scalar(BFloat16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;
@@ -97,6 +129,18 @@ inline void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
   Vec all = HEADWISE_SHUFFLE(ab, cd, 0, 1, 4, 5) + HEADWISE_SHUFFLE(ab, cd, 2, 3, 6, 7);
 #endif
   std::memcpy(to, &all, 4 * sizeof(float));
+}
+
+// Two vectors of pairs: their first numbers, and their second ones.
+inline void apart(const float* from, float* first, float* second) {
+  Vec a = load(from), b = load(from + kWidth);
+#if defined(__AVX2__)
+  store(first, HEADWISE_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
+  store(second, HEADWISE_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
+#else
+  store(first, HEADWISE_SHUFFLE(a, b, 0, 2, 4, 6));
+  store(second, HEADWISE_SHUFFLE(a, b, 1, 3, 5, 7));
+#endif
 }
 
 inline float largest(Vec v) {

@@ -1,0 +1,31 @@
+// Numbers: rows as the model made them -> their logits, and weighted sums of their values.
+#pragma once
+#include "partial.h"
+#include "products.h"
+
+namespace HEADWISE_ISA {
+namespace {
+
+// The exact rows of one head, as they meet its `rows` queries; the same calls as `Codes` has.
+template <typename T>
+struct Numbers {
+  int64_t rows, key_dim, value_dim;
+  const float* query;  // [rows, key_dim]
+  Partial& partial;
+
+  void logits(const Chunk& chunk, float* to) {
+    tiled(rows, [&](auto tile, int64_t n) {
+      dots<tile(), T>(query + n * key_dim, key_dim, chunk, {{0, 0, key_dim}}, to + n * kChunk, kChunk);
+    });
+  }
+
+  void weigh_values(const Chunk& chunk, const float* weights) {
+    tiled(rows, [&](auto tile, int64_t n) {
+      weigh<tile(), T>(chunk, weights + n * kChunk, kChunk, {0, 0, value_dim}, partial.acc + n * partial.width,
+                       partial.width);
+    });
+  }
+};
+
+}  // namespace
+}  // namespace HEADWISE_ISA

@@ -1,0 +1,87 @@
+"""Formats: how many bits a row's numbers get, and which rows stay exact; checked against a model's dimensions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headwise.errors import ConfigurationError
+from headwise.rows import STEP_DTYPE
+
+_BITS = (4, 8)
+
+# Beside keys and values, in any format: the column.
+_COLUMN_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How a row is stored as codes.
+
+    Attributes:
+        key_bits, value_bits: of the code of a number, 4 or 8.
+        group: channels that share a step and a least number; None for all of a head.
+
+    Raises:
+        ConfigurationError: for other numbers of bits, or a group of no channels.
+    """
+
+    key_bits: int
+    value_bits: int
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, bits in (("key_bits", self.key_bits), ("value_bits", self.value_bits)):
+            if isinstance(bits, bool) or bits not in _BITS:
+                raise ConfigurationError(f"{name} must be {' or '.join(map(str, _BITS))}, got {bits!r}")
+        if self.group is not None:
+            _check_group(self.group)
+
+    def __str__(self) -> str:
+        """As in the literature: K4V4."""
+        return f"K{self.key_bits}V{self.value_bits}" + (f"G{self.group}" if self.group else "")
+
+    def group_of(self, dim: int) -> int:
+        """Channels in a group of a head with so many.
+
+        Raises:
+            ConfigurationError: when they do not divide, or an odd number of codes would have to share bytes.
+        """
+        group = self.group or dim
+        if dim % group:
+            raise ConfigurationError(f"a head of {dim} channels cannot be cut into groups of {group}")
+        if dim % 2 and 4 in (self.key_bits, self.value_bits):
+            raise ConfigurationError(f"codes of 4 bits come in pairs, and a head has {dim} channels; take 8 bits")
+        return group
+
+    def row_bytes(self, key_dim: int, value_dim: int) -> int:
+        """Bytes of a row: codes, steps and its column."""
+        total = _COLUMN_BYTES
+        for bits, dim in ((self.key_bits, key_dim), (self.value_bits, value_dim)):
+            total += dim * bits // 8 + 2 * dim // self.group_of(dim) * STEP_DTYPE.itemsize
+        return total
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Which rows of a cache are stored as codes, and how.
+
+    Attributes:
+        formats: that a head may get.
+        recent: newest rows of every head that stay exact.
+        sinks: first rows of every head that stay exact: attention sinks, whose keys are unlike all others, and in
+            which small errors move much attention (KVQuant, Hooper et al., NeurIPS 2024, section 3.5).
+    """
+
+    formats: tuple[RowFormat, ...]
+    recent: int = 32
+    sinks: int = 4
+
+    @property
+    def exact(self) -> int:
+        """Rows of a head that are not stored as codes."""
+        return self.recent + self.sinks
+
+
+def _check_group(group: int) -> None:
+    if isinstance(group, bool) or not isinstance(group, int) or group < 1:
+        raise ConfigurationError(f"group must be a count of channels, got {group!r}")

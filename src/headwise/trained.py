@@ -1,0 +1,154 @@
+"""Trained: weights of every layer that were trained for a model -> a folder with safetensors and JSON, and back.
+
+A model is known by a few numbers of each of its parameters. They may differ as far as precision and quantization make
+them: another model is refused, the same one in 16 or 4 bits is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from headwise.errors import InputError, MismatchError
+from headwise.types import Float, Tensor
+
+CONFIG = "config.json"
+
+# Of every parameter of the model.
+_SAMPLED = 16
+
+# How far those numbers may be off, relative to their size. 4-bit weights are off by 0.1, other trainings by about 1.
+_TOLERANCE = 0.25
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One kind of trained weights, and how its folders look.
+
+    Attributes:
+        what: what they are called, as several.
+        file: name of the file with the weights.
+        marker: what that file says it is.
+        command: what makes such a folder.
+    """
+
+    what: str
+    file: str
+    marker: str
+    command: str
+
+    def save(self, folder: Path, layers: Mapping[int, Mapping[str, Tensor]], origin: Origin) -> None:
+        """Write the weights of every layer, in half precision.
+
+        Raises:
+            InputError: when the folder cannot be written.
+        """
+        tensors = {f"model.{name}": numbers for name, numbers in origin.sample.items()}
+        for index, layer in layers.items():
+            tensors |= {f"layers.{index}.{name}": t.half().cpu().contiguous() for name, t in layer.items()}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / self.file, {"format": self.marker})
+            (folder / CONFIG).write_text(json.dumps(dict(origin.about), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write to {str(folder)!r}: {error}") from error
+
+    def load(self, folder: Path) -> tuple[dict[int, dict[str, Tensor]], Origin]:
+        """What `save` wrote, the weights in fp32.
+
+        Raises:
+            InputError: when the folder holds no such files, or they cannot be read.
+        """
+        for name in (CONFIG, self.file):
+            if not (folder / name).is_file():
+                raise InputError(f"no {self.what} in {str(folder)!r}: it has no {name}; `{self.command}` makes one")
+        layers: dict[int, dict[str, Tensor]] = {}
+        sample: dict[str, Tensor] = {}
+        try:
+            about: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if not isinstance(about, dict):
+                raise ValueError(f"{CONFIG} holds {type(about).__name__}, not an object")
+            with safe_open(folder / self.file, framework="pt") as file:
+                if (file.metadata() or {}).get("format") != self.marker:
+                    raise InputError(f"{str(folder)!r} was not written by this version of headwise ({self.marker})")
+                for name in file.keys():  # noqa: SIM118  # not a dict
+                    owner, _, rest = name.partition(".")
+                    if owner == "model":
+                        sample[rest] = file.get_tensor(name)
+                    else:
+                        index, _, field = rest.partition(".")
+                        layers.setdefault(int(index), {})[field] = file.get_tensor(name).float()
+        except (SafetensorError, ValueError, TypeError) as error:
+            raise self.unreadable(folder, error) from error
+        return dict(sorted(layers.items())), Origin(about, sample, str(folder))
+
+    def unreadable(self, folder: Path, error: Exception) -> InputError:
+        """What to raise where a folder holds something else."""
+        return InputError(f"the {self.what} in {str(folder)!r} cannot be read: {error}")
+
+    def check(self, origin: Origin, model: nn.Module) -> None:
+        """Refuse what was trained for another model.
+
+        Raises:
+            MismatchError: saying which parameter is not the same, or how far they differ.
+        """
+        ours, theirs = sample_weights(model), origin.sample
+        trained_for = (
+            f"the {self.what} in {origin.name!r} were trained for {origin.about.get('model', 'another model')}"
+        )
+        remedy = f"train some for this model with `{self.command}`"
+        differing = sorted(
+            name
+            for name in ours.keys() | theirs.keys()
+            if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape
+        )
+        if differing:
+            raise MismatchError(f"{trained_for}; this one differs in {differing[0]!r}; {remedy}")
+        # What is the same all over, as fresh norms and biases are, is so in many models.
+        telling = {name: sample for name, sample in theirs.items() if sample.min() < sample.max()}
+        off = torch.tensor([float((ours[name] - sample).norm() / sample.norm()) for name, sample in telling.items()])
+        if not float(off.median()) <= _TOLERANCE:
+            raise MismatchError(f"{trained_for}; the weights of this one differ by {float(off.median()):.0%}; {remedy}")
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where trained weights come from.
+
+    Attributes:
+        about: what they were trained with, and for which model; plain JSON values.
+        sample: a few numbers of every parameter of that model, by name, to know it again.
+        name: for messages and reports.
+    """
+
+    about: Mapping[str, Any]
+    sample: Mapping[str, Tensor]
+    name: str
+
+
+def sample_weights(model: nn.Module) -> dict[str, Float[Tensor, " n"]]:
+    """A few numbers of every parameter, by name."""
+    sample = {}
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        step = max(1, len(flat) // _SAMPLED)
+        sample[name] = flat[::step][:_SAMPLED].float().cpu().clone()
+    return sample
+
+
+def digest_of(layers: Mapping[int, Mapping[str, Tensor]]) -> str:
+    """Hash of the weights."""
+    digest = hashlib.sha256()
+    for index, layer in sorted(layers.items()):
+        for name, tensor in layer.items():
+            digest.update(f"{index} {name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

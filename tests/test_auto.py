@@ -1,0 +1,147 @@
+"""Auto: the budget is spent and not exceeded, and nothing with the same bytes would have lost less."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import headwise
+import tiny
+from headwise.errors import ConfigurationError
+from headwise.policies.auto import _Market
+from headwise.policies.scored import Damage
+from headwise.types import Tokens
+
+ROW = 4 * 2 * 14 + 4
+HEADS = 4 * 4
+
+
+def read(policy, *lengths, **options):
+    """The cache after prompts of those lengths."""
+    model = tiny.llama(layers=4, heads=8, kv_heads=4)
+    ids, mask = tiny.left_padded(*(tiny.prompt(n, seed=n)[0] for n in lengths))
+    cache = headwise.HeadwiseCache(model, policy, tokenizer=tiny.tokenizer(), **options)
+    with torch.no_grad():
+        at = (mask.cumsum(1) - 1).clamp(min=0)
+        model(input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache)
+    return cache
+
+
+def bytes_of(cache):
+    """Bytes of the rows of every sequence."""
+    stores = [layer.core.store for layer in cache.headwise_layers]
+    parts = [store.exact for store in stores] + [part.pages for store in stores for part in store.packed]
+    return sum(pages.lengths.sum(1) * pages.row_bytes for pages in parts).tolist()
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
+def test_a_share_of_the_bytes_is_spent_by_every_sequence(ratio):
+    lengths = (230, 170)
+    cache = read(headwise.Auto(ratio=ratio, window=8, recent=8), *lengths)
+    for used, length in zip(bytes_of(cache), lengths, strict=True):
+        budget = ratio * length * HEADS * ROW
+        # Formats change for a whole head at once, and what that leaves is not spent.
+        assert 0.9 * budget <= used <= budget
+
+
+def test_bytes_and_rows_are_budgets_too():
+    for policy in (headwise.Auto(bytes=120_000, window=8), headwise.Auto(ratio=0.5, window=8).with_bytes(120_000)):
+        assert 108_000 <= bytes_of(read(policy, 230))[0] <= 120_000
+    cache = read(headwise.Auto(recovery=0.9, window=8), 230, budget="120kB")
+    assert 108_000 <= bytes_of(cache)[0] <= 120_000
+    assert 0.9 * 60 * HEADS * ROW <= bytes_of(read(headwise.Auto(ratio=60, window=8), 230))[0] <= 60 * HEADS * ROW
+
+
+def test_a_cache_in_half_precision_has_room_for_more_rows():
+    cache = read(headwise.Auto(ratio=0.4, window=8), 230, cache_dtype=torch.float16)
+    budget = 0.4 * 230 * HEADS * (2 * 2 * 14 + 4)
+    assert 0.9 * budget <= bytes_of(cache)[0] <= budget
+
+
+def test_all_of_the_attention_needs_all_rows_exactly():
+    cache = read(headwise.Auto(recovery=1), 100)
+    assert cache.report().kept_ratio == 1
+    assert all((layer.core.store.formats == -1).all() for layer in cache.headwise_layers)
+
+
+def test_more_recovery_takes_more_bytes():
+    sizes = [bytes_of(read(headwise.Auto(recovery=r, window=8), 150))[0] for r in (0.5, 0.9, 0.97, 0.999)]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"ratio": 0.5, "bytes": 9}, {"ratio": 1.5}, {"recovery": -1}, {"bytes": 0}, {"ratio": 0.5, "sinks": -1}],
+)
+def test_what_cannot_be_is_refused(given):
+    with pytest.raises(ConfigurationError):
+        headwise.Auto(**given)
+    with pytest.raises(ConfigurationError, match="chooses the bits itself"):
+        headwise.Quantized(headwise.Auto(ratio=0.5))
+
+
+def tokens_of(batch, heads, count):
+    valid = torch.ones(batch, heads, count, dtype=torch.bool)
+    length = torch.full((batch, 1, 1), count)
+    position = torch.arange(count).expand(batch, heads, -1)
+    return Tokens(position, count - 1 - position, valid, valid, length, length, None, None, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("budget", [1500.0, 2500.0, 4000.0])
+def test_nothing_loses_less_for_the_bytes(seed, budget):
+    """Against every format and every number of rows of three heads."""
+    torch.manual_seed(seed)
+    count, exact, sizes = 14, 3, (100, 40, 25)
+    scores = [torch.rand(1, 2, count), torch.rand(1, 1, count)]
+    losses = [torch.cat([torch.zeros(1, *s.shape[:2]), torch.rand(2, *s.shape[:2]).sort(0).values]) for s in scores]
+    damages = [Damage(loss, sizes) for loss in losses]
+    market = _Market(scores, [tokens_of(1, s.shape[1], count) for s in scores], damages, exact)
+    keep, formats = market.at(market.price(torch.tensor([budget], dtype=torch.float64)))
+
+    options = []
+    for layer, score in enumerate(scores):
+        for head in range(score.shape[1]):
+            squares = score[0, head].double().sort(descending=True).values.square()
+            options.append(
+                [
+                    (
+                        min(n, exact) * sizes[0] + max(n - exact, 0) * size,
+                        float(losses[layer][f, 0, head]) + float(squares[n:].sum()),
+                    )
+                    for f, size in enumerate(sizes)
+                    for n in range(count + 1)
+                ]
+            )
+    taken = lost = 0.0
+    for layer, score in enumerate(scores):
+        for head in range(score.shape[1]):
+            mine, n = score[0, head], int(keep[layer][0, head].sum())
+            assert set(keep[layer][0, head].nonzero().flatten().tolist()) == set(mine.topk(n).indices.tolist())
+            f = int(formats[layer][0, head]) + 1
+            taken += min(n, exact) * sizes[0] + max(n - exact, 0) * sizes[f]
+            lost += float(losses[layer][f, 0, head]) + float(mine.double().sort().values[: count - n].square().sum())
+    assert taken <= budget
+    least = min(
+        sum(loss for _, loss in combo) for combo in itertools.product(*options) if sum(b for b, _ in combo) <= taken
+    )
+    assert lost == pytest.approx(least, abs=1e-5)
+
+
+def test_bits_go_where_rounding_hurts():
+    """Losses of fewer bits are measured: none for exact rows, more for fewer bits."""
+    found = []
+
+    class Spying(headwise.Auto):
+        def damage(self, evidence):
+            found.append(super().damage(evidence))
+            return found[-1]
+
+    read(Spying(ratio=0.5, window=8, recent=4), 120)
+    for damage in found:
+        exact, k8v8, k8v4, k4v4 = damage.losses
+        assert (exact == 0).all() and (k8v8 > 0).all()
+        assert (k8v8 < k8v4).all() and (k8v4 < k4v4).all()
+        assert damage.row_bytes == (ROW, 14 + 4 + 14 + 4 + 4, 14 + 4 + 7 + 4 + 4, 7 + 4 + 7 + 4 + 4)

@@ -1,0 +1,214 @@
+"""The compiled CPU kernels on pages of codes, beside exact ones and fresh rows, against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from headwise.kernels import cpu, reference
+from headwise.quant.formats import RowFormat
+from headwise.quant.packed import PackedPages
+from headwise.rows import Rows
+from headwise.store import add_on_codes
+from headwise.types import LogitOptions, Packing
+from test_cpu_kernels import CPU, DTYPES, check, choose, filled, threads, vectors
+
+__all__ = ["threads", "vectors"]
+
+FORMATS = [RowFormat(keys, values) for keys in (8, 4) for values in (8, 4)]
+
+
+def packed(lengths, format, *, key_dim=64, value_dim=64, dtype=torch.float32, page_size=16, scored=False):
+    """Pages of codes of random rows, whose channels differ in size and lie off zero; columns have gaps, no order."""
+    lengths = torch.tensor(lengths)
+    longest = int(lengths.max())
+    keys, values = (
+        (torch.randn(*lengths.shape, longest, dim) * torch.rand(dim) * 2 + torch.randn(dim)).to(dtype)
+        for dim in (key_dim, value_dim)
+    )
+    columns = (torch.randperm(longest, dtype=torch.int32) * 2).expand(*lengths.shape, -1)
+    scores = torch.rand(columns.shape) if scored else None
+    rows = Rows(keys, values, columns, scores, torch.arange(longest) < lengths[:, :, None])
+    part = PackedPages(rows, format, page_size=page_size, scored=scored)
+    # With pages to spare: there is memory that no row has written.
+    part.pages.commit(part.pages.occupied(), part.encode(rows), spare=page_size + 1)
+    return part.view()
+
+
+def both(
+    exact, coded, *, group=3, queries=1, fresh=1, mask=None, softcap=None, sinks=False, with_mass=True, key_dim=64
+):
+    """The same call of the reference and of the compiled kernel."""
+    (batch, heads), dtype = exact.lengths.shape, exact.keys.dtype
+    query = torch.randn(batch, heads, queries, group, key_dim).to(dtype).transpose(2, 3)
+    fresh_keys = torch.randn(batch, heads, fresh, key_dim).to(dtype)
+    fresh_values = torch.randn(batch, heads, fresh, exact.values.shape[-1]).to(dtype)
+    options = LogitOptions(key_dim**-0.5, softcap, torch.randn(heads, group) if sinks else None)
+    arguments = (query, [exact.view(), *coded], fresh_keys, fresh_values, mask, options)
+    return (k.ragged_decode(*arguments, with_mass=with_mass) for k in (reference, cpu))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_format(format, dtype, threads):
+    """Heads with rows of one kind, of the other, of both and of none; more than fit into one chunk."""
+    exact = filled([[0, 5, 33, 0], [70, 0, 1, 0]], dtype=dtype)
+    check(*both(exact, [packed([[131, 0, 7, 0], [64, 300, 1, 0]], format, dtype=dtype)]))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7])
+def test_every_group_size(format, group):
+    check(*both(filled([[3, 0]]), [packed([[20, 77]], format)], group=group))
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (8, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("dims", "channels"),
+    [
+        ((2, 2), None),
+        ((6, 10), 2),
+        ((16, 32), 1),
+        ((24, 24), 8),  # the middle one of three groups lies in both halves of the bytes
+        ((36, 60), 12),
+        ((64, 64), 16),
+        ((64, 64), 32),
+        ((96, 48), 16),
+        ((80, 80), None),
+        ((128, 64), 64),
+        ((192, 256), None),
+    ],
+    ids=str,
+)
+def test_every_head_dimension_and_channel_group(bits, dims, channels):
+    exact = filled([[5, 0], [1, 20]], key_dim=dims[0], value_dim=dims[1])
+    coded = packed([[70, 33], [9, 0]], RowFormat(*bits, channels), key_dim=dims[0], value_dim=dims[1])
+    check(*both(exact, [coded], key_dim=dims[0], queries=2))
+
+
+@pytest.mark.parametrize("dims", [(1, 1), (7, 11), (33, 9)], ids=str)
+def test_odd_head_dimensions_in_8_bits(dims):
+    exact = filled([[5, 0]], key_dim=dims[0], value_dim=dims[1])
+    coded = packed([[70, 33]], RowFormat(8, 8), key_dim=dims[0], value_dim=dims[1])
+    check(*both(exact, [coded], key_dim=dims[0]))
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 100])
+@pytest.mark.parametrize(("queries", "fresh"), [(1, 1), (2, 5), (7, 130)])
+def test_pages_and_fresh_rows(page_size, queries, fresh, threads):
+    exact = filled([[0, 40], [12, 1]], page_size=page_size)
+    coded = packed([[63, 0], [129, 2]], RowFormat(8, 4), page_size=page_size)
+    check(*both(exact, [coded], queries=queries, fresh=fresh))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, threads):
+    exact, queries, fresh = filled([[0, 50, 7], [90, 33, 1]], dtype=dtype), 3, 4
+    coded = [
+        packed([[80, 0, 0], [0, 90, 0]], RowFormat(4, 8), dtype=dtype),
+        packed([[0, 0, 65], [0, 0, 3]], RowFormat(8, 4, 32), dtype=dtype),
+    ]
+    mask = None
+    if masked:
+        # One query sees nothing at all.
+        mask = torch.rand(2, queries, 2 * 90 + fresh) < 0.6
+        mask[1, 2] = False
+    expected, found = both(exact, coded, queries=queries, fresh=fresh, mask=mask, softcap=softcap, sinks=sinks)
+    check(expected, found)
+    assert found.on_kept.shape[-1] == 90 + 90 + 65
+    if masked and not sinks:
+        assert (found.lse[1, :, :, 2] == -torch.inf).all()
+        assert (found.output[1, :, :, 2] == 0).all()
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 5, 16, 61])
+def test_every_cut_between_threads(shares, monkeypatch):
+    """Cuts go through rows of every kind and between them."""
+    monkeypatch.setattr(cpu, "_BYTES_PER_SHARE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: shares)
+    for exact, *coded in (
+        ([[0]], [[300]]),
+        ([[40]], [[0]], [[90]]),
+        ([[1, 0], [0, 2]], [[0, 1], [0, 3]], [[2, 0], [0, 1]]),
+        ([[37, 0, 1], [40, 3, 5]], [[400, 0, 0], [0, 9, 1]], [[0, 200, 0], [70, 0, 0]]),
+    ):
+        views = [packed(own, format) for own, format in zip(coded, FORMATS[1:], strict=False)]
+        check(*both(filled(exact), views))
+        check(*both(filled(exact), views, fresh=0, queries=2))
+
+
+@pytest.mark.parametrize("with_mass", [False, True])
+@pytest.mark.parametrize("longest", [0, 45])
+def test_views_may_be_empty(longest, with_mass):
+    exact = filled([[0, 0]])
+    none, some = packed([[0, 0]], RowFormat(8, 8)), packed([[longest, longest // 2]], RowFormat(4, 4))
+    none = replace(none, table=none.table[:, :, :0])
+    expected, found = both(exact, [none, some], with_mass=with_mass)
+    check(expected, found)
+    # With nothing to attend to, fresh rows included.
+    expected, found = both(exact, [none, packed([[0, 9]], RowFormat(8, 4))], fresh=0, with_mass=with_mass)
+    check(expected, found)
+    assert (found.output[0, 0] == 0).all()
+
+
+def test_a_view_may_be_as_long_as_its_pages_have_room_for():
+    view = packed([[33, 0]], RowFormat(8, 4), page_size=3)
+    expected, found = both(filled([[5, 20]]), [replace(view, longest=view.capacity)])
+    check(expected, found)
+    assert view.capacity > 33
+    assert (found.on_kept[0, 0, 0, 20 + 33 :] == 0).all()
+
+
+def test_codes_by_hand():
+    """Two rows whose rotation swaps channels; groups of one channel; 4-bit keys, 8-bit values."""
+    view = packed([[2]], RowFormat(4, 8, 1), key_dim=2, value_dim=2, page_size=2)
+    steps = torch.tensor([[0.5, 1.0, -1.0, 0.0], [2.0, 1.0, 0.0, 3.0]], dtype=torch.float16)[None]
+    swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    view.keys[0] = torch.tensor([[4 | (3 << 4)], [1 | (15 << 4)]], dtype=torch.uint8)
+    view.values[0] = torch.tensor([[200, 7], [0, 255]], dtype=torch.uint8)
+    view = replace(view, table=torch.zeros(1, 1, 1, dtype=torch.int32), packing=Packing(4, 8, steps, steps, swap, swap))
+    # Keys are 0.5 * 4 - 1 = 1 and 3, then 2 * 1 + 0 = 2 and 15 + 3 = 18, and swapped: (3, 1) and (18, 2).
+    # Values are 200 / 2 - 1 = 99 and 7, then 0 and 255 + 3 = 258: (7, 99) and (258, 0).
+    weights = torch.tensor([3.0, 2.0]).log()
+    query = torch.linalg.solve(torch.tensor([[3.0, 1.0], [18.0, 2.0]]), weights)[None, None, None, None]
+    none = torch.zeros(1, 1, 0, 2)
+    exact = filled([[0]], key_dim=2, value_dim=2).view()
+    found = cpu.ragged_decode(query, [exact, view], none, none, None, LogitOptions(1.0), with_mass=True)
+    torch.testing.assert_close(found.on_kept, torch.tensor([[[[0.6, 0.4]]]]))
+    expected = torch.tensor([0.6 * 7 + 0.4 * 258, 0.6 * 99])
+    torch.testing.assert_close(found.output[0, 0, 0, 0], expected)
+    torch.testing.assert_close(found.lse.exp(), torch.full((1, 1, 1, 1), 5.0))
+
+
+@pytest.mark.parametrize("sharpness", [1e-3, 30.0, 1e3])
+def test_flat_and_sharp_attention(sharpness):
+    """Exact and coded rows have largest logits far apart, and either may vanish beside the other."""
+    for exact, lengths in (([[300, 2]], [[5, 260]]), ([[0, 1]], [[130, 1]])):
+        store = filled(exact)
+        store.keys *= sharpness
+        expected, found = both(store, [packed(lengths, RowFormat(8, 8))])
+        assert found.output.isfinite().all()
+        torch.testing.assert_close(found.output, expected.output, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(found.lse, expected.lse, atol=1e-3, rtol=1e-5)
+
+
+def test_increments_reach_the_scores_of_rows_that_are_codes():
+    lengths, width = [[130, 5], [0, 47]], 9
+    increments = torch.rand(2, 2, width + 130 + 20)
+    found = []
+    for name in ("reference", "cpu"):
+        torch.manual_seed(3)
+        exact = filled([[width, 1], [0, 2]], scored=True)
+        views = [packed(lengths, RowFormat(8, 4), scored=True), packed([[0, 20], [3, 1]], RowFormat(4, 4), scored=True)]
+        before = [view.lengths.clone() for view in views]
+        mine = add_on_codes([exact.view(), *views], increments, choose(name, CPU))
+        assert torch.equal(mine, increments[:, :, :width])
+        assert all(torch.equal(view.lengths, then) for view, then in zip(views, before, strict=True))
+        found.append([view.scores for view in views])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)

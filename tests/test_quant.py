@@ -1,0 +1,337 @@
+"""Rows of a few bits: what is read back, which rows stay exact, and that a row is written down as codes once."""
+
+from __future__ import annotations
+
+import copy
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+import headwise
+import tiny
+from headwise.errors import ConfigurationError
+from headwise.kernels import choose
+from headwise.quant.codes import decode, encode, rotation
+from headwise.quant.formats import Precision, RowFormat
+from headwise.quant.packed import PackedPages
+from headwise.rows import Rows
+from headwise.spec import parse_policy
+from headwise.store import RowStore, add_on_codes
+
+KEY_DIM, VALUE_DIM = 12, 8
+REFERENCE = choose("reference", torch.device("cpu"))
+FORMATS = (RowFormat(8, 4), RowFormat(4, 4, 4), RowFormat(8, 8))
+
+
+@pytest.mark.parametrize("dim", [1, 2, 6, 7, 12, 64, 80, 96, 128])
+def test_a_rotation_is_orthogonal_and_spreads_one_channel_over_all(dim):
+    turn = rotation(dim, torch.device("cpu"))
+    torch.testing.assert_close(turn @ turn.T, torch.eye(dim))
+    # Nothing is larger than what a cosine transform of the odd factor has.
+    odd = dim // (dim & -dim)
+    assert turn.abs().max() <= (2 * odd / dim / odd) ** 0.5 + 1e-6
+
+
+def test_codes_by_hand():
+    rows = torch.tensor([[0.0, 1.0, 2.0, 15.0], [-1.0, -1.0, 0.5, 2.0]])
+    codes, steps = encode(rows, 4, 4)
+    # Channels 0 and 2 share a byte, and 1 and 3; the second row's step is 0.2.
+    assert codes.tolist() == [[0 | 2 << 4, 1 | 15 << 4], [0 | 7 << 4, 0 | 15 << 4]] or codes[1, 0] == 8 << 4
+    assert steps.tolist() == [[1.0, 0.0], [pytest.approx(0.2, abs=1e-4), -1.0]]
+    assert decode(codes, steps, 4)[0].tolist() == rows[0].tolist()
+    codes, steps = encode(rows, 8, 2)
+    assert codes[0].tolist() == [0, 255, 0, 255]
+    assert steps[0].tolist() == [pytest.approx(1 / 255, rel=1e-3), pytest.approx(13 / 255, rel=1e-3), 0.0, 2.0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [2, 6, 12])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 3e3])
+def test_what_is_read_back_is_off_by_half_a_step_at_most(bits, group, size):
+    rows = torch.randn(5, 3, 12) * size
+    codes, steps = encode(rows, bits, group)
+    assert codes.shape == (5, 3, 12 * bits // 8) and steps.shape == (5, 3, 2 * 12 // group)
+    step, low = steps.float().repeat_interleave(group, dim=-1).split(12, dim=-1)
+    # Beside it, what the step and the least number were rounded by.
+    rounding = low.abs() * 2**-11 + step * 2**bits * 2**-11 + 2**-24 * 2**bits
+    assert ((decode(codes, steps, bits) - rows).abs() <= step / 2 + rounding).all()
+
+
+def test_rows_that_do_not_vary_or_are_huge_are_read_back():
+    constant = torch.full((1, 12), 0.1)
+    torch.testing.assert_close(decode(*encode(constant, 4, 12), 4), constant, atol=1e-4, rtol=0)
+    huge = torch.tensor([[-1e30, 1e30] * 6])
+    assert decode(*encode(huge, 8, 12), 8).isfinite().all()
+
+
+@pytest.mark.parametrize("numbers", [{"key_bits": 3}, {"value_bits": 16}, {"group": 0}, {"key_bits": True}])
+def test_a_format_that_cannot_be_is_refused(numbers):
+    with pytest.raises(ConfigurationError):
+        RowFormat(**{"key_bits": 4, "value_bits": 4} | numbers)
+
+
+def test_a_format_that_does_not_suit_the_heads_is_refused():
+    with pytest.raises(ConfigurationError, match="groups of 5"):
+        RowFormat(8, 8, 5).group_of(12)
+    with pytest.raises(ConfigurationError, match="pairs"):
+        RowFormat(4, 8).group_of(7)
+    assert RowFormat(8, 8).group_of(7) == 7
+
+
+def test_bytes_of_a_row():
+    # 12 and 8 codes, a step and a least number of 2 bytes for each group, and the column.
+    assert RowFormat(8, 8).row_bytes(12, 8) == 12 + 4 + 8 + 4 + 4
+    assert RowFormat(4, 4, 4).row_bytes(12, 8) == 6 + 3 * 4 + 4 + 2 * 4 + 4
+
+
+def content(tokens):
+    """Keys and values that say which token they are."""
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.randn(400, KEY_DIM, generator=generator)
+    values = torch.randn(400, VALUE_DIM, generator=generator)
+    return keys[tokens], values[tokens]
+
+
+def rows_of(tokens, keep, scored):
+    keys, values = content(tokens)
+    return Rows(keys, values, tokens.int(), tokens.float() if scored else None, keep)
+
+
+def check(store, expected):
+    """Every head holds those tokens; old ones as they were coded once, the others exactly."""
+    rows, precision = store.rows(), store.precision
+    assert store.lengths.sum() == rows.keep.sum() == store.occupied().sum()
+    exact = store.exact.longest
+    for b in range(len(store.lengths)):
+        for h in range(store.lengths.shape[1]):
+            there = rows.keep[b, h].nonzero().flatten()
+            tokens = rows.columns[b, h, there].tolist()
+            assert sorted(tokens) == sorted(expected[b][h])
+            if not tokens:
+                continue
+            keys, values = content(torch.tensor(tokens))
+            codes = there >= exact
+            assert torch.equal(rows.keys[b, h, there][~codes], keys[~codes])
+            assert torch.equal(rows.values[b, h, there][~codes], values[~codes])
+            if bool(codes.any()):
+                packed = store.packed[int(store.formats[b, h])]
+                there_all = torch.ones(1, 1, len(tokens), dtype=torch.bool)
+                columns = rows.columns[b, h, there].view(1, 1, -1)
+                like = Rows(keys[None, None], values[None, None], columns, None, there_all)
+                once = packed.decode(packed.encode(like))
+                torch.testing.assert_close(rows.keys[b, h, there][codes], once.keys[0, 0][codes], atol=1e-4, rtol=0)
+                torch.testing.assert_close(rows.values[b, h, there][codes], once.values[0, 0][codes], atol=1e-4, rtol=0)
+            assert store.formats[b, h] >= 0 or not bool(codes.any())
+            # Never more exact rows than asked for and a page, but for heads that have no format.
+            if store.formats[b, h] >= 0:
+                assert int((~codes).sum()) < precision.exact + store.page_size + 5
+    if store.exact.scores is not None:
+        scores = store.kept_scores()[store.occupied()]
+        assert torch.equal(scores, store.kept_columns()[store.occupied()].float())
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@given(data=st.data())
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_happens_to_a_store_it_holds_what_it_should(scored, data):
+    precision = Precision(FORMATS, recent=data.draw(st.integers(0, 5)), sinks=data.draw(st.integers(0, 3)))
+    batch, heads, prompt = 2, 3, data.draw(st.integers(0, 40))
+    formats = torch.tensor(data.draw(st.lists(st.integers(-1, 2), min_size=6, max_size=6))).view(batch, heads)
+    tokens = torch.arange(prompt).expand(batch, heads, -1)
+    rows = rows_of(tokens, torch.rand(batch, heads, prompt) < 0.8, scored)
+    store = RowStore(rows, page_size=4, scored=scored, precision=precision, formats=formats)
+    store.fill(rows)
+    expected = [[tokens[b, h][rows.keep[b, h]].tolist() for h in range(heads)] for b in range(batch)]
+    check(store, expected)
+    seen = prompt
+    for what in data.draw(st.lists(st.sampled_from(["append", "drop", "commit", "select", "save"]), max_size=12)):
+        heads_of = range(store.lengths.shape[1])
+        if what == "append":
+            count = data.draw(st.integers(1, 3))
+            new = torch.arange(seen, seen + count)
+            fresh = rows_of(
+                new.expand(len(store.lengths), heads, -1), torch.ones(*store.lengths.shape, count).bool(), scored
+            )
+            nothing = torch.zeros(len(store.lengths), heads, store.longest) if scored else None
+            store.append(fresh.keys, fresh.values, new.int(), None, fresh.scores, nothing, REFERENCE)
+            expected = [[head + new.tolist() for head in sequence] for sequence in expected]
+            seen += count
+        elif what in ("drop", "commit"):
+            keep = torch.rand(store.occupied().shape) < 0.7
+            columns, there = store.kept_columns(), store.occupied() & keep
+            expected = [[columns[b, h][there[b, h]].tolist() for h in heads_of] for b in range(len(expected))]
+            if what == "drop":
+                store.drop(keep)
+            else:
+                new = torch.arange(seen, seen + 5).expand(len(expected), heads, -1)
+                fresh = rows_of(new, torch.rand(new.shape) < 0.5, scored)
+                store.commit(keep, fresh)
+                seen += 5
+                for b in range(len(expected)):
+                    for h in heads_of:
+                        expected[b][h] += new[b, h][fresh.keep[b, h]].tolist()
+        elif what == "select":
+            chosen = data.draw(st.lists(st.integers(0, len(expected) - 1), min_size=1, max_size=3))
+            store.select(torch.tensor(chosen))
+            expected = [[list(head) for head in expected[b]] for b in chosen]
+        else:
+            state = {name: tensor.clone() for name, tensor in store.state().items()}
+            store = RowStore.restore(state, page_size=4, precision=precision)
+        check(store, expected)
+
+
+def test_only_old_rows_become_codes_and_never_the_first():
+    """With 2 sinks and 3 recent rows, 12 rows leave 7 as codes."""
+    rows = rows_of(torch.arange(12).expand(1, 1, -1), torch.ones(1, 1, 12, dtype=torch.bool), False)
+    store = RowStore(rows, page_size=4, scored=False, precision=Precision((RowFormat(8, 8),), recent=3, sinks=2))
+    store.fill(rows)
+    assert sorted(store.exact.kept_columns()[0, 0].tolist()) == [0, 1, 9, 10, 11]
+    assert store.packed[0].pages.kept_columns()[0, 0].tolist() == [2, 3, 4, 5, 6, 7, 8]
+    for token in range(12, 16):
+        assert store.exact.longest == 5 + token - 12
+        new = rows_of(torch.tensor([[[token]]]), torch.ones(1, 1, 1).bool(), False)
+        store.append(new.keys, new.values, torch.tensor([token]).int(), None, None, None, REFERENCE)
+    # A page's worth has come together.
+    assert sorted(store.exact.kept_columns()[0, 0].tolist()) == [0, 1, 13, 14, 15]
+    assert store.used_bytes == 5 * ((12 + 8) * 4 + 4) + 11 * RowFormat(8, 8).row_bytes(12, 8)
+
+
+def test_nothing_becomes_codes_while_the_store_is_frozen():
+    rows = rows_of(torch.arange(12).expand(1, 1, -1), torch.ones(1, 1, 12, dtype=torch.bool), False)
+    store = RowStore(rows, page_size=4, scored=False, precision=Precision((RowFormat(8, 8),), recent=3, sinks=2))
+    store.fill(rows)
+    store.reserve(30)
+    store.freeze(True)
+    for token in range(12, 36):
+        new = rows_of(torch.tensor([[[token]]]), torch.ones(1, 1, 1).bool(), False)
+        store.append(new.keys, new.values, torch.tensor([token]).int(), None, None, None, REFERENCE)
+    assert store.exact.longest == 5 + 24
+    store.freeze(False)
+    store.pack()
+    assert store.exact.longest == 5 and store.packed[0].pages.longest == 31
+
+
+def test_scores_of_codes_are_added_to_where_they_lie():
+    keep = torch.ones(1, 2, 20, dtype=torch.bool)
+    keep[0, 1, 11:] = False
+    rows = rows_of(torch.arange(20).expand(1, 2, -1), keep, True)
+    store = RowStore(rows, page_size=4, scored=True, precision=Precision((RowFormat(8, 8),), recent=3, sinks=1))
+    store.fill(rows)
+    increments = torch.rand(1, 2, store.longest)
+    before, there = store.kept_scores(), store.occupied()
+    mine = add_on_codes(store.view(), increments, REFERENCE)
+    assert torch.equal(mine, increments[..., : store.exact.longest])
+    change = (store.kept_scores() - before)[there]
+    wanted = torch.cat([torch.zeros_like(mine), increments[..., store.exact.longest :]], -1)[there]
+    torch.testing.assert_close(change, wanted)
+
+
+def test_encoding_takes_rows_block_by_block_and_gives_the_same():
+    many = Rows(
+        torch.randn(1, 1, 2500, KEY_DIM),
+        torch.randn(1, 1, 2500, VALUE_DIM),
+        torch.arange(2500)[None, None],
+        None,
+        torch.ones(1, 1, 2500, dtype=torch.bool),
+    )
+    packed = PackedPages(many, RowFormat(4, 8), page_size=4, scored=False)
+    whole = packed.encode(many)
+    part = packed.encode(many.cut(slice(1200, 1300)))
+    assert torch.equal(whole.keys[:, :, 1200:1300], part.keys)
+    assert torch.equal(whole.value_steps[:, :, 1200:1300], part.value_steps)
+
+
+# The cache.
+
+
+def logits(model, cache, ids, prompt):
+    with torch.no_grad():
+        model(ids[:, :prompt], past_key_values=cache)
+        return torch.cat(
+            [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(prompt, ids.shape[1])], 1
+        )
+
+
+@pytest.mark.parametrize(
+    "policy", [headwise.Full(), headwise.H2O(heavy=9, recent=9), headwise.SnapKV(keep=15)], ids=str
+)
+def test_rows_of_8_bits_change_little_and_rows_of_4_more(policy):
+    model, ids = tiny.llama(), tiny.prompt(70, seed=5)
+    exact = logits(model, headwise.HeadwiseCache(model, policy), ids, 40)
+    errors = []
+    for bits in (8, 4):
+        quantized = headwise.Quantized(policy, bits, recent=4)
+        errors.append((logits(model, headwise.HeadwiseCache(model, quantized), ids, 40) - exact).abs().max())
+    # Which tokens are heavy can differ where attention is nearly equal.
+    assert 0 < errors[0] < 0.1 * exact.abs().max()
+    assert errors[0] < errors[1]
+
+
+def test_a_cache_of_codes_takes_the_bytes_it_says():
+    model, ids = tiny.llama(), tiny.prompt(50)
+    cache = headwise.HeadwiseCache(model, headwise.Quantized(headwise.Full(), 4, recent=8, sinks=2))
+    model(ids, past_key_values=cache)
+    heads = 3 * 2
+    exact, packed = 10 * (2 * 14 * 4 + 4), 40 * RowFormat(4, 4).row_bytes(14, 14)
+    assert cache.report().used_bytes == heads * (exact + packed)
+    assert cache.report().kept_ratio == 1
+
+
+def test_exact_rows_can_be_of_another_type_than_the_model():
+    model, ids = tiny.llama(), tiny.prompt(60)
+    whole = logits(model, headwise.HeadwiseCache(model, headwise.Full()), ids, 40)
+    half = headwise.HeadwiseCache(model, headwise.Full(), cache_dtype=torch.float16)
+    assert (logits(model, half, ids, 40) - whole).abs().max() < 0.01 * whole.abs().max()
+    rows = 3 * 2 * 60
+    assert half.report().used_bytes == rows * (2 * 14 * 2 + 4)
+    assert half.report().full_bytes == rows * 2 * 14 * 4
+
+
+@pytest.mark.parametrize("way", ["file", "copy"])
+def test_a_saved_cache_of_codes_goes_on_as_it_was(way, tmp_path):
+    model, ids = tiny.llama(), tiny.prompt(70, seed=4)
+    policy = headwise.Quantized(headwise.H2O(heavy=12, recent=12), 4, recent=4)
+    cache = headwise.HeadwiseCache(model, policy)
+    logits(model, cache, ids[:, :60], 40)
+    if way == "file":
+        cache.save(tmp_path / "cache.safetensors")
+        other = headwise.HeadwiseCache.load(tmp_path / "cache.safetensors", model, policy)
+    else:
+        other = copy.deepcopy(cache)
+    mine, its = logits(model, cache, ids[:, 60:], 1), logits(model, other, ids[:, 60:], 1)
+    assert torch.equal(mine, its)
+
+
+def test_tokens_can_be_taken_back_from_codes():
+    model, ids = tiny.llama(), tiny.prompt(70, seed=4)
+    cache = headwise.HeadwiseCache(model, headwise.Quantized(headwise.Full(), 8, recent=4))
+    logits(model, cache, ids, 40)
+    cache.crop(-25)
+    assert cache.get_seq_length() == 45 and cache.report().kept_ratio == 1
+    assert all(
+        int(layer.core.store.kept_columns()[layer.core.store.occupied()].max()) == 44 for layer in cache.headwise_layers
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}, {"prompt_lookup_num_tokens": 2}, {}]
+)
+def test_generate_works_with_codes(options):
+    model = tiny.llama()
+    ids, mask = tiny.left_padded(tiny.prompt(40, seed=1)[0], tiny.prompt(23, seed=2)[0])
+    if "prompt_lookup_num_tokens" in options:
+        ids, mask = ids[:1], mask[:1]
+    cache = headwise.HeadwiseCache(model, headwise.Quantized(headwise.Full(), 8, recent=8))
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=30, **options)
+    assert out.shape[1] == ids.shape[1] + 30
+    assert max(part.pages.longest for layer in cache.headwise_layers for part in layer.core.store.packed) > 20
+
+
+def test_words_for_bits():
+    assert parse_policy("full+int4") == headwise.Quantized(headwise.Full(), 4)
+    assert parse_policy("h2o:heavy=3,recent=4+k8v4") == headwise.Quantized(headwise.H2O(heavy=3, recent=4), 8, 4)
+    for wrong in ("full+int3", "full+k8", "full+int4=2", "full+int4+int8", "full+"):
+        with pytest.raises(ConfigurationError):
+            parse_policy(wrong)

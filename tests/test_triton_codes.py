@@ -1,0 +1,240 @@
+"""The Triton kernels on pages of codes against the reference kernels, in its interpreter; and that they compile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from headwise.kernels import choose, triton_packed
+from headwise.kernels import triton as kernels
+from headwise.quant.formats import RowFormat
+from headwise.quant.packed import PackedPages
+from headwise.rows import Rows
+from headwise.store import add_on_codes
+from headwise.types import LogitOptions
+from test_triton import COMPILE, CPU, Unlaunched, absent, both, filled, poison, run, strided
+from test_triton import assert_same as assert_close
+
+# Numbers of a 16-bit model are products in fp16, queries included, which are turned in the reference exactly.
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 2e-3), torch.float16: (3e-3, 2e-3)}
+
+
+def packed(lengths, format, key_dim, value_dim, dtype=torch.float32, page_size=16, scored=False):
+    """Pages of codes with those lengths; the columns have gaps and are not in order, and not all pages are full."""
+    lengths = torch.tensor(lengths)
+    longest = max(1, int(lengths.max()))
+    # Channels of very different size and offset, as those of keys are.
+    keys, values = (
+        torch.randn(*lengths.shape, longest, dim) * torch.rand(dim) * 2 + torch.randn(dim)
+        for dim in (key_dim, value_dim)
+    )
+    columns = (torch.randperm(longest) * 2).expand(*lengths.shape, -1)
+    scores = torch.rand(columns.shape) if scored else None
+    rows = Rows(keys.to(dtype), values.to(dtype), columns, scores, torch.arange(longest) < lengths[:, :, None])
+    part = PackedPages(rows, format, page_size=page_size, scored=scored)
+    part.pages.commit(part.pages.occupied(), part.encode(rows), spare=page_size)
+    part.pages.lengths = part.pages.lengths.T.contiguous().T
+    return part
+
+
+def assert_same(found, expected, dtype):
+    assert_close(found, expected, *TOLERANCE[dtype])
+
+
+@pytest.fixture(params=["one split", "many splits"])
+def splits(request, monkeypatch):
+    """All rows of a view in one split, and splits of one block each."""
+    monkeypatch.setattr(kernels, "_PROGRAMS", 0 if request.param == "one split" else 1000)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "group", "members", "fresh", "masked", "key_dim", "value_dim", "page_size"),
+    [
+        (torch.float32, (8, 8), None, (1, 1), 1, False, 64, 64, 16),
+        (torch.float32, (4, 8), 4, (2, 3), 5, True, 12, 20, 3),
+        (torch.float32, (4, 4), None, (3, 1), 1, False, 20, 6, 16),
+        (torch.bfloat16, (8, 8), 5, (5, 1), 1, True, 15, 25, 16),
+        (torch.bfloat16, (4, 4), None, (4, 1), 1, False, 20, 20, 1),
+        (torch.float16, (8, 4), None, (3, 1), 2, True, 80, 80, 16),
+        (torch.float16, (4, 4), 8, (2, 2), 3, False, 40, 24, 3),
+        (torch.float16, (4, 8), 16, (1, 2), 70, True, 16, 32, 3),
+    ],
+    ids=str,
+)
+def test_decode(dtype, bits, group, members, fresh, masked, key_dim, value_dim, page_size, splits):
+    # Each head has rows of both kinds, of one, or of none.
+    store = filled([[0, 1, 17], [9, 0, 33]], key_dim, value_dim, dtype, page_size)
+    coded = packed([[0, 40, 3], [70, 64, 0]], RowFormat(*bits, group), key_dim, value_dim, dtype, page_size).view()
+    found, expected = both(store, *members, fresh, coded=[coded], masked=masked)
+    assert_same(found, expected, dtype)
+    assert found.output.dtype == dtype
+    assert found.on_kept.shape[-1] == 33 + 70
+    if masked:
+        assert (found.output[0, :, :, 0] == 0).all()
+        assert (found.lse[0, :, :, 0] == -torch.inf).all()
+        assert (found.on_kept[0, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["soft cap", "sinks"])
+def test_heads_spread_over_formats(kind, dtype, splits):
+    """Every head has codes in one format of three, one of them unused, and some have no exact rows."""
+    store = filled([[3, 0, 30]], 16, 24, dtype)
+    lengths = [[[50, 0, 0]], [[0, 0, 0]], [[0, 20, 0]], [[0, 0, 37]]]
+    formats = RowFormat(8, 8), RowFormat(8, 8, 2), RowFormat(4, 4, 8), RowFormat(8, 4)
+    coded = [packed(own, format, 16, 24, dtype).view() for own, format in zip(lengths, formats, strict=True)]
+    options = LogitOptions(0.4, 2.0) if kind == "soft cap" else LogitOptions(0.3, None, torch.randn(3, 2))
+    found, expected = both(store, 2, 2, 3, coded=coded, masked=True, options=options)
+    assert_same(found, expected, dtype)
+    assert found.on_kept.shape[-1] == 30 + 50 + 20 + 37
+
+
+@pytest.mark.parametrize("longest", [0, 45])
+@pytest.mark.parametrize("with_mass", [False, True])
+def test_empty_views(longest, with_mass):
+    """No exact row at all, and codes or none."""
+    store = filled([[0, 0]], 16, 8)
+    parts = packed([[0, 0]], RowFormat(8, 8), 16, 8), packed([[longest, longest // 2]], RowFormat(4, 4), 16, 8)
+    coded = [part.view() for part in parts]
+    assert store.longest == coded[0].longest == 0
+    coded[0] = replace(coded[0], table=coded[0].table[:, :, :0])
+    found, expected = both(store, 3, 1, 1, coded=coded, with_mass=with_mass)
+    assert_same(found, expected, torch.float32)
+
+
+def test_as_long_as_the_pages_have_room():
+    """A captured step does not know the lengths: every view is as long as its pages, and most of that is undefined."""
+    store, part = filled([[5, 20]], 16, 16), packed([[33, 0]], RowFormat(8, 4), 16, 16, page_size=3)
+    coded = replace(part.view(), longest=part.view().capacity)
+    assert coded.longest > 33
+    found, expected = both(store, 2, 1, 1, coded=[coded])
+    assert_same(found, expected, torch.float32)
+    assert (found.on_kept[0, 0, 0, 20 + 33 :] == 0).all()
+    assert (found.on_kept[0, 1, 0, 20:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("group", "key_dim", "value_dim", "dtype"),
+    [(8, 128, 128, torch.bfloat16), (4, 256, 128, torch.float16), (1, 192, 256, torch.float16)],
+    ids=str,
+)
+def test_large_heads(group, key_dim, value_dim, dtype):
+    coded = [packed([[5, 70]], RowFormat(*bits), key_dim, value_dim, dtype).view() for bits in ((8, 4), (4, 8))]
+    found, expected = both(filled([[5, 0]], key_dim, value_dim, dtype), group, 1, 1, coded=coded)
+    assert_same(found, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_more_query_rows_than_a_program_takes(dtype):
+    coded = [packed([[9, 40]], RowFormat(4, 8), 16, 16, dtype).view()]
+    found, expected = both(filled([[9, 0]], 16, 16, dtype), 2, 17, 18, coded=coded)
+    assert_same(found, expected, dtype)
+
+
+def test_large_logits_stay_finite():
+    coded = [packed([[3, 40]], RowFormat(8, 8), 16, 16).view()]
+    found, expected = both(filled([[3, 4]], 16, 16), 2, 1, 1, coded=coded, options=LogitOptions(90.0))
+    assert_close(found, expected, 1e-3, 1e-3)
+    assert found.lse.max() > 300
+
+
+# Scores.
+
+
+def test_increments_of_rows_that_are_codes():
+    """They reach the scores of the rows that are there, and nothing else changes."""
+    lengths = [[1030, 5], [0, 47]]
+    increments = poison(2, 2, 7 + 1030)
+    increments[:, :, :7] = torch.rand(7)
+    there = torch.arange(1030) < torch.tensor(lengths)[:, :, None]
+    increments[:, :, 7:] = torch.rand(2, 2, 1030).where(there, torch.nan)
+    results = []
+    for name in ("triton", "reference"):
+        torch.manual_seed(1)
+        store, part = filled([[7, 7], [7, 7]], 4, 4, scored=True), packed(lengths, RowFormat(4, 8), 4, 4, scored=True)
+        before = [pool.clone() for pool in part.pages.pools()]
+        mine = add_on_codes([store.view(), part.view()], increments, choose(name, CPU))
+        assert torch.equal(mine, increments[:, :, :7])
+        assert torch.equal(part.pages.lengths, torch.tensor(lengths))
+        for pool, old in zip(part.pages.pools(), before, strict=True):
+            assert pool is part.pages.scores or torch.equal(pool.nan_to_num(), old.nan_to_num())
+        results.append(part.pages.kept_scores()[there])
+    assert torch.equal(*results)
+    assert results[0].max() > 1
+
+
+# What the interpreter does not show.
+
+
+def test_decode_never_waits_and_reads_codes_where_they_lie(monkeypatch):
+    launched = []
+
+    class Launched(Unlaunched):
+        def __init__(self, name):
+            self.launch = lambda *arguments, **_: launched.append((name, arguments))
+
+    names = ("attend", "attend_codes", "combine", "turn", "weigh")
+    code = SimpleNamespace(**{name: Launched(name) for name in names})
+    monkeypatch.setattr(kernels, "device_code", lambda: code)
+    monkeypatch.setattr(triton_packed, "device_code", lambda: code)
+    formats = RowFormat(8, 8), RowFormat(4, 4), RowFormat(4, 8)
+    lengths = [[3, 0]], [[0, 0]], [[40, 3]]
+    coded = [packed(own, format, 16, 16).view() for own, format in zip(lengths, formats, strict=True)]
+    rotation = torch.empty(16, 16, device="meta")
+    for index, view in enumerate(coded):
+        packing = replace(absent(view.packing), key_rotation=rotation, value_rotation=rotation)
+        coded[index] = replace(absent(view), packing=packing)
+    views = [absent(filled([[0, 3]], 16, 16).view()), *coded]
+    rows = [strided(*shape).to("meta") for shape in [(1, 2, 3, 1, 16), (1, 2, 1, 16), (1, 2, 1, 16)]]
+    for with_mass in (False, True):
+        kernels.ragged_decode(rows[0], views, *rows[1:], None, LogitOptions(0.3), with_mass=with_mass)
+    step = ["attend", "turn", "attend_codes", "attend_codes", "combine"]
+    assert [name for name, _ in launched] == [*step, *step, "weigh"]
+    for (_, arguments), view in zip(launched[2:4], (coded[0], coded[2]), strict=True):
+        assert arguments[1] is view.keys and arguments[2] is view.values
+    launched.clear()
+    kernels.ragged_decode(rows[0], [views[0], coded[1]], *rows[1:], None, LogitOptions(0.3), with_mass=True)
+    assert [name for name, _ in launched] == ["attend", "combine", "weigh"]
+
+
+CODES = """
+from headwise.types import Packing
+
+def coded(dim, longest, key_bits, value_bits, groups, rotation):
+    steps, table = torch.zeros(8, 16, 2 * groups).half(), torch.zeros(1, 2, longest // 16 + 1).int()
+    packing = Packing(key_bits, value_bits, steps, steps, rotation, rotation)
+    keys, values = (torch.zeros(8, 16, dim * bits // 8).byte() for bits in (key_bits, value_bits))
+    columns, lengths = torch.zeros(8, 16).int(), torch.zeros(1, 2).long()
+    return PageView(keys, values, columns, torch.zeros(8, 16), table, lengths, longest, packing)
+
+def token(dtype, dim, group, longest, kinds, rich):
+    pool, table = torch.zeros(8, 16, dim, dtype=dtype), torch.zeros(1, 2, 4).int()
+    pages = PageView(pool, pool, torch.zeros(8, 16).int(), None, table, torch.zeros(1, 2).long(), 36)
+    rotation = torch.zeros(dim, dim)
+    views = [pages, *(coded(dim, longest + more, *kind, rotation) for more, kind in enumerate(kinds))]
+    query, fresh = torch.zeros(1, 2, group, 1, dim, dtype=dtype), torch.zeros(1, 2, 1, dim, dtype=dtype)
+    mask = torch.ones(1, 1, 2 * longest + 99).bool() if rich else None
+    options = LogitOptions(0.1, 5.0, torch.zeros(2, group)) if rich else LogitOptions(0.1)
+    found = kernels.ragged_decode(query, views, fresh, fresh, mask, options, with_mass=rich)
+    if rich:
+        add_on_codes(views, found.on_kept[:, :, 0], Kernels("triton", *[kernels.append] * 4))
+
+for longest in (1, 61, 62, 64, 75):
+    token(torch.bfloat16, 64, 3, longest, [(8, 8, 1)], True)
+print(sorted((name, len(kinds)) for name, kinds in compiled.items()))
+token(torch.bfloat16, 128, 4, 60, [(4, 4, 4), (8, 4, 1)], False)
+token(torch.float16, 256, 1, 60, [(4, 8, 1)], False)
+token(torch.float32, 32, 2, 60, [(8, 8, 2), (4, 4, 1)], False)
+"""
+
+
+def test_every_kernel_compiles_for_a_gpu(tmp_path):
+    """What the interpreter takes, the compiler may refuse; it needs no GPU. And a longer cache compiles nothing new."""
+    program = COMPILE[: COMPILE.index("def token(")] + CODES
+    program = "from headwise.kernels import Kernels\nfrom headwise.store import add_on_codes\n" + program
+    found = run(program, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    names = ["attend", "attend_codes", "combine", "turn", "weigh", "write"]
+    assert found == str([(name, 1) for name in names])
