@@ -276,7 +276,13 @@ def test_a_cache_of_codes_takes_the_bytes_it_says():
     heads = 3 * 2
     exact, packed = 10 * (2 * 14 * 4 + 4), 40 * RowFormat(4, 4).row_bytes(14, 14)
     assert cache.report().used_bytes == heads * (exact + packed)
-    assert cache.report().kept_ratio == 1
+    report = cache.report()
+    assert report.kept_ratio == 1
+    assert report.format_counts == {"K4V4": heads} and report.to_dict()["formats"] == [[["K4V4"] * 2]] * 3
+    assert f"K4V4 {heads} of {heads} heads" in " ".join(str(report).split())
+    exact = headwise.HeadwiseCache(model, headwise.Full())
+    model(ids, past_key_values=exact)
+    assert "formats" not in exact.report().to_dict()
 
 
 def test_exact_rows_can_be_of_another_type_than_the_model():

@@ -29,6 +29,7 @@ class LayerReport:
         found: share of the mass that the budget let every head retain, `[batch]`; None where no budget was given.
         memory_bytes: what LESS holds of evicted rows; a part of the bytes used.
         weight_bytes: the kernels of LESS, which all caches share and none of the other numbers counts.
+        formats: of each head's older rows, such as "K8V4", an array of the same shape; None where all rows are exact.
     """
 
     used_bytes: int
@@ -42,6 +43,7 @@ class LayerReport:
     found: Tensor | None = None
     memory_bytes: int = 0
     weight_bytes: int = 0
+    formats: Names | None = None
 
     @classmethod
     def of_stock(cls, tensors: list[Tensor]) -> LayerReport:
@@ -74,6 +76,7 @@ class LayerReport:
             found=plan.threshold.clamp(max=1).cpu() if plan and budgeted and plan.threshold is not None else None,
             memory_bytes=layer.memory_bytes,
             weight_bytes=weight_bytes,
+            formats=None if layer.store is None else layer.store.format_names(),
         )
 
 
@@ -160,6 +163,16 @@ class Report:
         return {name: counts[name] for name in dict.fromkeys(order) if counts[name]}
 
     @property
+    def formats(self) -> list[Names | None]:
+        """How each head's older rows are stored, per layer; None where all are exact."""
+        return [layer.formats for layer in self.layers]
+
+    @property
+    def format_counts(self) -> dict[str, int]:
+        """How many heads, over all layers and sequences, have each format; nothing where all rows are exact."""
+        return dict(Counter(name for names in self.formats if names is not None for name in names.flatten().tolist()))
+
+    @property
     def sampled(self) -> float | None:
         """Share of the prompt's query rows that the profile read; None where there was no profile."""
         return next((layer.sampled for layer in self.layers if layer.sampled is not None), None)
@@ -186,8 +199,10 @@ class Report:
             "profiled_rows": self.sampled,
             "found_recovery": self.found_recovery,
             "rule_counts": self.rule_counts,
+            **({"format_counts": self.format_counts} if self.format_counts else {}),
             "kept_tokens": [None if kept is None else kept.tolist() for kept in self.kept_tokens],
             "rules": [None if rules is None else rules.tolist() for rules in self.rules],
+            **({"formats": [None if f is None else f.tolist() for f in self.formats]} if self.format_counts else {}),
         }
 
     def __str__(self) -> str:
@@ -209,7 +224,8 @@ class Report:
             lines.append(("recovery found", ", ".join(f"{share:.3f}" for share in self.found_recovery)))
         lines.append(("kernels", self.kernel))
         total = sum(self.rule_counts.values())
-        lines += [(f"  {name}", f"{count} of {total} heads") for name, count in self.rule_counts.items()]
+        counts = [*self.rule_counts.items(), *sorted(self.format_counts.items())]
+        lines += [(f"  {name}", f"{count} of {total} heads") for name, count in counts]
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 

@@ -15,6 +15,7 @@ from headwise.errors import ConfigurationError
 if TYPE_CHECKING:
     from headwise.less.policy import Less
     from headwise.policies import Policy
+    from headwise.quant.policy import Quantized
 
 DEFAULT_RECOVERY = 0.95
 
@@ -58,14 +59,23 @@ def remembering(policy: Policy, folder: str = "") -> Less:
 
 def _with(policy: Policy, addition: str) -> Policy:
     """The policy with what stands behind a plus sign."""
-    from headwise.quant.policy import quantized
-
     word, equals, folder = addition.partition("=")
     if word == "less":
         return remembering(policy, folder.strip())
     if equals or word[:1] not in ("i", "k"):
         raise ConfigurationError(f"behind a policy stands +less, +less=FOLDER or +BITS, got '+{addition}'")
-    return quantized(policy, word)
+    return in_bits(policy, word)
+
+
+def in_bits(policy: Policy, text: str) -> Quantized:
+    """The policy with older rows in so many bits: int8, int4, or apart for keys and values, such as k8v4.
+
+    Raises:
+        ConfigurationError: when the text is none of those, or the policy chooses bits itself.
+    """
+    from headwise.quant.policy import quantized
+
+    return quantized(policy, text)
 
 
 def build_policy(

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from headwise.kernels import Kernels
 from headwise.pages import PagedStore
@@ -115,6 +117,14 @@ class RowStore:
         exact, *packed = self._cut(named)
         gathered = [part.decode(part.pages.gather(own)) for part, own in zip(self.packed, packed, strict=True)]
         return _side_by_side([self.exact.gather(exact), *gathered])
+
+    def format_names(self) -> NDArray[Any] | None:
+        """Format of each head's older rows, `[batch, heads]`; None where all rows are exact."""
+        if not self.packed:
+            return None
+        names: NDArray[Any] = np.array([*(str(part.format) for part in self.packed), "exact"])
+        chosen: NDArray[Any] = names[self.formats.cpu().numpy()]
+        return chosen
 
     # How it changes.
 

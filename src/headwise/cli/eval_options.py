@@ -73,6 +73,7 @@ class RunOptions:
         ),
     ] = False
     evict_every: options.EvictEvery = 16
+    cache_dtype: options.CacheDtype = "auto"
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder.", rich_help_panel=_RUN)] = (
         False
     )
@@ -113,7 +114,8 @@ class RunOptions:
         spread = self.ray or self.ray_address is not None
         if not spread:
             parse_device(self.device)
-        source = Source(self.model, dtype, self.device, self.kernel, self.evict_every)
+        rows = None if parse_dtype(self.cache_dtype) is None else self.cache_dtype
+        source = Source(self.model, dtype, self.device, self.kernel, self.evict_every, rows)
         return Spread(source, self.ray_address, self.ray_cpus, self.ray_gpus) if spread else Local(source)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headwise.cli import options
-from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype, with_less
+from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype, with_additions
 from headwise.cli.prompt import check_fit, encode, read_prompt
 from headwise.cli.running import Run, Sampling, differing_words, first_difference, run, stock_memory
 from headwise.cli.tables import heading, message, show_costs
@@ -94,6 +94,7 @@ def generate(
     recovery: options.Recovery = None,
     settings: options.Settings = None,
     budget: options.Budget = None,
+    bits: options.Bits = None,
     less: options.Less = False,
     less_kernels: options.LessKernels = None,
     evict_every: options.EvictEvery = 16,
@@ -112,6 +113,7 @@ def generate(
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     kernel: options.Kernel = "auto",
+    cache_dtype: options.CacheDtype = "auto",
     prefill_chunk: Annotated[
         int | None,
         typer.Option(
@@ -134,7 +136,7 @@ def generate(
     The text goes to standard output, everything else to standard error.
     """
     chosen = build_policy(policy, recovery, settings or (), budgeted=budget is not None)
-    chosen = with_less(chosen, less, less_kernels)
+    chosen = with_additions(chosen, bits, less, less_kernels)
     room = None if budget is None else read_budget(budget)
     drawn = random.randrange(_SEEDS) if seed is None else seed
     sampling = Sampling(max_new_tokens, temperature, drawn, prefill_chunk)
@@ -143,6 +145,7 @@ def generate(
         check_target(png)
     where = parse_dtype(dtype), parse_device(device)
     check_kernel(kernel)
+    rows_dtype = parse_dtype(cache_dtype)
 
     started = time.perf_counter()
     loaded, tokenizer = load(model, *where)
@@ -162,6 +165,7 @@ def generate(
         kernel=kernel,
         evict_every=evict_every,
         budget=room,
+        cache_dtype=rows_dtype,
     )
     chosen = cache.policy
     load_seconds = time.perf_counter() - started

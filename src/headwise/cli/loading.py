@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from headwise.errors import ConfigurationError
-from headwise.spec import remembering
+from headwise.spec import in_bits, remembering
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,13 +78,18 @@ def device_names() -> list[str]:
     return names
 
 
-def with_less(policy: Policy, wanted: bool, folder: Path | None) -> Policy:
-    """The policy, with LESS where that or its kernels' folder is given; they are read before any model is.
+def with_additions(policy: Policy, bits: str | None, less: bool, folder: Path | None) -> Policy:
+    """The policy with fewer bits, and with LESS where that or its kernels' folder is given.
+
+    Kernels are read before any model is.
 
     Raises:
+        ConfigurationError: for bits that there are not.
         InputError: when there are no kernels in the folder, or none came with headwise.
     """
-    if not wanted and folder is None:
+    if bits is not None:
+        policy = in_bits(policy, bits)
+    if not less and folder is None:
         return policy
     return remembering(policy, "" if folder is None else str(folder)).read()
 

@@ -110,6 +110,24 @@ Kernel = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Bits = Annotated[
+    str | None,
+    typer.Option(
+        "--bits",
+        metavar="WORD",
+        help="Store all but the newest rows in so few bits: int8, int4, or k8v4 for keys in 8 and values in 4.",
+        rich_help_panel=POLICY,
+    ),
+]
+CacheDtype = Annotated[
+    str,
+    typer.Option(
+        "--cache-dtype",
+        metavar="NAME",
+        help="Of the rows: float32, bfloat16, float16 or auto, which is what the model computes in.",
+        rich_help_panel=MODEL,
+    ),
+]
 EvictEvery = Annotated[
     int,
     typer.Option(

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headwise.cli import options
-from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype, with_less
+from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype, with_additions
 from headwise.cli.prompt import check_fit, encode, read_prompt
 from headwise.cli.tables import add_memory, add_rules, message, output, plain_table
 from headwise.picture import check_target, save_map
@@ -33,31 +33,34 @@ def profile(
     recovery: options.Recovery = None,
     settings: options.Settings = None,
     budget: options.Budget = None,
+    bits: options.Bits = None,
     less: options.Less = False,
     less_kernels: options.LessKernels = None,
     model: options.Model = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     kernel: options.Kernel = "auto",
+    cache_dtype: options.CacheDtype = "auto",
     json_output: options.Json = False,
     png: options.Png = None,
 ) -> None:
     """Profile a prompt: which rule every KV head gets, and what every rule recovers of its attention."""
     chosen = build_policy(policy, recovery, settings or (), budgeted=budget is not None)
-    chosen = with_less(chosen, less, less_kernels)
+    chosen = with_additions(chosen, bits, less, less_kernels)
     room = None if budget is None else read_budget(budget)
     text = read_prompt(prompt, file)
     if png is not None:
         check_target(png)
     where = parse_dtype(dtype), parse_device(device)
     check_kernel(kernel)
+    rows_dtype = parse_dtype(cache_dtype)
     loaded, tokenizer = load(model, *where)
     ids = encode(tokenizer, text, raw=raw)
     check_fit(loaded, ids.shape[-1])
 
     from headwise import HeadwiseCache
 
-    cache = HeadwiseCache(loaded, chosen, tokenizer=tokenizer, kernel=kernel, budget=room)
+    cache = HeadwiseCache(loaded, chosen, tokenizer=tokenizer, kernel=kernel, budget=room, cache_dtype=rows_dtype)
     _read_prompt(loaded, ids, cache)
     report = cache.report()
     if png is not None:

@@ -110,7 +110,7 @@ def measure(subject: Subject, job: Job) -> Iterator[Unit]:
     reference, kept = job.task.reference(subject, job.item), dict(job.kept)
     outcomes: dict[Policy, Outcome] = {}
     for entry in job.entries:
-        policy = entry.policy_for(subject.model, kept)
+        policy = entry.policy_for(subject.model, kept, subject.options.get("cache_dtype"))
         if policy not in outcomes:
             outcomes[policy] = job.task.measure(subject, job.item, policy, reference)
         outcome = outcomes[policy]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from headwise.errors import ConfigurationError
@@ -44,8 +45,11 @@ class Entry:
         assert self.twin_of is not None
         return Random(keep=float(kept[self.twin_of]), seed=self.seed)
 
-    def policy_for(self, model: PreTrainedModel, kept: Mapping[str, float]) -> Policy:
+    def policy_for(self, model: PreTrainedModel, kept: Mapping[str, float], dtype: torch.dtype | None = None) -> Policy:
         """The same, for a model: it is what turns bytes into tokens.
+
+        Args:
+            dtype: of exact rows; None for the model's.
 
         Raises:
             ConfigurationError: when the budget is less than one token takes.
@@ -53,7 +57,7 @@ class Entry:
         policy = self.policy_at(kept)
         if self.budget is None:
             return policy
-        return with_budget(policy, self.budget, model.config.get_text_config(decoder=True), model.dtype)
+        return with_budget(policy, self.budget, model.config.get_text_config(decoder=True), dtype or model.dtype)
 
     def describe(self) -> dict[str, Any]:
         """Plain values."""

@@ -22,6 +22,7 @@ def describe_setting(results: Mapping[str, Any]) -> dict[str, str]:
         "machine": f"{machine.get('gpu', machine['processor'])}, {machine['device']}, threads: {machine['threads']}",
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         "kernel": f"{source['kernel']}, evicting every {source['evict_every']} tokens",
+        **({"rows": source["cache_dtype"]} if source.get("cache_dtype") else {}),
         "seed": str(configuration["seed"]),
     }
     said |= {task["label"]: _describe_task(task, results["inputs"][task["label"]]) for task in configuration["tasks"]}

@@ -22,6 +22,7 @@ class Source:
         dtype: such as "bfloat16"; None for what suits the device.
         device: such as "cuda:1"; None for the GPU where there is one.
         kernel, evict_every: of every cache, see `HeadwiseCache`.
+        cache_dtype: such as "float16", of the rows; None for the model's.
     """
 
     model: str | None = None
@@ -29,6 +30,7 @@ class Source:
     device: str | None = None
     kernel: str = AUTO
     evict_every: int = 16
+    cache_dtype: str | None = None
 
     @property
     def name(self) -> str:
@@ -44,7 +46,8 @@ class Source:
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         where = (dtype, self.device)
         loaded = load_default_model(*where) if self.model is None else load_model(self.model, *where)
-        return Subject(*loaded, {"kernel": self.kernel, "evict_every": self.evict_every})
+        rows = None if self.cache_dtype is None else getattr(torch, self.cache_dtype)
+        return Subject(*loaded, {"kernel": self.kernel, "evict_every": self.evict_every, "cache_dtype": rows})
 
     def describe(self) -> dict[str, Any]:
         """Plain values."""
