@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,8 +24,11 @@ from headwise.cli.main import main
 from headwise.cli.running import differing_words, first_difference
 from headwise.cli.streaming import TextStream
 from headwise.errors import ConfigurationError
-from headwise.policies import H2O, FastGen, StreamingLLM
+from headwise.less.checkpoint import save_kernels
+from headwise.policies import H2O, FastGen, Full, StreamingLLM, Window
+from headwise.quant.policy import Quantized
 from headwise.spec import build_policy, describe_policy
+from less_oracle import kernels_of, networks_of
 
 POSITIONS = 128
 QUESTION = "Who sat on the log?"
@@ -226,6 +230,48 @@ def test_dtype_halves_the_cache(headwise):
     assert wide["memory"]["full_bytes"] == 2 * narrow["memory"]["full_bytes"]
 
 
+def lengthy(command, *more):
+    """Of a prompt that is much longer than the rows that stay exact in any format."""
+    return (command, "--raw", "--prompt", f"{TEXT} " * 4, "--policy", "full", "--json", *more)
+
+
+@pytest.mark.parametrize("command", ["generate", "profile"])
+@pytest.mark.parametrize(("bits", "codes"), [("int8", 8 + 8), ("int4", 4 + 4), ("k8v4", 8 + 4)])
+def test_bits_shrink_older_rows(headwise, command, bits, codes):
+    few = ("--max-new-tokens", 1) if command == "generate" else ()
+    wide, narrow = headwise(*lengthy(command, *few)).json, headwise(*lengthy(command, *few, "--bits", bits)).json
+    # Key and value have 8 numbers of 4 bytes, or codes with a step and a least number of 2 bytes each; the first 4 rows
+    # of a head and the newest 32 stay exact.
+    older = LAYERS * KV_HEADS * (wide["prompt_tokens"] - 36)
+    saved = wide["memory"]["used_bytes"] - narrow["memory"]["used_bytes"]
+    assert older > 0 and saved == older * (2 * 8 * 4 - codes - 2 * 2 * 2)
+    assert narrow["memory"]["full_bytes"] == wide["memory"]["full_bytes"]
+    assert narrow["kept_ratio"] == wide["kept_ratio"] == 1
+    assert narrow["policy"]["name"] == "quantized"
+    assert narrow["policy"]["parameters"]["policy"] == "full"
+
+
+@pytest.mark.parametrize("command", ["generate", "profile"])
+def test_rows_can_be_narrower_than_the_model(headwise, command):
+    few = ("--max-new-tokens", 1) if command == "generate" else ()
+    wide = headwise(*lengthy(command, *few, "--cache-dtype", "float32")).json
+    narrow = headwise(*lengthy(command, *few, "--cache-dtype", "float16")).json
+    # Of key and value, 8 numbers each, 2 bytes of 4.
+    saved = LAYERS * KV_HEADS * wide["prompt_tokens"] * 2 * 8 * 2
+    assert wide["memory"]["used_bytes"] - narrow["memory"]["used_bytes"] == saved
+    assert narrow["memory"]["full_bytes"] == wide["memory"]["full_bytes"]
+    assert headwise(*lengthy(command, *few)).json["memory"] == wide["memory"]
+
+
+def test_bytes_buy_more_rows_of_less_width(headwise):
+    """A row's column takes 4 bytes: of 4 heads, 4 x 68 or 4 x 36 bytes a token."""
+    asked = ("profile", "--raw", "--prompt", f"{TEXT} " * 4, "--policy", "snapkv", "--json", "--budget", "8KiB")
+    for dtype, tokens in (("float32", 30), ("float16", 56)):
+        found = headwise(*asked, "--cache-dtype", dtype).json
+        heads = [head["kept_tokens"] for layer in found["layers"] for head in layer["heads"]]
+        assert heads == [tokens] * LAYERS * KV_HEADS
+
+
 def test_compare_full_of_full_has_no_difference(headwise):
     found = headwise(*short("--json", "--compare-full", "--policy", "full")).json
     assert set(found["full"]) == {"text", "first_difference", "memory"}
@@ -245,6 +291,26 @@ def test_compare_full_finds_the_first_difference(headwise):
     assert shown.out == found["text"] + "\n"
     assert found["full"]["text"] in shown.err
     assert f"first differ in new token {found['full']['first_difference']}: " in shown.err
+
+
+def test_the_difference_names_what_chooses_and_what_is_done_beside(headwise, folder, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    save_kernels(kernels_of(model, networks_of(model)), tmp_path)
+    harsh = short("--compare-full", "--policy", "h2o", "--set", "heavy=1", "--set", "recent=1")
+    for more, name in (
+        ((), "h2o"),
+        (("--bits", "int4"), "h2o in 4 bits"),
+        (("--less-kernels", tmp_path), "h2o with LESS"),
+        (("--bits", "k8v4", "--less-kernels", tmp_path), "h2o in K8V4 with LESS"),
+    ):
+        assert re.search(rf"(the end|”) with {name}, ", headwise(*harsh, *more).err)
+
+
+def test_policies_without_a_name_are_titled_as_they_are_written():
+    both = Full() | Window(3)
+    assert both.title == str(both)
+    assert Quantized(both, 8).title == f"{both} in 8 bits"
+    assert Quantized(Full(), 8, group=4).title == "full in K8V8G4"
 
 
 def test_comparison_runs_the_models_own_attention(headwise, monkeypatch):
@@ -467,6 +533,10 @@ BAD = {
     "huge seed": (("--seed", 2**64), "seed"),
     "no chunk": (("--prefill-chunk", 0), "--prefill-chunk"),
     "unknown dtype": (("--dtype", "float8"), "unknown dtype"),
+    "unknown dtype of rows": (("--cache-dtype", "float8"), "unknown dtype 'float8'"),
+    "unknown bits": (("--bits", "int3"), "bits are int8, int4, k8v4 or k4v8, got 'int3'"),
+    "bits of a policy that chooses them": (("--policy", "auto", "--bits", "int8"), "auto chooses the bits itself"),
+    "no kernels of LESS": (("--bits", "int8", "--less-kernels", "nowhere"), "no kernels of LESS in 'nowhere'"),
     "unknown device": (("--device", "tpux"), "unknown device"),
     "impossible device": (("--device", "cpu:7"), "no device"),
     "no such model": (("--model", "no/such/model/anywhere"), "cannot load the model"),
@@ -495,6 +565,12 @@ def test_bad_input_takes_one_line(headwise, tmp_path, case, output):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu(headwise):
     assert_one_line(headwise(*short("--device", "cuda")), "no device 'cuda'")
+
+
+@pytest.mark.parametrize("given", ["unknown bits", "unknown dtype of rows"])
+def test_profile_refuses_them_too(headwise, given):
+    arguments, says = BAD[given]
+    assert_one_line(headwise("profile", "--prompt", QUESTION, *arguments), says)
 
 
 @pytest.mark.parametrize("command", ["generate", "profile"])

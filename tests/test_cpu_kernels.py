@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import runpy
@@ -340,6 +341,8 @@ def test_kernels_that_cannot_run_are_never_replaced_in_silence(monkeypatch):
         with pytest.warns(HeadwiseWarning, match="plain torch kernels.*they were not compiled"):
             cache = headwise.HeadwiseCache(model, headwise.Full())
         assert cache.report().kernel == "reference"
+        # Said once, of a cache and its copies.
+        assert copy.deepcopy(cache).report().kernel == "reference"
         # Asked for by name there is nothing to warn of.
         headwise.HeadwiseCache(model, headwise.Full(), kernel="reference")
 

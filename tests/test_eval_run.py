@@ -13,18 +13,21 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import torch
 
 import chatty
 from headwise.cli.main import main
 from headwise.errors import ConfigurationError, InputError, MismatchError
 from headwise.eval.executor import Local
 from headwise.eval.fidelity import Fidelity
-from headwise.eval.lineup import line_up
+from headwise.eval.lineup import Entry, line_up
 from headwise.eval.record import RESULTS, RUN, UNITS
 from headwise.eval.run import run
+from headwise.eval.setting import describe_setting
 from headwise.eval.source import Source
 from headwise.eval.spread import Spread
 from headwise.eval.task import Item, Outcome, Subject, Task
+from headwise.policies import SnapKV
 
 LINEUP = line_up(["window:size=4", "window:size=2"], seed=3)
 LABELS = [entry.label for entry in LINEUP]
@@ -58,6 +61,14 @@ class Toy(Task):
         kept = KEPT["full"] if str(policy) == "Full()" else KEPT.get(str(policy)) or policy.keep
         metrics = {"score": reference * kept + (0.5 if "Window" in str(policy) else 0)}
         return Outcome(metrics, kept, int(100 * kept), 100, 2.0, 1.0, {"said": item.key})
+
+
+class Indifferent(Toy):
+    """Takes any policy."""
+
+    def measure(self, subject, item, policy, reference):
+        self.log.append((str(policy), item.key))
+        return Outcome({"score": 1.0}, 1.0, 100, 100, 2.0, 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -273,6 +284,46 @@ def test_fidelity_command(call, tmp_path):
     assert answer.err.splitlines()[-1].startswith("10 of 10")
 
 
+def test_rows_narrower_than_the_model_take_less_and_are_said(call):
+    policies = ("--policy", "window:size=0.5", "--policy", "full+int8", "--no-random", "--context", 60)
+
+    def rows(*more, to):
+        answer = call("fidelity", *SMALL, *policies, *more, "--json", to=to)
+        assert answer.code == 0, answer.err
+        (summary,) = answer.json["summaries"]
+        return answer.json, {row["policy"]: row for row in summary["rows"]}
+
+    (one, wide), (two, narrow) = rows(to="a"), rows("--cache-dtype", "float16", to="b")
+    assert [run["configuration"]["source"]["cache_dtype"] for run in (one, two)] == [None, "float16"]
+    assert list(narrow) == ["full", "window:size=0.5", "full+int8"]
+    for name, row in wide.items():
+        assert narrow[name]["used_bytes"] < row["used_bytes"]
+        assert narrow[name]["kept_ratio"] == row["kept_ratio"]
+        assert narrow[name]["full_bytes"] == row["full_bytes"]
+    # Codes, and exact rows of half the width.
+    assert wide["full+int8"]["used_bytes"] < wide["full"]["used_bytes"]
+    assert describe_setting(two)["rows"] == "float16"
+    assert "rows" not in describe_setting(one)
+
+
+def test_a_run_does_not_go_on_with_other_rows(call):
+    asked = ("fidelity", *SMALL, "--policy", "window:size=0.25", "--no-random")
+    assert call(*asked).code == 0
+    refused = call(*asked, "--resume", "--cache-dtype", "float16")
+    assert refused.code == 2
+    assert "cannot be continued" in refused.err
+
+
+def test_bytes_are_turned_into_tokens_by_the_width_of_the_rows(subject, tmp_path, log):
+    """A row's column takes 4 bytes: of 4 heads, 4 x 68 or 4 x 36 bytes a token."""
+    entry = Entry("snapkv at 8KiB", SnapKV(keep=1), budget="8KiB")
+    for dtype in (None, torch.float32, torch.float16):
+        executor = Local(Source(), replace(subject, options={"cache_dtype": dtype}))
+        run([Indifferent(values=(1,))], (entry,), executor, tmp_path / str(dtype))
+    measured = [policy for policy, _ in log if policy != "reference"]
+    assert measured == [str(SnapKV(keep=tokens)) for tokens in (30, 30, 56)]
+
+
 def test_table_of_two_query_modes(call):
     short = ("--context", 200, "--items", 1, "--new-tokens", 2)
     answer = call("recall", *short, "--policy", "window:size=0.5", "--no-random")
@@ -335,6 +386,8 @@ BAD = {
     "bad query": ("recall", ("--query", "x"), "--query must be one of both"),
     "bad kind": ("synthetic", ("--kind", "x"), "kind must be one of"),
     "bad dtype": ("fidelity", ("--dtype", "x"), "unknown dtype"),
+    "bad dtype of rows": ("fidelity", ("--cache-dtype", "float8"), "unknown dtype 'float8'"),
+    "bad bits": ("fidelity", ("--policy", "full+int3"), "bits are int8, int4, k8v4 or k4v8, got 'int3'"),
     "bad device": ("fidelity", ("--device", "x"), "device"),
     "bad kernel": ("fidelity", ("--kernel", "x"), "kernel"),
     "no text": ("fidelity", ("--text", "none.txt"), "there is no file 'none.txt'"),

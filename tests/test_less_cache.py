@@ -566,6 +566,21 @@ def test_a_policy_that_the_kernels_have_not_seen_is_named():
         headwise.HeadwiseCache(model, headwise.Less(SCORED, kernels))
 
 
+def test_a_copy_does_not_repeat_what_was_said():
+    model = tiny.llama(layers=2)
+    kernels = kernels_of(model, networks_of(model), policies=("h2o:heavy=0.1,recent=0.1",))
+    policy = headwise.Quantized(headwise.Less(SMALL, kernels), 8)
+    with pytest.warns(headwise.HeadwiseWarning, match="not trained with what StreamingLLM") as said:
+        cache = headwise.HeadwiseCache(model, policy)
+    assert len(said) == 1
+    logits(model, tiny.prompt(40), cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = copy.deepcopy(copy.deepcopy(cache))
+    same_states(again, cache)
+    assert torch.equal(logits(model, tiny.prompt(1), again), logits(model, tiny.prompt(1), cache))
+
+
 def test_the_report_says_what_is_remembered_and_what_the_kernels_take():
     model = tiny.llama(layers=2)
     networks = networks_of(model)

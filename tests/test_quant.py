@@ -198,6 +198,21 @@ def test_only_old_rows_become_codes_and_never_the_first():
     assert store.used_bytes == 5 * ((12 + 8) * 4 + 4) + 11 * RowFormat(8, 8).row_bytes(12, 8)
 
 
+def test_rows_after_the_prompt_can_have_a_format_of_their_own():
+    formats = torch.tensor([[2, -1]])
+    rows = rows_of(torch.arange(12).expand(1, 2, -1), torch.ones(1, 2, 12, dtype=torch.bool), False)
+    precision = Precision(FORMATS, recent=3, sinks=2, later=0)
+    store = RowStore(rows, page_size=4, scored=False, precision=precision, formats=formats)
+    store.fill(rows)
+    for token in range(12, 20):
+        new = rows_of(torch.full((1, 2, 1), token), torch.ones(1, 2, 1).bool(), False)
+        store.append(new.keys, new.values, torch.tensor([token]).int(), None, None, None, REFERENCE)
+    held = [sorted(part.pages.kept_columns()[0, 0].tolist()) for part in store.packed]
+    # Recent rows of the prompt become old when others have come; from then on they count as later ones.
+    assert held == [[9, 10, 11, 12, 13, 14, 15, 16], [], [2, 3, 4, 5, 6, 7, 8]]
+    assert store.exact.lengths.tolist() == [[5, 20]]
+
+
 def test_nothing_becomes_codes_while_the_store_is_frozen():
     rows = rows_of(torch.arange(12).expand(1, 1, -1), torch.ones(1, 1, 12, dtype=torch.bool), False)
     store = RowStore(rows, page_size=4, scored=False, precision=Precision((RowFormat(8, 8),), recent=3, sinks=2))

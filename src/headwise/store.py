@@ -97,16 +97,16 @@ class RowStore:
 
     def kept_columns(self) -> Int[Tensor, "b h n"]:
         """Column of every row; undefined where `occupied` is False."""
-        return torch.cat([pages.kept_columns() for pages in self._parts], dim=-1)
+        return _along([pages.kept_columns() for pages in self._parts])
 
     def kept_scores(self) -> Float[Tensor, "b h n"] | None:
         """Score of every row; undefined where `occupied` is False."""
         scores = [scores for pages in self._parts if (scores := pages.kept_scores()) is not None]
-        return torch.cat(scores, dim=-1) if scores else None
+        return _along(scores) if scores else None
 
     def occupied(self) -> Bool[Tensor, "b h n"]:
         """True where there is a row."""
-        return torch.cat([pages.occupied() for pages in self._parts], dim=-1)
+        return _along([pages.occupied() for pages in self._parts])
 
     def rows(self) -> Rows:
         """A copy of everything kept, side by side, as numbers."""
@@ -217,8 +217,7 @@ class RowStore:
         if not bool(old.any()):
             return
         rows = self.exact.gather(old)
-        for index, part in enumerate(self.packed):
-            keep = rows.keep & (self.formats == index)[:, :, None]
+        for part, keep in zip(self.packed, self._by_format(rows.keep, self.precision.later), strict=True):
             if bool(keep.any()):
                 everything = part.pages.occupied()
                 part.pages.commit(everything, replace(part.encode(rows), keep=keep))
@@ -282,7 +281,10 @@ class RowStore:
         inside = (rank >= self.precision.sinks) & (rank < lengths - self.precision.recent)
         return inside & (self.formats >= 0)[:, :, None]
 
-    def _by_format(self, old: Bool[Tensor, "b h n"]) -> list[Bool[Tensor, "b h n"]]:
+    def _by_format(self, old: Bool[Tensor, "b h n"], format: int | None = None) -> list[Bool[Tensor, "b h n"]]:
+        """Which of the rows go where: all into one format, or each into that of its head."""
+        if format is not None:
+            return [old if index == format else torch.zeros_like(old) for index in range(len(self.packed))]
         return [old & (self.formats == index)[:, :, None] for index in range(len(self.packed))]
 
 
@@ -307,6 +309,10 @@ def add_on_codes(views: list[PageView], increments: Float[Tensor, "b h n"], kern
         keys, values = (pool.new_empty(*heads, 0, pool.shape[-1]) for pool in (view.keys, view.values))
         kernels.append(view, keys, values, view.columns.new_empty(0), None, own.new_empty(*heads, 0), own)
     return mine
+
+
+def _along(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def _side_by_side(parts: list[Rows]) -> Rows:

@@ -9,6 +9,7 @@ from pathlib import Path
 from headwise.errors import ConfigurationError
 from headwise.less.policy import Less
 from headwise.policies import H2O, FastGen, Full, Policy, Random, StreamingLLM, Window
+from headwise.spec import in_bits
 
 STOCK, QUANTIZED, HEADWISE, KVPRESS = "stock", "quantized", "headwise", "kvpress"
 FULL = "full"
@@ -102,6 +103,19 @@ def remembering(candidate: Candidate, kernels: Path | None) -> Candidate:
     """
     assert candidate.policy is not None
     return replace(candidate, name=f"{candidate.name}, LESS", policy=Less(candidate.policy, kernels))
+
+
+def coded(candidate: Candidate, bits: str) -> Candidate:
+    """The same, with older rows in so many bits.
+
+    Args:
+        bits: int8, int4, or apart for keys and values, such as k8v4.
+
+    Raises:
+        ConfigurationError: for others.
+    """
+    assert candidate.policy is not None
+    return replace(candidate, name=f"{candidate.name}, {bits}", policy=in_bits(candidate.policy, bits))
 
 
 def recovering(recovery: float) -> Candidate:

@@ -20,7 +20,6 @@ from headwise.picture import check_target
 if TYPE_CHECKING:
     import torch
 
-    from headwise.bench.candidates import Candidate
     from headwise.bench.plan import Plan
     from headwise.bench.record import Record
     from headwise.bench.run import Subject
@@ -82,6 +81,14 @@ def bench(
             "--graph", help="Run headwise's caches with a captured step too, on a GPU.", rich_help_panel=_CANDIDATES
         ),
     ] = False,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORD,...",
+            help="Run headwise's caches with all but the newest rows in so few bits too: int8, int4, k8v4 or k4v8.",
+            rich_help_panel=_CANDIDATES,
+        ),
+    ] = None,
     less: options.Less = False,
     less_kernels: options.LessKernels = None,
     quantized: Annotated[
@@ -141,7 +148,9 @@ def bench(
     from headwise.bench.plan import PROFILE_CONTEXT, Plan, grid
     from headwise.bench.plan import targets as target_configurations
     from headwise.bench.record import Record
+    from headwise.bench.rivals import Rivals
     from headwise.bench.run import run
+    from headwise.bench.stock import find_backend
     from headwise.hf.models import default_device
     from headwise.kernels import choose
 
@@ -151,9 +160,10 @@ def bench(
         raise ConfigurationError(f"--graph needs a GPU, not {where}")
     dtypes = [_resolve(parse_dtype(name.strip()), where) for name in dtype.split(",")]
     notes: list[str] = []
+    remember = less or less_kernels is not None
     if targets:
         given = {"batch": batch, "context": context, "distinct": distinct, "keep": keep, "recovery": recovery}
-        _refuse("--targets says what to run", **given, kvpress=kvpress)
+        _refuse("--targets says what to run", **given, bits=bits, less=remember or None, kvpress=kvpress)
         if len(dtypes) > 1:
             raise ConfigurationError("--targets takes one --dtype")
         if where.type == "cuda" and model is None and shape is None:
@@ -164,15 +174,17 @@ def bench(
             raise ConfigurationError("--recovery needs a tokenizer, which a --shape does not have")
         shares = _shares("--keep", _DEFAULT_KEEP if keep is None else keep)
         recoveries = [] if recovery is None else _shares("--recovery", recovery)
-        remember = less or less_kernels is not None
+        words = [] if bits is None else [word.strip() for word in bits.split(",")]
         if shape is not None and remember:
             raise ConfigurationError("--less needs a model, kernels are trained for one; random weights have none")
-        rivals = _rivals(policy, shares, recoveries, graph, quantized, kvpress and kvpress_press, notes)
-        if remember:
-            rivals = _remembering(rivals, less_kernels)
+        backend, missing = find_backend(quantized)
+        if missing is not None:
+            notes.append(f"quantized: {missing}")
+        press = kvpress and kvpress_press
+        rivals = Rivals(policy, shares, recoveries, words, graph, remember, less_kernels, backend, press)
         batches = _numbers("--batch", "1" if batch is None else batch, int)
         contexts = _numbers("--context", _DEFAULT_CONTEXT if context is None else context, int)
-        configurations = grid(batches, contexts, dtypes, rivals, distinct)
+        configurations = grid(batches, contexts, dtypes, rivals.at, distinct)
     if steps % evict_every:
         notes.append(f"rounds of {steps} steps do not hold the same number of evictions, one every {evict_every}")
     profiled = targets or any((c.batch, c.context) == (1, PROFILE_CONTEXT) for c in configurations)
@@ -204,53 +216,6 @@ def _present(record: Record, device: str, json_output: bool, png: Path | None) -
     if png is not None and any(m.round_seconds for result in record.results for m in result.measurements):
         save_picture(record, png)
         message(f"picture: {png}\n")
-
-
-def _rivals(
-    policy: str,
-    keeps: list[float],
-    recoveries: list[float],
-    graph: bool,
-    quantized: str,
-    press: str | None,
-    notes: list[str],
-) -> Callable[[int], list[Candidate]]:
-    """What competes, for every context; what cannot is noted."""
-    from headwise.bench import candidates
-    from headwise.bench.stock import find_backend
-
-    candidates.check_policy(policy)
-    backend, missing = find_backend(quantized)
-    if missing is not None:
-        notes.append(f"quantized: {missing}")
-
-    def rivals(context: int) -> list[Candidate]:
-        ours = [
-            candidates.full(),
-            *(candidates.kept(policy, share, context) for share in keeps),
-            *(candidates.recovering(share) for share in recoveries),
-        ]
-        return [
-            candidates.stock(),
-            *([candidates.quantized(backend)] if backend else []),
-            *ours,
-            *(candidates.captured(candidate) for candidate in ours if graph),
-            *(candidates.pressed(press, share) for share in keeps if press),
-        ]
-
-    return rivals
-
-
-def _remembering(rivals: Callable[[int], list[Candidate]], kernels: Path | None) -> Callable[[int], list[Candidate]]:
-    """The same, and with LESS all of them that evict."""
-    from headwise.bench.candidates import FULL, remembering
-
-    def more(context: int) -> list[Candidate]:
-        others = rivals(context)
-        evicting = [other for other in others if other.policy is not None and other.name != FULL]
-        return [*others, *(remembering(other, kernels) for other in evicting)]
-
-    return more
 
 
 def _source(

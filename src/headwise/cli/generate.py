@@ -215,9 +215,9 @@ def _difference(outcome: Outcome, full: Run) -> str:
     ours, theirs = differing_words(outcome.run.text, full.text)
     if outcome.run.text == full.text:
         return f"the texts read the same and differ in new token {index}"
-    name = outcome.policy.name
     return (
-        f"the texts first differ in new token {index}: {_word(ours)} with {name}, {_word(theirs)} with the full cache"
+        f"the texts first differ in new token {index}: {_word(ours)} with {outcome.policy.title}, "
+        f"{_word(theirs)} with the full cache"
     )
 
 

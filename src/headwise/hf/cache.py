@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from headwise.gate.checkpoint import gates_of
 from headwise.hf.attachment import attach
 from headwise.hf.attention import NAME
 from headwise.hf.budget import with_budget
-from headwise.hf.checks import check_options
+from headwise.hf.checks import check_options, doubts
 from headwise.hf.kinds import KindTable
 from headwise.hf.layer import HeadwiseLayer
 from headwise.hf.rotation import find_rotation
 from headwise.hf.together import Together
-from headwise.kernels import AUTO, REFERENCE, choose, obstacle
+from headwise.kernels import AUTO, choose
 from headwise.layer import LayerCache
-from headwise.less.kernels import LayerKernels
 from headwise.less.policy import load_less
 from headwise.policies.base import Policy
 from headwise.policies.full import Full
@@ -99,18 +98,27 @@ class HeadwiseCache(Cache):
             "evict_every": evict_every,
             "cache_dtype": cache_dtype,
         }
+        self._set_up(model, policy, **self._options)
+        for doubt in doubts(self.policy, model, kernel, self.kernel):
+            warnings.warn(doubt, HeadwiseWarning, stacklevel=2)
+
+    def _set_up(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None,
+        markers: Sequence[str],
+        prompt_tokens: int | None,
+        page_size: int,
+        kernel: str,
+        evict_every: int,
+        cache_dtype: torch.dtype | None,
+    ) -> None:
+        """Everything but what is checked and said of options, which a copy has in common with what it is made of."""
         needs_kinds = "kind" in policy.facts
-        less: Mapping[int, LayerKernels] = {}
-        loaded, remembering = load_less(policy, model)
-        if remembering is not None:
-            policy, less = loaded, remembering.layers
-            if not remembering.trained:
-                warnings.warn(
-                    f"the kernels of LESS were not trained with what {policy.chooser} evicts; "
-                    "`headwise train-less` can do that",
-                    HeadwiseWarning,
-                    stacklevel=2,
-                )
+        policy, remembering = load_less(policy, model)
+        less = {} if remembering is None else remembering.layers
         self.policy: Policy = policy
         self.transcript = Transcript(needs_kinds)
         self.model_name = type(model).__name__
@@ -122,14 +130,6 @@ class HeadwiseCache(Cache):
         self._together = Together(tokenizer)
         kernels = choose(kernel, model.device, cache_dtype or model.dtype)
         self.kernel = kernels.name
-        if kernel == AUTO and kernels.name == REFERENCE:
-            reason = obstacle("cpu" if model.device.type == "cpu" else "triton", model.device, model.dtype)
-            warnings.warn(
-                f"running the plain torch kernels, which are several times slower: {reason}; "
-                'ask for kernel="reference" where this is meant',
-                HeadwiseWarning,
-                stacklevel=2,
-            )
         stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         # The exact type: its subclasses are layers of other kinds, which stay as they are.
         mine = [type(layer) is DynamicLayer for layer in stock]
@@ -329,7 +329,9 @@ class HeadwiseCache(Cache):
         """An independent cache of the same model, as for a prefix that several continuations share."""
         from headwise.hf.persistence import collect, fill
 
-        copy = type(self)(self.model, self.policy, **self._options)
+        copy = type(self).__new__(type(self))
+        copy._options = self._options
+        copy._set_up(self.model, self.policy, **self._options)
         fill(copy, *collect(self))
         return copy
 

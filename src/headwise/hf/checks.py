@@ -1,13 +1,18 @@
-"""Checks: the options of a cache -> nothing, or an error that says what would do."""
+"""Checks: the options of a cache -> nothing, or an error that says what would do, or what is doubtful about them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.errors import ConfigurationError
+from headwise.kernels import AUTO, REFERENCE, obstacle
+from headwise.less.policy import Less
 from headwise.policies.base import Policy
 from headwise.policies.scored import Scored
+from headwise.policies.wrapper import wrappers
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,3 +49,22 @@ def check_options(
             raise ConfigurationError(f"{name} must be a count of 1 or more, got {value!r}")
     if cache_dtype not in (None, *_DTYPES):
         raise ConfigurationError(f"cache_dtype must be one of {', '.join(map(str, _DTYPES))}, got {cache_dtype!r}")
+
+
+def doubts(policy: Policy, model: PreTrainedModel, asked: str, kernel: str) -> Iterator[str]:
+    """What works, but perhaps not as meant.
+
+    Args:
+        policy: kernels of LESS in it are loaded.
+        asked, kernel: names of the attention kernels that were asked for, and of those that are going to run.
+    """
+    if any(isinstance(wrapper, Less) and not wrapper.trained for wrapper in wrappers(policy)):
+        yield (
+            f"the kernels of LESS were not trained with what {policy.chooser} evicts; `headwise train-less` can do that"
+        )
+    if asked == AUTO and kernel == REFERENCE:
+        reason = obstacle("cpu" if model.device.type == "cpu" else "triton", model.device, model.dtype)
+        yield (
+            f"running the plain torch kernels, which are several times slower: {reason}; "
+            'ask for kernel="reference" where this is meant'
+        )

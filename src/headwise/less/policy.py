@@ -40,6 +40,11 @@ class Less(Wrapper):
         kernels = "" if self.kernels is None else f", kernels={self.kernels!r}"
         return f"Less({self.policy}{kernels})"
 
+    @property
+    def title(self) -> str:
+        """The policy's, with LESS."""
+        return f"{self.policy.title} with LESS"
+
     def read(self) -> Less:
         """With its kernels read.
 

@@ -6,8 +6,6 @@ Then, where that is wanted, every sequence becomes a lesson, and all layers are 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headwise import __version__
+from headwise.corpus import Corpus, begin_run, model_name
 from headwise.errors import ConfigurationError
 from headwise.eval.text import Document
 from headwise.hf.cache import HeadwiseCache
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 
 # Called with what is being done, how much of it is done, and how much there is.
 Tell = Callable[[str, int, int], None]
-
-_STATE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -101,24 +98,19 @@ class TrainingRun:
             raise ConfigurationError("kernels to start from are needed where no epoch trains each layer alone")
         self._model, self._tokenizer, self._start = model, tokenizer, start
         self._policies, self._recipe, self._work = policies, recipe, work
-        self._tokens = [tokenizer(text.text, add_special_tokens=False, verbose=False).input_ids for text in texts]
-        lengths = [len(tokens) for tokens in self._tokens]
-        self._passages = draw_passages(
-            lengths, recipe.sequences, (recipe.shortest, recipe.longest), recipe.rows, recipe.training.seed
-        )
+        self._corpus = Corpus(tokenizer, texts)
+        prompts, seed = (recipe.shortest, recipe.longest), recipe.training.seed
+        self._passages = draw_passages(self._corpus.lengths, recipe.sequences, prompts, recipe.rows, seed)
         self.about: dict[str, Any] = {
-            "model": _name(model),
+            "model": model_name(model),
             "policies": [spec for spec, _ in policies],
-            "texts": [
-                {"name": text.name, "sha256": hashlib.sha256(text.text.encode()).hexdigest(), "tokens": length}
-                for text, length in zip(texts, lengths, strict=True)
-            ],
+            "texts": self._corpus.about,
             **asdict(recipe),
             "start": None if start is None else {"digest": start.digest, **start.about},
             "headwise": __version__,
         }
         self._check_size()
-        self._begin(resume)
+        begin_run(work, self.about, resume=resume)
 
     def run(self, tell: Tell) -> LessKernels:
         """Capture, train, and put the layers together."""
@@ -137,16 +129,6 @@ class TrainingRun:
     def finish(self) -> None:
         """Remove the folder for what is captured."""
         shutil.rmtree(self._work)
-
-    def _begin(self, resume: bool) -> None:
-        state, path = json.dumps(self.about, indent=2), self._work / _STATE
-        if path.is_file():
-            if not resume:
-                raise ConfigurationError(f"{str(self._work)!r} holds an unfinished run: --resume it, or remove it")
-            if path.read_text(encoding="utf-8") != state:
-                raise ConfigurationError(f"{str(self._work)!r} holds a run with other options; remove it, or use those")
-        self._work.mkdir(parents=True, exist_ok=True)
-        path.write_text(state, encoding="utf-8")
 
     def _check_size(self) -> None:
         config = self._model.config.get_text_config(decoder=True)
@@ -206,9 +188,7 @@ class TrainingRun:
         return capture(self._model, self._tokenizer, policy, self._ids(passage), passage.prompt)
 
     def _ids(self, passage: Passage) -> Int[Tensor, "1 t"]:
-        first = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
-        end = passage.start + passage.prompt + self._recipe.rows - len(first)
-        tokens = first + self._tokens[passage.text][passage.start : end]
+        tokens = self._corpus.ids(passage.text, passage.start, passage.prompt + self._recipe.rows)
         return torch.tensor([tokens], device=self._model.device)
 
     def _train(self, samples: Samples, tell: Tell) -> tuple[dict[int, LayerKernels], dict[str, dict[str, float]]]:
@@ -245,12 +225,6 @@ class TrainingRun:
         scratch = path.with_suffix(".part")
         save_file(tensors | figures, scratch)
         scratch.replace(path)
-
-
-def _name(model: PreTrainedModel) -> str:
-    """A Hub id as it is, and of a folder only its own name."""
-    name = str(model.config.name_or_path or type(model).__name__)
-    return Path(name).name if Path(name).is_dir() else name
 
 
 def capture(

@@ -76,8 +76,9 @@ def divergence(full: Float[Tensor, "q vocabulary"], ours: Float[Tensor, "q vocab
 def loss(full: Float[Tensor, "q vocabulary"], ours: Float[Tensor, "q vocabulary"]) -> Float[Tensor, ""]:
     """Mean of the divergences, each as log(1 + divergence).
 
-    A few predictions of a passage, names that are copied from far back, carry most of the divergence; a state of a few
-    features cannot point at one token, so they would only drown the others.
+    A few predictions of a passage, names that are copied from far back, carry most of the divergence: in a plain mean
+    a step would follow them and hardly anything else. The logarithm leaves small ones as they are, and lets large ones
+    count less.
     """
     return divergence(full, ours).clamp(min=0).log1p().mean()
 

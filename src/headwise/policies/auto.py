@@ -18,6 +18,7 @@ from headwise.quant.formats import Precision, RowFormat
 from headwise.types import Bool, Float, Int, Tensor, Tokens
 
 _FORMATS = (RowFormat(8, 8), RowFormat(8, 4), RowFormat(4, 4))
+_LATER = {8: 0, 4: 2}
 
 # What a rounding error counts, beside an error as large from dropping a token. Rounding is different for each query,
 # head and layer, and averages out; what is dropped is missed by just the queries that need it, in full. Any weight from
@@ -48,6 +49,8 @@ class Auto(Repeated):
         window: newest tokens that are kept, and whose queries count.
         recent: newest rows of a head that stay exact.
         sinks: first tokens, which are kept, and stay exact.
+        later_bits: of rows that come after the prompt, when they are no longer recent: 8, because nothing is known of
+            their worth, or 4. The budget is for the prompt alone.
         gate: as for `Recite`: whether scores are predicted, not found by a repetition.
 
     Raises:
@@ -60,6 +63,7 @@ class Auto(Repeated):
     window: int = 64
     recent: int = 32
     sinks: int = 4
+    later_bits: int = 8
     gate: bool | str = False
 
     def __post_init__(self) -> None:
@@ -76,11 +80,15 @@ class Auto(Repeated):
         check_count("recent", self.recent, 0)
         check_count("sinks", self.sinks, 0)
         check_gate(self.gate)
+        if self.later_bits not in _LATER:
+            raise ConfigurationError(
+                f"later_bits must be one of {', '.join(map(str, _LATER))}, got {self.later_bits!r}"
+            )
 
     @property
     def precision(self) -> Precision:
         """What a head may get."""
-        return Precision(_FORMATS, self.recent, self.sinks)
+        return Precision(_FORMATS, self.recent, self.sinks, _LATER[self.later_bits])
 
     @property
     def query_rows(self) -> int:

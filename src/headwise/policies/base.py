@@ -59,6 +59,11 @@ class Policy(ABC):
         return 1.0
 
     @property
+    def title(self) -> str:
+        """A few words for people: its name, and what wrappers add to it."""
+        return self.name or str(self)
+
+    @property
     def chooser(self) -> Policy:
         """What decides which tokens stay: the policy itself, unless it wraps another."""
         return self

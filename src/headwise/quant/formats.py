@@ -70,11 +70,13 @@ class Precision:
         recent: newest rows of every head that stay exact.
         sinks: first rows of every head that stay exact: attention sinks, whose keys are unlike all others, and in
             which small errors move much attention (KVQuant, Hooper et al., NeurIPS 2024, section 3.5).
+        later: number of the format of rows that come after the prompt; None for that of their head.
     """
 
     formats: tuple[RowFormat, ...]
     recent: int = 32
     sinks: int = 4
+    later: int | None = None
 
     @property
     def exact(self) -> int:

@@ -55,6 +55,13 @@ class Quantized(Wrapper):
         return f"Quantized({', '.join([str(self.policy), *given])})"
 
     @property
+    def title(self) -> str:
+        """The policy's, in so many bits."""
+        plain = self.format == RowFormat(self.key_bits, self.key_bits)
+        bits = f"{self.key_bits} bits" if plain else str(self.format)
+        return f"{self.policy.title} in {bits}"
+
+    @property
     def format(self) -> RowFormat:
         """Of the rows that are not exact."""
         return RowFormat(self.key_bits, self.value_bits or self.key_bits, self.group)

@@ -1,0 +1,139 @@
+"""The bench with fewer bits: every headwise cache runs once more with older rows as codes."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+
+import tiny
+from headwise.bench import bandwidth, run
+from headwise.bench.rivals import Rivals
+from headwise.cli.main import main
+from headwise.errors import ConfigurationError
+from headwise.less.checkpoint import save_kernels
+from headwise.policies import H2O, FastGen, Full
+from headwise.quant.policy import Quantized
+from less_oracle import kernels_of, networks_of
+
+LAYERS, KV_HEADS, DIM = 2, 2, 8
+# Rows of a head that stay exact: the first 4 and the newest 32.
+EXACT = 36
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model = tiny.llama(heads=4, kv_heads=KV_HEADS, layers=LAYERS, head_dim=DIM)
+    model.save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    save_kernels(kernels_of(model, networks_of(model)), path / "kernels")
+    return path
+
+
+@pytest.fixture
+def bench(capsys, monkeypatch):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as left:
+            main(["bench", *(str(argument) for argument in arguments)])
+        return left.value.code, capsys.readouterr()
+
+    # A buffer that the processor's cache holds: what it yields is not looked at.
+    monkeypatch.setattr("headwise.bench.measure.measure_ceiling", partial(bandwidth.measure_ceiling, size=2**16))
+    return call
+
+
+def small(*more):
+    rounds = ("--steps", 2, "--rounds", 1, "--evict-every", 2, "--quantized", "none")
+    return ("--context", 80, "--keep", "0.75", *rounds, *more)
+
+
+def test_every_headwise_cache_runs_once_more_in_each_format(bench, folder):
+    code, said = bench("--model", folder, *small("--bits", "int8, k8v4", "--json"))
+    assert code == 0, said.err
+    found = {m["name"]: m for m in json.loads(said.out)["results"][0]["candidates"]}
+    ours = ["full", "keep 75%"]
+    assert list(found) == ["stock", *ours, *(f"{name}, int8" for name in ours), *(f"{name}, k8v4" for name in ours)]
+    assert found["full, int8"]["setting"] == "Quantized(Full(), key_bits=8)"
+    assert found["keep 75%, k8v4"]["setting"].startswith("Quantized(H2O(")
+
+    def saved(name, held):
+        return found[name][held]["used_bytes"] - found[f"{name}, {word}"][held]["used_bytes"]
+
+    # Of a number in fp32 the code takes 1 byte or half of one; key and value have a step and a least number of 2 each.
+    for word, codes in (("int8", 2 * DIM), ("k8v4", DIM + DIM // 2)):
+        row = 2 * DIM * 4 - codes - 2 * 2 * 2
+        for name, kept in (("full", 80), ("keep 75%", 60)):
+            assert saved(name, "after_prompt") == LAYERS * KV_HEADS * (kept - EXACT) * row
+            assert found[f"{name}, {word}"]["after_decode"]["kept_ratio"] == found[name]["after_decode"]["kept_ratio"]
+
+
+def test_random_weights_have_bits_too(bench):
+    code, said = bench("--shape", "tiny", *small("--bits", "int4"))
+    assert code == 0, said.err
+    assert "keep 75%, int4" in said.out
+
+
+def test_bits_come_before_graphs_and_less():
+    rivals = Rivals("h2o", [0.5], [0.9], ["int4"], graph=True, less=True, backend="hqq", press="KnormPress")
+    names = [candidate.name for candidate in rivals.at(80)]
+    exact = ["full", "keep 50%", "FastGen 0.9"]
+    plain = [*exact, *(f"{name}, int4" for name in exact)]
+    ours = [*plain, *(f"{name}, graph" for name in plain)]
+    # What keeps everything has nothing to remember.
+    evicting = [name for name in ours if not name.startswith("full")]
+    less = [f"{name}, LESS" for name in evicting]
+    assert names == ["stock", "quantized hqq", *ours, "kvpress 50%", *less]
+    assert sorted(set(names)) == sorted(names)
+    by_name = {candidate.name: candidate for candidate in rivals.at(80)}
+    both = by_name["keep 50%, int4, graph, LESS"]
+    assert both.graph and both.keep == 0.5
+    assert both.policy.policy == Quantized(H2O(heavy=0.25, recent=0.25))
+    assert by_name["FastGen 0.9, int4"].policy == Quantized(FastGen(0.9))
+    assert by_name["full, int4"].policy == Quantized(Full())
+
+
+def test_less_of_fewer_bits_runs(bench, folder):
+    code, said = bench("--model", folder, *small("--bits", "int8", "--less-kernels", folder / "kernels", "--json"))
+    assert code == 0, said.err
+    found = {m["name"]: m for m in json.loads(said.out)["results"][0]["candidates"]}
+    assert [name for name in found if name.endswith("LESS")] == ["keep 75%, LESS", "keep 75%, int8, LESS"]
+    state = found["keep 75%, LESS"]["after_prompt"]["used_bytes"] - found["keep 75%"]["after_prompt"]["used_bytes"]
+    coded = found["keep 75%, int8"]["after_prompt"]["used_bytes"]
+    assert found["keep 75%, int8, LESS"]["after_prompt"]["used_bytes"] == coded + state
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--bits", "int3"), "bits are int8, int4, k8v4 or k4v8, got 'int3'"),
+        (("--bits", "int8,"), "got ''"),
+        (("--bits", "int8,int8"), "'full, int8' is given twice"),
+    ],
+)
+def test_wrong_words_are_refused_before_anything_is_loaded(bench, monkeypatch, given, says):
+    monkeypatch.setattr(run, "run", lambda *_: pytest.fail("run"))
+    code, said = bench("--shape", "tiny", *small(*given))
+    assert (code, said.out) == (2, "")
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert says in said.err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--bits", "int8"), "leave out --bits"),
+        (("--less",), "leave out --less"),
+        (("--less-kernels", "folder"), "leave out --less"),
+    ],
+)
+def test_targets_have_neither_bits_nor_less(bench, given, says):
+    code, said = bench("--targets", "--shape", "tiny", *given)
+    assert code == 2
+    assert says in said.err
+
+
+def test_shares_are_asked_only_of_policies_that_have_them():
+    with pytest.raises(ConfigurationError, match="keeps a given share"):
+        Rivals("fastgen", [0.5])
