@@ -1,6 +1,6 @@
 """Continuations: a text -> JSON lines of passages at equal steps and what follows each, for `headwise eval generation`.
 
-    python tools/continuations.py wiki.valid.txt > passages.jsonl
+python tools/continuations.py wiki.valid.txt > passages.jsonl
 """
 
 from __future__ import annotations
