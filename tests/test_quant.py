@@ -213,6 +213,23 @@ def test_rows_after_the_prompt_can_have_a_format_of_their_own():
     assert store.exact.lengths.tolist() == [[5, 20]]
 
 
+def test_a_head_that_stays_exact_does_not_make_the_others_pack_row_by_row(monkeypatch):
+    """Codes are written once in a page's worth of new rows, however long the exact heads are."""
+    formats = torch.tensor([[0, -1]])
+    rows = rows_of(torch.arange(60).expand(1, 2, -1), torch.ones(1, 2, 60, dtype=torch.bool), False)
+    store = RowStore(rows, page_size=4, scored=False, precision=Precision(FORMATS, recent=3), formats=formats)
+    store.fill(rows)
+    packed = []
+    encode_rows = PackedPages.encode
+    monkeypatch.setattr(
+        PackedPages, "encode", lambda part, new: packed.append(int(new.keep.sum())) or encode_rows(part, new)
+    )
+    for token in range(60, 80):
+        new = rows_of(torch.full((1, 2, 1), token), torch.ones(1, 2, 1).bool(), False)
+        store.append(new.keys, new.values, torch.tensor([token]).int(), None, None, None, REFERENCE)
+    assert packed == [4] * 5
+
+
 def test_nothing_becomes_codes_while_the_store_is_frozen():
     rows = rows_of(torch.arange(12).expand(1, 1, -1), torch.ones(1, 1, 12, dtype=torch.bool), False)
     store = RowStore(rows, page_size=4, scored=False, precision=Precision((RowFormat(8, 8),), recent=3, sinks=2))

@@ -55,6 +55,8 @@ class RowStore:
         offered = () if precision is None else precision.formats
         self.packed = [PackedPages(like, format, page_size=page_size, scored=scored) for format in offered]
         self.formats = self.exact.lengths.new_zeros(self.exact.lengths.shape) if formats is None else formats
+        # Rows that have come since old ones were last written down as codes.
+        self._unpacked = 0
 
     # What it holds.
 
@@ -135,6 +137,9 @@ class RowStore:
 
     def fill(self, rows: Rows) -> None:
         """Take in the first rows, in the order of their columns."""
+        if not self.packed:
+            self.exact.fill(rows)
+            return
         rank, lengths = rows.keep.cumsum(dim=-1) - 1, rows.keep.sum(dim=-1, keepdim=True)
         old = self._old(rank, lengths) & rows.keep
         self.exact.fill(replace(rows, keep=rows.keep & ~old))
@@ -162,11 +167,13 @@ class RowStore:
         if increments is not None:
             increments = add_on_codes(self.view(), increments, kernels)
         self.exact.append(keys, values, columns, real, scores, increments, kernels)
+        self._unpacked += keys.shape[2]
         self.pack()
 
     def count(self, appended: int) -> None:
         """Take note of rows that were appended to the exact ones of every head."""
         self.exact.count(appended)
+        self._unpacked += appended
 
     def reserve(self, rows: int) -> None:
         """Take pages, so that `append` can take in so many rows without any other."""
@@ -191,7 +198,6 @@ class RowStore:
         exact, *packed = self._cut(keep)
         self.exact.drop(exact, spare)
         self._drop_packed(packed)
-        self.pack()
 
     def commit(self, keep: Bool[Tensor, "b h n"], new: Rows, spare: int = 0) -> None:
         """Keep the rows named by `keep`, drop the others, and take in the new ones that `new.keep` names.
@@ -202,14 +208,17 @@ class RowStore:
         exact, *packed = self._cut(keep)
         self.exact.commit(exact, new, spare)
         self._drop_packed(packed)
+        self._unpacked += new.keep.shape[-1]
         self.pack()
 
     def pack(self) -> None:
-        """Write old rows down as codes, where there are enough of them to be worth it."""
-        if self.precision is None or self.exact.frozen:
+        """Write old rows down as codes, once a page's worth of new ones has come.
+
+        What has come is counted, not how much there is: a head that stays exact as a whole is always long.
+        """
+        if self.precision is None or self.exact.frozen or self._unpacked < self.page_size:
             return
-        if self.exact.longest < self.precision.exact + self.page_size:
-            return
+        self._unpacked = 0
         occupied = self.exact.occupied()
         columns = self.exact.kept_columns().masked_fill(~occupied, torch.iinfo(torch.int32).max)
         rank = columns.argsort(dim=-1).argsort(dim=-1)
@@ -242,7 +251,7 @@ class RowStore:
         state = _state("", self.exact)
         for index, part in enumerate(self.packed):
             state |= _state(f"{_PACKED}{index}_", part.pages)
-        return state | ({"formats": self.formats} if self.packed else {})
+        return state | ({"formats": self.formats, "unpacked": torch.tensor(self._unpacked)} if self.packed else {})
 
     @classmethod
     def restore(cls, state: dict[str, Tensor], *, page_size: int, precision: Precision | None) -> RowStore:
@@ -254,6 +263,7 @@ class RowStore:
         store.exact.fill(exact)
         for index, part in enumerate(store.packed):
             part.pages.fill(_restored(f"{_PACKED}{index}_", state))
+        store._unpacked = int(state.get("unpacked", 0))
         return store
 
     # Its parts.
