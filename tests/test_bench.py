@@ -669,12 +669,13 @@ def kernel(best, beyond=True):
     return KernelSpeed(100, best, best, beyond)
 
 
-def test_kernel_is_judged_by_its_worst_beyond_the_processors_cache():
+def test_kernel_is_judged_by_its_worst_of_exact_rows_beyond_the_processors_cache():
     ceiling = Ceiling(100.0, "sum")
     fast, slow = measured("a", kernel_speed=kernel(90.0)), measured("b", kernel_speed=kernel(70.0))
     inside, short = measured("c", kernel_speed=kernel(10.0, False)), measured("d", kernel_speed=kernel(5.0))
+    codes = measured("e", kernel_speed=kernel(20.0), coded=True)
     results = [
-        result_of(8, 1024, fast, slow, inside, ceiling=ceiling),
+        result_of(8, 1024, fast, slow, inside, codes, ceiling=ceiling),
         result_of(8, 1023, short, ceiling=ceiling),
         result_of(1, 4096, short, ceiling=ceiling),
     ]

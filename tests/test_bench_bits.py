@@ -6,6 +6,7 @@ import json
 from functools import partial
 
 import pytest
+import torch
 
 import tiny
 from headwise.bench import bandwidth, run
@@ -69,6 +70,17 @@ def test_every_headwise_cache_runs_once_more_in_each_format(bench, folder):
             assert found[f"{name}, {word}"]["after_decode"]["kept_ratio"] == found[name]["after_decode"]["kept_ratio"]
 
 
+def test_every_headwise_cache_runs_once_more_in_each_dtype(bench, folder):
+    code, said = bench("--model", folder, *small("--cache-dtype", "float16", "--json"))
+    assert code == 0, said.err
+    found = {m["name"]: m for m in json.loads(said.out)["results"][0]["candidates"]}
+    assert list(found) == ["stock", "full", "keep 75%", "full, float16", "keep 75%, float16"]
+    assert found["full, float16"]["setting"] == "Full(), rows in float16"
+    for name, kept in (("full", 80), ("keep 75%", 60)):
+        saved = found[name]["after_prompt"]["used_bytes"] - found[f"{name}, float16"]["after_prompt"]["used_bytes"]
+        assert saved == LAYERS * KV_HEADS * kept * 2 * DIM * 2
+
+
 def test_random_weights_have_bits_too(bench):
     code, said = bench("--shape", "tiny", *small("--bits", "int4"))
     assert code == 0, said.err
@@ -76,10 +88,12 @@ def test_random_weights_have_bits_too(bench):
 
 
 def test_bits_come_before_graphs_and_less():
-    rivals = Rivals("h2o", [0.5], [0.9], ["int4"], graph=True, less=True, backend="hqq", press="KnormPress")
+    rivals = Rivals(
+        "h2o", [0.5], [0.9], [torch.float16], ["int4"], graph=True, less=True, backend="hqq", press="KnormPress"
+    )
     names = [candidate.name for candidate in rivals.at(80)]
     exact = ["full", "keep 50%", "FastGen 0.9"]
-    plain = [*exact, *(f"{name}, int4" for name in exact)]
+    plain = [*exact, *(f"{name}, float16" for name in exact), *(f"{name}, int4" for name in exact)]
     ours = [*plain, *(f"{name}, graph" for name in plain)]
     # What keeps everything has nothing to remember.
     evicting = [name for name in ours if not name.startswith("full")]
@@ -92,6 +106,7 @@ def test_bits_come_before_graphs_and_less():
     assert both.policy.policy == Quantized(H2O(heavy=0.25, recent=0.25))
     assert by_name["FastGen 0.9, int4"].policy == Quantized(FastGen(0.9))
     assert by_name["full, int4"].policy == Quantized(Full())
+    assert [by_name[f"full{more}"].coded for more in ("", ", float16", ", int4")] == [False, False, True]
 
 
 def test_less_of_fewer_bits_runs(bench, folder):
@@ -110,6 +125,9 @@ def test_less_of_fewer_bits_runs(bench, folder):
         (("--bits", "int3"), "bits are int8, int4, k8v4 or k4v8, got 'int3'"),
         (("--bits", "int8,"), "got ''"),
         (("--bits", "int8,int8"), "'full, int8' is given twice"),
+        (("--cache-dtype", "auto"), "--cache-dtype takes float16, bfloat16 or float32"),
+        (("--cache-dtype", "half"), "unknown dtype 'half'"),
+        (("--cache-dtype", "float16,float16"), "'full, float16' is given twice"),
     ],
 )
 def test_wrong_words_are_refused_before_anything_is_loaded(bench, monkeypatch, given, says):
@@ -124,6 +142,7 @@ def test_wrong_words_are_refused_before_anything_is_loaded(bench, monkeypatch, g
     ("given", "says"),
     [
         (("--bits", "int8"), "leave out --bits"),
+        (("--cache-dtype", "float16"), "leave out --cache-dtype"),
         (("--less",), "leave out --less"),
         (("--less-kernels", "folder"), "leave out --less"),
     ],

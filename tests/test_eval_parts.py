@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 import chatty
+from headwise import HeadwiseCache
 from headwise.errors import ConfigurationError, InputError, UnknownPolicyError
 from headwise.eval.haystack import made_words, noise, token_count, word_list, zipf_words
 from headwise.eval.lineup import line_up
 from headwise.eval.question import Question, encode_question, found
 from headwise.eval.statistics import Estimate, estimate
+from headwise.eval.stock import StockQuantized
 from headwise.eval.tables import BETTER, WORSE, make_grids
 from headwise.eval.text import Document, plant, read_documents, take_passages
 from headwise.policies import H2O, FastGen, Full, Random, Window
@@ -73,6 +75,20 @@ def test_random_stands_behind_every_policy_and_has_its_size():
     assert [e.label for e in line_up(["window:size=3"], random=False)] == ["full", "window:size=3"]
     with pytest.raises(ConfigurationError, match="given twice"):
         line_up(["fastgen", "fastgen:recovery=0.95"])
+
+
+def test_the_cache_of_transformers_is_one_row_without_a_draw():
+    lineup = line_up(["transformers:quanto-int4", "transformers:fp8"])
+    assert [entry.policy for entry in lineup[1:]] == [StockQuantized("quanto", 4), StockQuantized("fp8")]
+    assert lineup[1].describe()["policy"] == {"name": "transformers", "parameters": {"backend": "quanto", "bits": 4}}
+    for wrong in ("quanto", "quanto-int9", "fp8-int4", "fp16", ""):
+        with pytest.raises(ConfigurationError, match="transformers: takes quanto-int4"):
+            line_up([f"transformers:{wrong}"])
+
+
+def test_the_cache_of_transformers_cannot_be_headwises():
+    with pytest.raises(ConfigurationError, match="cannot be transformers' quantized cache"):
+        HeadwiseCache(chatty.model(64), StockQuantized("fp8"))
 
 
 # texts

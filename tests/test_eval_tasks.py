@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, QuantizedCache
 
 import chatty
 from headwise import HeadwiseCache
 from headwise.errors import ConfigurationError, InputError
 from headwise.eval.fidelity import Fidelity, compare
 from headwise.eval.recall import Recall
+from headwise.eval.stock import StockQuantized
 from headwise.eval.synthetic import KINDS, Synthetic
 from headwise.eval.task import Subject
 from headwise.policies import Full, Random, Window
@@ -89,6 +90,25 @@ def test_fidelity_is_that_of_feeding_token_by_token(subject, policy):
         assert outcome.kept_ratio < 0.4
         assert outcome.used_bytes < outcome.full_bytes / 2
     assert 0 < outcome.compress_seconds < outcome.prefill_seconds
+
+
+def test_transformers_own_cache_is_measured_like_the_others(subject):
+    try:
+        cache = QuantizedCache("fp8", subject.model.config)
+    except ValueError:
+        pytest.skip("this release of transformers has no fp8 cache")
+    item = FIDELITY.items(subject.tokenizer)[1]
+    ids, reference = torch.tensor([item.data["ids"]]), FIDELITY.reference(subject, item)
+    outcome = FIDELITY.measure(subject, item, StockQuantized("fp8"), reference)
+    theirs = one_by_one(subject.model, ids, cache)
+    kl = (reference.exp() * (reference - theirs)).sum(dim=-1).mean()
+    assert outcome.metrics["kl"] == pytest.approx(float(kl), rel=1e-3)
+    assert outcome.metrics["kl"] > 1e-6
+    config = subject.model.config
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * CONTEXT * config.head_dim
+    assert (outcome.kept_ratio, outcome.full_bytes) == (1, numbers * 4)
+    # A byte for each number, and a scale for the keys and one for the values of a layer.
+    assert outcome.used_bytes == numbers + 2 * config.num_hidden_layers * 4
 
 
 def test_fidelity_evicts_while_the_rest_is_fed(subject):

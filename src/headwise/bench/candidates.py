@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from headwise.errors import ConfigurationError
 from headwise.less.policy import Less
 from headwise.policies import H2O, FastGen, Full, Policy, Random, StreamingLLM, Window
@@ -36,6 +38,7 @@ class Candidate:
         backend: of a quantized cache, or the press of kvpress.
         keep: the share of the prompt that was asked for; None where the candidate decides by itself.
         graph: whether its decode step is captured in a CUDA graph.
+        rows: dtype of exact rows; None for the model's.
     """
 
     name: str
@@ -44,12 +47,18 @@ class Candidate:
     backend: str | None = None
     keep: float | None = None
     graph: bool = False
+    rows: torch.dtype | None = None
+
+    @property
+    def coded(self) -> bool:
+        """Whether older rows are codes."""
+        return self.policy is not None and self.policy.precision is not None
 
     @property
     def setting(self) -> str:
         """What it is, in a few words."""
         if self.policy is not None:
-            return str(self.policy)
+            return str(self.policy) if self.rows is None else f"{self.policy}, rows in {dtype_name(self.rows)}"
         return {STOCK: "DynamicCache, sdpa", QUANTIZED: f"QuantizedCache({self.backend!r})"}.get(
             self.kind, str(self.backend)
         )
@@ -105,6 +114,11 @@ def remembering(candidate: Candidate, kernels: Path | None) -> Candidate:
     return replace(candidate, name=f"{candidate.name}, LESS", policy=Less(candidate.policy, kernels))
 
 
+def in_rows(candidate: Candidate, rows: torch.dtype) -> Candidate:
+    """The same, with exact rows in that dtype."""
+    return replace(candidate, name=f"{candidate.name}, {dtype_name(rows)}", rows=rows)
+
+
 def coded(candidate: Candidate, bits: str) -> Candidate:
     """The same, with older rows in so many bits.
 
@@ -126,6 +140,11 @@ def recovering(recovery: float) -> Candidate:
 def pressed(press: str, keep: float) -> Candidate:
     """kvpress, keeping that share."""
     return Candidate(f"kvpress {percent(keep)}", KVPRESS, backend=press, keep=keep)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As options and tables have it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def keep_name(keep: float) -> str:

@@ -178,6 +178,7 @@ class Local(Contestant):
                 tokenizer=self._tokenizer,
                 kernel=self._plan.kernel,
                 evict_every=self._plan.evict_every,
+                cache_dtype=self.candidate.rows,
             )
         if self.candidate.kind == QUANTIZED:
             return stock.quantized_cache(self._model, str(self.candidate.backend))

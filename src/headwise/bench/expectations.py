@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from headwise.bench.candidates import FULL, HEADWISE, keep_name
-from headwise.bench.plan import dtype_name
+from headwise.bench.candidates import FULL, HEADWISE, dtype_name, keep_name
 from headwise.bench.record import Measurement, Record, Result
 
 MET, MISSED, NOT_RUN = "met", "missed", "not run"
@@ -120,6 +119,8 @@ def kernel_share(batch: int, dtype: torch.dtype) -> Callable[[Record], float | N
             result.kernel_share(measurement)
             for result, measurement in _measured(record, dtype)
             if result.configuration.batch == batch
+            # What it takes to read codes is arithmetic, not bandwidth.
+            and not measurement.coded
             and result.configuration.context >= _KERNEL_CONTEXT
             # What the last-level cache holds does not come from memory.
             and measurement.kernel_speed is not None

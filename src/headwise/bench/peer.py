@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from headwise.bench.candidates import Candidate
+from headwise.bench.candidates import Candidate, dtype_name
 from headwise.bench.contestant import Contestant
-from headwise.bench.plan import dtype_name
 from headwise.bench.record import Held, Prefill
 from headwise.errors import ConfigurationError, HeadwiseError
 from headwise.types import Int, Tensor

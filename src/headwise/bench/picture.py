@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from headwise.bench.plan import dtype_name
+from headwise.bench.candidates import dtype_name
 from headwise.bench.record import Measurement, Record, Result
 from headwise.errors import CacheStateError
 from headwise.picture import atomic, check_target

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.bench.candidates import Candidate, captured, check_names, full, kept, stock
+from headwise.bench.candidates import Candidate, captured, check_names, dtype_name, full, kept, stock
 from headwise.errors import ConfigurationError, InputError
 
 # What the cost of the profile is defined for: one prompt of so many tokens.
@@ -144,11 +144,6 @@ def targets(device: str, dtype: torch.dtype, policy: str) -> tuple[Configuration
         # Half a million prompt tokens in one pass would need more memory than the cache; one sequence stands for all.
         return (of(1, 2048, 0.5), of(8, 8192, 0.5, graph=True), of(32, 16384, 0.25, distinct=1))
     raise ConfigurationError(f"there are no targets for {device!r}, only for cpu and cuda")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As options and tables have it."""
-    return str(dtype).removeprefix("torch.")
 
 
 def check_share(name: str, share: float) -> None:

@@ -8,8 +8,8 @@ from statistics import median
 from typing import Any
 
 from headwise.bench.bandwidth import Ceiling, KernelSpeed
-from headwise.bench.candidates import STOCK
-from headwise.bench.plan import Configuration, dtype_name
+from headwise.bench.candidates import STOCK, dtype_name
+from headwise.bench.plan import Configuration
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,14 @@ class Measurement:
         kernel: name of headwise's kernels.
         failure: why it did not run, or not to the end.
         attention_share: part of a step that is the cache's and the attention's.
+        coded: whether older rows are codes.
     """
 
     name: str
     kind: str
     setting: str
     keep: float | None = None
+    coded: bool = False
     kernel: str | None = None
     failure: str | None = None
     prefill: Prefill | None = None

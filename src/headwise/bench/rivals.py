@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from headwise.bench.candidates import (
     Candidate,
     captured,
     check_policy,
     coded,
     full,
+    in_rows,
     kept,
     pressed,
     quantized,
@@ -30,7 +33,8 @@ class Rivals:
         policy: name of what keeps a given share of the prompt.
         keeps: those shares.
         recoveries: of FastGen.
-        bits: formats of older rows, such as "int8", that every headwise cache runs with too.
+        rows: dtypes of exact rows that every headwise cache runs with too.
+        bits: formats of older rows, such as "int8", that it runs with too.
         graph: whether every headwise cache runs with a captured step too.
         less: whether all that evict run with LESS too.
         kernels: folder of its kernels; None for those that come with headwise.
@@ -44,6 +48,7 @@ class Rivals:
     policy: str
     keeps: Sequence[float]
     recoveries: Sequence[float] = ()
+    rows: Sequence[torch.dtype] = ()
     bits: Sequence[str] = ()
     graph: bool = False
     less: bool = False
@@ -76,7 +81,11 @@ class Rivals:
             *(kept(self.policy, share, context) for share in self.keeps),
             *(recovering(share) for share in self.recoveries),
         ]
-        plain = [*exact, *(coded(one, word) for word in self.bits for one in exact)]
+        plain = [
+            *exact,
+            *(in_rows(one, dtype) for dtype in self.rows for one in exact),
+            *(coded(one, word) for word in self.bits for one in exact),
+        ]
         return [*plain, *(captured(one) for one in plain if self.graph)]
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from headwise.bench import stock
-from headwise.bench.candidates import KVPRESS, Candidate
+from headwise.bench.candidates import KVPRESS, Candidate, dtype_name
 from headwise.bench.contestant import Contestant, Local
 from headwise.bench.measure import measure
 from headwise.bench.peer import Peer, PeerError, Remote
-from headwise.bench.plan import PROFILE_CONTEXT, Configuration, Plan, dtype_name
+from headwise.bench.plan import PROFILE_CONTEXT, Configuration, Plan
 from headwise.bench.record import Measurement, ProfileCost, Record, Result
 from headwise.bench.shapes import Shape, available_bytes
 from headwise.bench.workload import random_ids, text_ids
@@ -142,7 +142,7 @@ def _run_one(
     record.results.append(result)
     pairs: list[tuple[Contestant, Measurement]] = []
     for candidate in configuration.candidates:
-        measurement = Measurement(candidate.name, candidate.kind, candidate.setting, candidate.keep)
+        measurement = Measurement(candidate.name, candidate.kind, candidate.setting, candidate.keep, candidate.coded)
         result.measurements.append(measurement)
         if candidate.kind != KVPRESS:
             pairs.append((Local(candidate, subject.model, subject.tokenizer, plan), measurement))

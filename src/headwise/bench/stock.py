@@ -48,14 +48,18 @@ def dynamic_cache(model: Model) -> Cache:
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def quantized_cache(model: Model, backend: str) -> Cache:
+def quantized_cache(model: Model, backend: str, bits: int | None = None) -> Cache:
     """transformers' quantized cache with its own defaults.
+
+    Args:
+        bits: of a number, for a backend that has a choice; None for the default.
 
     Raises:
         ConfigurationError: when this release of transformers, or this model, does not take it.
     """
+    given = {} if bits is None else {"nbits": bits}
     try:
-        return QuantizedCache(backend, model.config.get_text_config(decoder=True))
+        return QuantizedCache(backend, model.config.get_text_config(decoder=True), **given)
     except (ValueError, ImportError) as error:
         raise ConfigurationError(str(error).strip().splitlines()[0]) from error
 

@@ -89,6 +89,14 @@ def bench(
             rich_help_panel=_CANDIDATES,
         ),
     ] = None,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Run headwise's caches with exact rows in these too: float16, bfloat16 or float32.",
+            rich_help_panel=_CANDIDATES,
+        ),
+    ] = None,
     less: options.Less = False,
     less_kernels: options.LessKernels = None,
     quantized: Annotated[
@@ -163,7 +171,14 @@ def bench(
     remember = less or less_kernels is not None
     if targets:
         given = {"batch": batch, "context": context, "distinct": distinct, "keep": keep, "recovery": recovery}
-        _refuse("--targets says what to run", **given, bits=bits, less=remember or None, kvpress=kvpress)
+        _refuse(
+            "--targets says what to run",
+            **given,
+            bits=bits,
+            cache_dtype=cache_dtype,
+            less=remember or None,
+            kvpress=kvpress,
+        )
         if len(dtypes) > 1:
             raise ConfigurationError("--targets takes one --dtype")
         if where.type == "cuda" and model is None and shape is None:
@@ -174,14 +189,15 @@ def bench(
             raise ConfigurationError("--recovery needs a tokenizer, which a --shape does not have")
         shares = _shares("--keep", _DEFAULT_KEEP if keep is None else keep)
         recoveries = [] if recovery is None else _shares("--recovery", recovery)
-        words = [] if bits is None else [word.strip() for word in bits.split(",")]
+        words = _words(bits)
+        rows = [_row_dtype(name) for name in _words(cache_dtype)]
         if shape is not None and remember:
             raise ConfigurationError("--less needs a model, kernels are trained for one; random weights have none")
         backend, missing = find_backend(quantized)
         if missing is not None:
             notes.append(f"quantized: {missing}")
         press = kvpress and kvpress_press
-        rivals = Rivals(policy, shares, recoveries, words, graph, remember, less_kernels, backend, press)
+        rivals = Rivals(policy, shares, recoveries, rows, words, graph, remember, less_kernels, backend, press)
         batches = _numbers("--batch", "1" if batch is None else batch, int)
         contexts = _numbers("--context", _DEFAULT_CONTEXT if context is None else context, int)
         configurations = grid(batches, contexts, dtypes, rivals.at, distinct)
@@ -253,8 +269,21 @@ def _resolve(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     return dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
+def _words(text: str | None) -> list[str]:
+    return [] if text is None else [word.strip() for word in text.split(",")]
+
+
+def _row_dtype(name: str) -> torch.dtype:
+    dtype = parse_dtype(name)
+    if dtype is None:
+        raise ConfigurationError(
+            "--cache-dtype takes float16, bfloat16 or float32 here; rows in the model's always run"
+        )
+    return dtype
+
+
 def _refuse(why: str, **given: object) -> None:
-    named = [f"--{name}" for name, value in given.items() if value is not None]
+    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
     if named:
         raise ConfigurationError(f"{why}; leave out {', '.join(named)}")
 

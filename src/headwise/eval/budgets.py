@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 
 from headwise.errors import ConfigurationError
+from headwise.eval.stock import parse_stock
 from headwise.hf.budget import parse_bytes
 from headwise.policies import Policy, list_policies
 from headwise.policies.size import Size, check_size
@@ -36,7 +37,7 @@ def allot(spec: str, budgets: Sequence[str]) -> Iterator[Allotted]:
     """The policy at every budget; once, as it is, where it states its size or has none to set.
 
     Args:
-        spec: such as `snapkv`, or `snapkv:keep=0.25`, which states its size.
+        spec: such as `snapkv`, or `snapkv:keep=0.25`, which states its size; or transformers' quantized cache.
         budgets: tokens per KV head such as "512", shares of the prompt such as "0.25", or bytes such as "64MiB".
 
     Raises:
@@ -44,7 +45,7 @@ def allot(spec: str, budgets: Sequence[str]) -> Iterator[Allotted]:
     """
     policy = _without_size(spec) if budgets else None
     if policy is None:
-        yield Allotted(spec, spec, parse_policy(spec))
+        yield Allotted(spec, spec, parse_stock(spec) or parse_policy(spec))
         return
     for text in (budget.strip() for budget in budgets):
         size, label = _read(text), f"{spec} at {text}"

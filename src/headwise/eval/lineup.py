@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from headwise.errors import ConfigurationError
 from headwise.eval.budgets import allot
+from headwise.eval.stock import StockQuantized
 from headwise.hf.budget import with_budget
 from headwise.policies import Full, Policy, Random
 from headwise.spec import describe_policy
@@ -70,7 +71,7 @@ def line_up(specs: Sequence[str], random: bool = True, seed: int = 0, budgets: S
     """The full cache, then every policy at every budget, each with random eviction that keeps as much of the same item.
 
     Args:
-        specs: such as `snapkv:keep=0.25`.
+        specs: such as `snapkv:keep=0.25`; `transformers:quanto-int4` is transformers' own.
         random: whether random eviction takes part.
         seed: of random eviction.
         budgets: for the policies that do not state a size, see `allot`.
@@ -86,7 +87,7 @@ def line_up(specs: Sequence[str], random: bool = True, seed: int = 0, budgets: S
             raise ConfigurationError(f"the policy {room.label!r} is given twice")
         drawn = isinstance(room.policy, Random)
         entries.append(Entry(room.label, room.policy, series=RANDOM if drawn else room.spec, budget=room.bytes))
-        # A draw needs no other draw beside it.
-        if random and not drawn:
+        # A draw needs no other draw beside it, nor does what keeps everything.
+        if random and not drawn and not isinstance(room.policy, StockQuantized):
             entries.append(Entry(f"random, size of {room.label}", None, room.label, seed, RANDOM))
     return tuple(entries)

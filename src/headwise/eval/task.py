@@ -11,9 +11,10 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.errors import InputError
+from headwise.eval.stock import StockQuantized
 from headwise.hf.cache import HeadwiseCache
 from headwise.policies.base import Policy
 from headwise.report import Report
@@ -86,15 +87,22 @@ class Subject:
 
     def read(self, ids: Int[Tensor, "b t"], policy: Policy) -> Context:
         """Read a context into a new cache and compress it."""
+        length = ids.shape[-1]
         # Its length is told, or a question that follows would be taken for the rest of it.
-        told = {"tokenizer": self.tokenizer, "prompt_tokens": ids.shape[-1]}
-        cache = HeadwiseCache(self.model, policy, **told, **self.options)
+        cache = (
+            policy.cache(self.model)
+            if isinstance(policy, StockQuantized)
+            else HeadwiseCache(self.model, policy, tokenizer=self.tokenizer, prompt_tokens=length, **self.options)
+        )
         started = time.perf_counter()
         with torch.inference_mode():
             output = self.model(input_ids=ids.to(self.model.device), past_key_values=cache, logits_to_keep=1)
-        return Context(cache, cache.report(), time.perf_counter() - started, output.logits[:, -1].float())
+        seconds = time.perf_counter() - started
+        # The kind of the cache follows from the policy.
+        report = policy.report(self.model, cache, length) if isinstance(policy, StockQuantized) else cache.report()
+        return Context(cache, report, seconds, output.logits[:, -1].float())
 
-    def feed(self, cache: HeadwiseCache, ids: Int[Tensor, "1 t"]) -> Float[Tensor, "t vocabulary"]:
+    def feed(self, cache: Cache, ids: Int[Tensor, "1 t"]) -> Float[Tensor, "t vocabulary"]:
         """Logits of tokens that follow what the cache holds, as if they had come one at a time.
 
         The rules are applied once in `evict_every` tokens. What lies between two of those moments goes in one pass:
@@ -115,7 +123,7 @@ class Context:
         logits: of the token that follows.
     """
 
-    cache: HeadwiseCache
+    cache: Cache
     report: Report
     seconds: float
     logits: Float[Tensor, "b vocabulary"]
