@@ -14,7 +14,8 @@ from headwise.policies.auto import _Market
 from headwise.policies.scored import Damage
 from headwise.types import Tokens
 
-ROW = 4 * 2 * 14 + 4
+PAIR = 4 * 2 * 14
+ROW = PAIR + 4
 HEADS = 4 * 4
 
 
@@ -41,7 +42,7 @@ def test_a_share_of_the_bytes_is_spent_by_every_sequence(ratio):
     lengths = (230, 170)
     cache = read(headwise.Auto(ratio=ratio, window=8, recent=8), *lengths)
     for used, length in zip(bytes_of(cache), lengths, strict=True):
-        budget = ratio * length * HEADS * ROW
+        budget = ratio * length * HEADS * PAIR
         # Formats change for a whole head at once, and what that leaves is not spent.
         assert 0.9 * budget <= used <= budget
 
@@ -56,7 +57,7 @@ def test_bytes_and_rows_are_budgets_too():
 
 def test_a_cache_in_half_precision_has_room_for_more_rows():
     cache = read(headwise.Auto(ratio=0.4, window=8), 230, cache_dtype=torch.float16)
-    budget = 0.4 * 230 * HEADS * (2 * 2 * 14 + 4)
+    budget = 0.4 * 230 * HEADS * 2 * 2 * 14
     assert 0.9 * budget <= bytes_of(cache)[0] <= budget
 
 

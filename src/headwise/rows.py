@@ -11,6 +11,9 @@ from headwise.types import Bool, Float, Int, Tensor, UInt8
 # Of what codes are read by.
 STEP_DTYPE = torch.float16
 
+# Beside key and value, in any format: the column.
+COLUMN_BYTES = torch.int32.itemsize
+
 
 @dataclass
 class Rows:

@@ -17,7 +17,7 @@ from headwise.kernels import Kernels
 from headwise.pages import PagedStore
 from headwise.quant.formats import Precision
 from headwise.quant.packed import PackedPages
-from headwise.rows import Rows
+from headwise.rows import COLUMN_BYTES, Rows
 from headwise.types import Bool, Float, Int, PageView, Tensor
 
 # Of the first pages of codes' names in a saved cache.
@@ -300,7 +300,7 @@ class RowStore:
 
 def exact_row_bytes(keys: Tensor, values: Tensor, dtype: torch.dtype | None) -> int:
     """Bytes of one exact row without a score: its key, its value and its column."""
-    return (keys.shape[-1] + values.shape[-1]) * (dtype or keys.dtype).itemsize + torch.int32.itemsize
+    return (keys.shape[-1] + values.shape[-1]) * (dtype or keys.dtype).itemsize + COLUMN_BYTES
 
 
 def add_on_codes(views: list[PageView], increments: Float[Tensor, "b h n"], kernels: Kernels) -> Float[Tensor, "b h m"]:

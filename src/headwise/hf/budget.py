@@ -10,9 +10,10 @@ import torch
 from headwise.errors import ConfigurationError
 from headwise.policies.base import Policy
 from headwise.policies.size import Size
+from headwise.rows import COLUMN_BYTES
 
-# What a row holds beside its key and value: its column, and its score where a rule ranks while generating.
-_COLUMN_BYTES = _SCORE_BYTES = 4
+# What a row holds beside key, value and column where a rule ranks while generating.
+_SCORE_BYTES = torch.float32.itemsize
 
 _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**k for k, p in enumerate("kMGT", 1)}}
 _UNITS |= {f"{p}iB": 1024**k for k, p in enumerate("KMGT", 1)}
@@ -61,7 +62,7 @@ def _tokens(policy: Policy, text: str, config: Any, dtype: torch.dtype) -> Size:
     heads: int = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     scored = any("score" in rule.reads for rule in policy.rungs)
     score = heads * (_SCORE_BYTES if scored else 0)
-    per_token = row_bytes(config, dtype) + heads * _COLUMN_BYTES + score
+    per_token = row_bytes(config, dtype) + heads * COLUMN_BYTES + score
     room = parse_bytes(text)
     tokens = room // per_token
     if policy.precision is not None and tokens > policy.precision.exact:

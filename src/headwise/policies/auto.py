@@ -14,7 +14,8 @@ from headwise.policies.registry import register
 from headwise.policies.scored import Damage, Evidence, Repeated, check_gate
 from headwise.policies.size import Size, check_count, check_size
 from headwise.quant.codes import decode, encode, rotation
-from headwise.quant.formats import Precision, RowFormat
+from headwise.quant.formats import RECENT, SINKS, Precision, RowFormat
+from headwise.rows import COLUMN_BYTES
 from headwise.types import Bool, Float, Int, Tensor, Tokens
 
 _FORMATS = (RowFormat(8, 8), RowFormat(8, 4), RowFormat(4, 4))
@@ -43,8 +44,8 @@ class Auto(Repeated):
     Args:
         recovery: T, from 0 to 1: a token is worth its row at the fewest bits if some query gave it 1 - T of its
             attention.
-        ratio: instead of it, bytes of the prompt's rows: as a share of what all of them take when they are exact
-            (float), or as what so many exact rows per KV head take (int).
+        ratio: instead of it, bytes of the prompt's rows: as a share of what its keys and values take in a full cache
+            of the rows' dtype (float), or as what so many exact rows per KV head take, their columns included (int).
         bytes: instead of both, bytes for each sequence.
         window: newest tokens that are kept, and whose queries count.
         recent: newest rows of a head that stay exact.
@@ -61,8 +62,8 @@ class Auto(Repeated):
     ratio: Size | None = None
     bytes: int | None = None
     window: int = 64
-    recent: int = 32
-    sinks: int = 4
+    recent: int = RECENT
+    sinks: int = SINKS
     later_bits: int = 8
     gate: bool | str = False
 
@@ -165,8 +166,10 @@ class Auto(Repeated):
         if self.bytes is not None:
             return torch.full_like(prompt, self.bytes)
         assert self.ratio is not None
-        rows = prompt * self.ratio if isinstance(self.ratio, float) else torch.full_like(prompt, self.ratio)
-        return rows * sum(damage.row_bytes[0] * damage.losses.shape[-1] for damage in damages)
+        heads, row = sum(damage.losses.shape[-1] for damage in damages), damages[0].row_bytes[0]
+        if isinstance(self.ratio, float):
+            return prompt * self.ratio * heads * (row - COLUMN_BYTES)
+        return torch.full_like(prompt, self.ratio * heads * row)
 
 
 class _Market:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headwise.errors import ConfigurationError
-from headwise.rows import STEP_DTYPE
+from headwise.rows import COLUMN_BYTES, STEP_DTYPE
 
 _BITS = (4, 8)
 
-# Beside keys and values, in any format: the column.
-_COLUMN_BYTES = 4
+# Rows of a head that stay exact unless told otherwise: the newest and the first.
+RECENT, SINKS = 16, 4
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RowFormat:
 
     def row_bytes(self, key_dim: int, value_dim: int) -> int:
         """Bytes of a row: codes, steps and its column."""
-        total = _COLUMN_BYTES
+        total = COLUMN_BYTES
         for bits, dim in ((self.key_bits, key_dim), (self.value_bits, value_dim)):
             total += dim * bits // 8 + 2 * dim // self.group_of(dim) * STEP_DTYPE.itemsize
         return total
@@ -74,8 +74,8 @@ class Precision:
     """
 
     formats: tuple[RowFormat, ...]
-    recent: int = 32
-    sinks: int = 4
+    recent: int = RECENT
+    sinks: int = SINKS
     later: int | None = None
 
     @property

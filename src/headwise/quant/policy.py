@@ -10,7 +10,7 @@ from headwise.errors import ConfigurationError
 from headwise.policies.base import Policy
 from headwise.policies.size import check_count
 from headwise.policies.wrapper import Wrapper
-from headwise.quant.formats import Precision, RowFormat
+from headwise.quant.formats import RECENT, SINKS, Precision, RowFormat
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Quantized(Wrapper):
     key_bits: int = 4
     value_bits: int | None = None
     group: int | None = None
-    recent: int = 32
-    sinks: int = 4
+    recent: int = RECENT
+    sinks: int = SINKS
 
     def __post_init__(self) -> None:
         super().__post_init__()
