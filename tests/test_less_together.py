@@ -13,7 +13,6 @@ import chatty
 import headwise.less.together as module
 from headwise import HeadwiseCache, Less, StreamingLLM, UnsupportedModelError, load_kernels
 from headwise.cli.main import main
-from headwise.less.checkpoint import sample_weights
 from headwise.less.kernels import LayerKernels, LessKernels
 from headwise.less.lecture import _past, take_lesson
 from headwise.less.lesson import Lesson, lesson_bytes
@@ -21,6 +20,7 @@ from headwise.less.student import predict
 from headwise.less.together import TogetherOptions, divergence, loss, train_together
 from headwise.less.training import TrainableKernels
 from headwise.policies import H2O, FastGen, KVzip, SnapKV
+from headwise.trained import sample_weights
 from models import full_layers, prompt, shared
 from tiny import tokenizer
 

@@ -17,12 +17,12 @@ from headwise.kernels import choose
 from headwise.layer import LayerCache
 from headwise.less.capture import Captured, WatchedLayer
 from headwise.less.memory import Memory
-from headwise.less.passages import draw_passages
 from headwise.less.run import capture
 from headwise.less.samples import Samples, sample_bytes
 from headwise.less.training import TrainableKernels, TrainingOptions, output_error, remembered, share_left, train
 from headwise.policies import H2O, FastGen, KVzip, SnapKV
 from headwise.settings import Settings
+from headwise.training.passages import draw_passages
 from headwise.transcript import Transcript
 from headwise.types import LogitOptions
 from tiny import llama, prompt, tokenizer

@@ -73,7 +73,7 @@ def test_only_the_hf_folder_imports_transformers():
     rivals = {"bench/stock.py", "bench/kvpress_peer.py"}
     # Evaluations and training use models and tokenizers as any user does.
     learners = (f"less/{name}.py" for name in ("run", "lecture", "student", "together"))
-    users = ("cli/", "eval/", "corpus.py", "gate/capture.py", "gate/run.py", *learners)
+    users = ("cli/", "eval/", "training/", "gate/capture.py", "gate/run.py", *learners)
     assert {p for p in outside if not p.startswith(users)} == rivals
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,40 +31,85 @@ _SAMPLED = 16
 _TOLERANCE = 0.25
 
 
+@dataclass(frozen=True, eq=False)
+class LayerWeights:
+    """The weights of one layer; subclasses have a field for each, all in fp32."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+Layer = TypeVar("Layer", bound=LayerWeights)
+
+
+@dataclass(frozen=True, eq=False)
+class Trained(Generic[Layer]):
+    """The weights of a whole model.
+
+    Attributes:
+        layers: by index of the layer; only layers that can be compressed have any.
+        about: what they were trained with, and for which model; plain JSON values.
+        sample: a few numbers of every parameter of that model, by name, to know it again.
+        name: for messages and reports; the folder they were read from.
+    """
+
+    layers: Mapping[int, Layer]
+    about: Mapping[str, Any]
+    sample: Mapping[str, Tensor]
+    name: str = "just trained"
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the weights."""
+        digest = hashlib.sha256()
+        for index, layer in sorted(self.layers.items()):
+            for name, tensor in layer.tensors().items():
+                digest.update(f"{index} {name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+Whole = TypeVar("Whole", bound=Trained[Any])
+
+
 @dataclass(frozen=True)
-class Folder:
+class Folder(Generic[Whole]):
     """One kind of trained weights, and how its folders look.
 
     Attributes:
+        whole: of a model.
+        layer: of one of its layers.
         what: what they are called, as several.
         file: name of the file with the weights.
         marker: what that file says it is.
         command: what makes such a folder.
     """
 
+    whole: type[Whole]
+    layer: type[LayerWeights]
     what: str
     file: str
     marker: str
     command: str
 
-    def save(self, folder: Path, layers: Mapping[int, Mapping[str, Tensor]], origin: Origin) -> None:
-        """Write the weights of every layer, in half precision.
+    def save(self, weights: Whole, folder: Path) -> None:
+        """Write them, in half precision.
 
         Raises:
             InputError: when the folder cannot be written.
         """
-        tensors = {f"model.{name}": numbers for name, numbers in origin.sample.items()}
-        for index, layer in layers.items():
-            tensors |= {f"layers.{index}.{name}": t.half().cpu().contiguous() for name, t in layer.items()}
+        tensors = {f"model.{name}": numbers for name, numbers in weights.sample.items()}
+        for index, layer in weights.layers.items():
+            tensors |= {f"layers.{index}.{name}": t.half().cpu().contiguous() for name, t in layer.tensors().items()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, folder / self.file, {"format": self.marker})
-            (folder / CONFIG).write_text(json.dumps(dict(origin.about), indent=2) + "\n", encoding="utf-8")
+            (folder / CONFIG).write_text(json.dumps(dict(weights.about), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise InputError(f"cannot write to {str(folder)!r}: {error}") from error
 
-    def load(self, folder: Path) -> tuple[dict[int, dict[str, Tensor]], Origin]:
-        """What `save` wrote, the weights in fp32.
+    def load(self, folder: Path) -> Whole:
+        """What `save` wrote, in fp32.
 
         Raises:
             InputError: when the folder holds no such files, or they cannot be read.
@@ -87,23 +133,20 @@ class Folder:
                     else:
                         index, _, field = rest.partition(".")
                         layers.setdefault(int(index), {})[field] = file.get_tensor(name).float()
+            whole = {index: self.layer(**weights) for index, weights in sorted(layers.items())}
         except (SafetensorError, ValueError, TypeError) as error:
-            raise self.unreadable(folder, error) from error
-        return dict(sorted(layers.items())), Origin(about, sample, str(folder))
+            raise InputError(f"the {self.what} in {str(folder)!r} cannot be read: {error}") from error
+        return self.whole(whole, about, sample, str(folder))
 
-    def unreadable(self, folder: Path, error: Exception) -> InputError:
-        """What to raise where a folder holds something else."""
-        return InputError(f"the {self.what} in {str(folder)!r} cannot be read: {error}")
-
-    def check(self, origin: Origin, model: nn.Module) -> None:
+    def check(self, weights: Whole, model: nn.Module) -> None:
         """Refuse what was trained for another model.
 
         Raises:
             MismatchError: saying which parameter is not the same, or how far they differ.
         """
-        ours, theirs = sample_weights(model), origin.sample
+        ours, theirs = sample_weights(model), weights.sample
         trained_for = (
-            f"the {self.what} in {origin.name!r} were trained for {origin.about.get('model', 'another model')}"
+            f"the {self.what} in {weights.name!r} were trained for {weights.about.get('model', 'another model')}"
         )
         remedy = f"train some for this model with `{self.command}`"
         differing = sorted(
@@ -120,21 +163,6 @@ class Folder:
             raise MismatchError(f"{trained_for}; the weights of this one differ by {float(off.median()):.0%}; {remedy}")
 
 
-@dataclass(frozen=True, eq=False)
-class Origin:
-    """Where trained weights come from.
-
-    Attributes:
-        about: what they were trained with, and for which model; plain JSON values.
-        sample: a few numbers of every parameter of that model, by name, to know it again.
-        name: for messages and reports.
-    """
-
-    about: Mapping[str, Any]
-    sample: Mapping[str, Tensor]
-    name: str
-
-
 def sample_weights(model: nn.Module) -> dict[str, Float[Tensor, " n"]]:
     """A few numbers of every parameter, by name."""
     sample = {}
@@ -143,12 +171,3 @@ def sample_weights(model: nn.Module) -> dict[str, Float[Tensor, " n"]]:
         step = max(1, len(flat) // _SAMPLED)
         sample[name] = flat[::step][:_SAMPLED].float().cpu().clone()
     return sample
-
-
-def digest_of(layers: Mapping[int, Mapping[str, Tensor]]) -> str:
-    """Hash of the weights."""
-    digest = hashlib.sha256()
-    for index, layer in sorted(layers.items()):
-        for name, tensor in layer.items():
-            digest.update(f"{index} {name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

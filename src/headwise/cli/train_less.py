@@ -8,12 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from headwise.cli import options
-from headwise.cli.eval_run import progress
 from headwise.cli.loading import load, parse_device, parse_dtype
 from headwise.cli.tables import message, output, plain_table
-from headwise.errors import ConfigurationError
-
-_TRAINING = "Training"
+from headwise.cli.training import (
+    TRAINING,
+    Longest,
+    Resume,
+    Seed,
+    Sequences,
+    Shortest,
+    Texts,
+    carry_out,
+    check_lengths,
+)
 
 _POLICIES = ("fastgen:recovery=0.5", "h2o:heavy=0.025,recent=0.025", "streamingllm:window=0.05,within=true")
 
@@ -28,71 +35,54 @@ def train_less(
             rich_help_panel=options.POLICY,
         ),
     ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="UTF-8 text to learn from; may be repeated. Default: Python's manual of topics.",
-            rich_help_panel=options.INPUT,
-        ),
-    ] = None,
+    text: Texts = None,
     model: options.Model = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
-    sequences: Annotated[
-        int, typer.Option(min=10, metavar="N", help="Passages; every tenth only checks.", rich_help_panel=_TRAINING)
-    ] = 160,
+    sequences: Sequences = 160,
     start: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Kernels to start from, not random ones.", rich_help_panel=_TRAINING),
+        typer.Option(metavar="FOLDER", help="Kernels to start from, not random ones.", rich_help_panel=TRAINING),
     ] = None,
-    shortest: Annotated[
-        int, typer.Option(min=64, metavar="N", help="Tokens of the shortest prompt.", rich_help_panel=_TRAINING)
-    ] = 256,
-    longest: Annotated[
-        int, typer.Option(min=64, metavar="N", help="Tokens of the longest prompt.", rich_help_panel=_TRAINING)
-    ] = 2048,
+    shortest: Shortest = 256,
+    longest: Longest = 2048,
     rows: Annotated[
-        int, typer.Option(min=16, metavar="N", help="Tokens after each prompt.", rich_help_panel=_TRAINING)
+        int, typer.Option(min=16, metavar="N", help="Tokens after each prompt.", rich_help_panel=TRAINING)
     ] = 192,
     features: Annotated[
-        int, typer.Option(min=1, metavar="R", help="Features: the size of the state.", rich_help_panel=_TRAINING)
+        int, typer.Option(min=1, metavar="R", help="Features: the size of the state.", rich_help_panel=TRAINING)
     ] = 8,
     width: Annotated[
-        int, typer.Option(min=1, metavar="E", help="Hidden width of the kernels.", rich_help_panel=_TRAINING)
+        int, typer.Option(min=1, metavar="E", help="Hidden width of the kernels.", rich_help_panel=TRAINING)
     ] = 64,
     epochs: Annotated[
         int,
         typer.Option(
-            min=0, metavar="N", help="Passes over the sequences; 0 leaves this part out.", rich_help_panel=_TRAINING
+            min=0, metavar="N", help="Passes over the sequences; 0 leaves this part out.", rich_help_panel=TRAINING
         ),
     ] = 8,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences in a step.", rich_help_panel=_TRAINING)] = 2,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences in a step.", rich_help_panel=TRAINING)] = 2,
     rate: Annotated[
-        float, typer.Option(min=0, metavar="X", help="Of Adam, at the start.", rich_help_panel=_TRAINING)
+        float, typer.Option(min=0, metavar="X", help="Of Adam, at the start.", rich_help_panel=TRAINING)
     ] = 3e-3,
     halve_every: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Epochs after which it is halved.", rich_help_panel=_TRAINING)
+        int, typer.Option(min=1, metavar="N", help="Epochs after which it is halved.", rich_help_panel=TRAINING)
     ] = 2,
     together: Annotated[
         int,
         typer.Option(
-            min=0, metavar="N", help="Then, passes in which all layers are trained at once.", rich_help_panel=_TRAINING
+            min=0, metavar="N", help="Then, passes in which all layers are trained at once.", rich_help_panel=TRAINING
         ),
     ] = 0,
     together_rate: Annotated[
-        float, typer.Option(min=0, metavar="X", help="Of Adam in those, at the start.", rich_help_panel=_TRAINING)
+        float, typer.Option(min=0, metavar="X", help="Of Adam in those, at the start.", rich_help_panel=TRAINING)
     ] = 1e-3,
-    seed: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Of passages and weights.", rich_help_panel=_TRAINING)
-    ] = 0,
+    seed: Seed = 0,
     store_limit: Annotated[
         str,
-        typer.Option(metavar="SIZE", help="What is captured may take on disk.", rich_help_panel=_TRAINING),
+        typer.Option(metavar="SIZE", help="What is captured may take on disk.", rich_help_panel=TRAINING),
     ] = "16GiB",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=options.OUTPUT)
-    ] = False,
+    resume: Resume = False,
 ) -> None:
     """Train the kernels of LESS, with which a cache remembers what its policy evicts.
 
@@ -107,8 +97,7 @@ def train_less(
     from headwise.less.training import TrainingOptions
     from headwise.spec import parse_policy
 
-    if shortest > longest:
-        raise ConfigurationError(f"the shortest prompt cannot be longer than the longest: {shortest} and {longest}")
+    check_lengths(shortest, longest)
     training = TrainingOptions(features, width, epochs, batch, rate, halve_every, seed)
     jointly = TogetherOptions(together, rate=together_rate, seed=seed)
     recipe = Recipe(sequences, shortest, longest, rows, parse_bytes(store_limit), training, jointly)
@@ -118,12 +107,7 @@ def train_less(
     where = parse_dtype(dtype), parse_device(device)
     loaded, tokenizer = load(model, *where)
     run = TrainingRun(loaded, tokenizer, policies, texts, recipe, out / "work", resume=resume, start=earlier)
-    try:
-        with progress() as tell:
-            kernels = run.run(lambda what, done, total: tell(done, total, what))
-    except KeyboardInterrupt:
-        message(f"go on with --resume; what is finished lies in {out / 'work'}\n")
-        raise
+    kernels = carry_out(run.run, out / "work")
     save_kernels(kernels, out)
     run.finish()
     _show(kernels.about["layers"])

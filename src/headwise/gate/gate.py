@@ -6,16 +6,14 @@ from hidden states. Here keys are enough, so that nothing has to be kept for it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
 from headwise.gate.inputs import gate_inputs
-from headwise.trained import digest_of
+from headwise.trained import LayerWeights, Trained
 from headwise.types import Float, Int, Tensor
 
 if TYPE_CHECKING:
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerGate:
-    """The network of one layer: c inputs, w hidden units, one number per KV head; all in fp32.
+class LayerGate(LayerWeights):
+    """The network of one layer: c inputs, w hidden units, one number per KV head.
 
     Attributes:
         mean, scale: of the inputs, which are brought to about 1 by them.
@@ -38,10 +36,6 @@ class LayerGate:
     bias: Float[Tensor, " w"]
     out: Float[Tensor, "w h"]
     level: Float[Tensor, " h"]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def to(self, device: torch.device) -> LayerGate:
         """The same on that device."""
@@ -68,27 +62,9 @@ class LayerGate:
         return found.clamp(max=0).exp().transpose(1, 2)
 
 
-@dataclass(frozen=True, eq=False)
-class Gates:
-    """The networks of a whole model.
-
-    Attributes:
-        layers: by index of the layer; only layers that can be compressed have any.
-        about: what they were trained with, and for which model; plain JSON values.
-        sample: a few numbers of every parameter of that model, by name, to know it again.
-        name: for messages.
-    """
-
-    layers: Mapping[int, LayerGate]
-    about: Mapping[str, Any]
-    sample: Mapping[str, Tensor]
-    name: str = "gates"
+class Gates(Trained[LayerGate]):
+    """The networks of a whole model."""
 
     def __repr__(self) -> str:
         """By content: the same wherever the files are."""
         return f"<gates {self.digest}>"
-
-    @cached_property
-    def digest(self) -> str:
-        """Hash of the weights."""
-        return digest_of({index: layer.tensors() for index, layer in self.layers.items()})

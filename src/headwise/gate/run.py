@@ -6,28 +6,25 @@ Two parts: the model reads and repeats each passage once, then each layer is tra
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from headwise import __version__
-from headwise.corpus import Corpus, begin_run, model_name
 from headwise.eval.text import Document
 from headwise.gate.capture import Witnessed, layers_in, read_witnessed, witness, write_witnessed
 from headwise.gate.gate import Gates, LayerGate
 from headwise.gate.training import TrainingOptions, train
-from headwise.less.passages import draw_passages
 from headwise.trained import sample_weights
+from headwise.training.corpus import Corpus
+from headwise.training.passages import draw_passages
+from headwise.training.run import Tell, begin_run, layer_file, load_layer, model_name, save_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Called with what is being done, how much of it is done, and how much there is.
-Tell = Callable[[str, int, int], None]
 
 _CORRELATION = "correlation"
 
@@ -92,11 +89,11 @@ class GateRun:
         indices = layers_in(files[0])
         for done, index in enumerate(indices):
             tell("train", done, len(indices))
-            path = self._work / f"layer-{index:03d}.safetensors"
+            path = layer_file(self._work, index)
             if not path.is_file():
                 self._train_layer(index, files, path)
-            tensors = load_file(path)
-            correlations[str(index)] = float(tensors.pop(_CORRELATION))
+            tensors, figures = load_layer(path, (_CORRELATION,))
+            correlations[str(index)] = figures[_CORRELATION]
             layers[index] = LayerGate(**tensors)
         tell("train", len(indices), len(indices))
         return Gates(layers, {**self.about, "layers": correlations}, sample_weights(self._model))
@@ -124,7 +121,4 @@ class GateRun:
         for passage, file in zip(self._passages, files, strict=True):
             parts[passage.checks].append(read_witnessed(file, index, self._model.device))
         result = train(parts[False], parts[True], options)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in result.gate.tensors().items()}
-        scratch = path.with_suffix(".part")
-        save_file(tensors | {_CORRELATION: torch.tensor(result.correlation)}, scratch)
-        scratch.replace(path)
+        save_layer(path, result.gate.tensors(), {_CORRELATION: result.correlation})

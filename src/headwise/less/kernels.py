@@ -6,21 +6,19 @@ keys. Here they are in the form that inference needs; what training adds is in `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch.nn import functional
 
-from headwise.trained import digest_of
+from headwise.trained import LayerWeights, Trained
 from headwise.types import Float, Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class LayerKernels:
-    """The two networks of one layer. `w` is the hidden width, `r` the number of features; all in fp32.
+class LayerKernels(LayerWeights):
+    """The two networks of one layer. `w` is the hidden width, `r` the number of features.
 
     Attributes:
         query_in, query_out: of the query network.
@@ -43,10 +41,6 @@ class LayerKernels:
     def nbytes(self) -> int:
         """Bytes of the weights."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def to(self, device: torch.device) -> LayerKernels:
         """The same on another device; copied there once, for all caches."""
@@ -71,30 +65,12 @@ class LayerKernels:
         return per_head(two_layers(keys, self.key_in, self.key_out), self.key_mix).abs()
 
 
-@dataclass(frozen=True, eq=False)
-class LessKernels:
-    """The networks of a whole model.
-
-    Attributes:
-        layers: by index of the layer; only layers that can be compressed have any.
-        about: what they were trained with, and for which model; plain JSON values.
-        sample: a few numbers of every parameter of that model, by name, to know it again.
-        name: for messages and reports.
-    """
-
-    layers: Mapping[int, LayerKernels]
-    about: Mapping[str, Any]
-    sample: Mapping[str, Tensor]
-    name: str = "kernels"
+class LessKernels(Trained[LayerKernels]):
+    """The networks of a whole model."""
 
     def __repr__(self) -> str:
         """By content: the same wherever the files are."""
         return f"<LESS kernels {self.digest}>"
-
-    @cached_property
-    def digest(self) -> str:
-        """Hash of the weights."""
-        return digest_of({index: layer.tensors() for index, layer in self.layers.items()})
 
     @property
     def nbytes(self) -> int:

@@ -7,39 +7,37 @@ Then, where that is wanted, every sequence becomes a lesson, and all layers are 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from headwise import __version__
-from headwise.corpus import Corpus, begin_run, model_name
 from headwise.errors import ConfigurationError
 from headwise.eval.text import Document
 from headwise.hf.cache import HeadwiseCache
 from headwise.hf.projection import output_projections
 from headwise.less.capture import Captured, WatchedLayer
-from headwise.less.checkpoint import check_kernels, sample_weights
+from headwise.less.checkpoint import check_kernels
 from headwise.less.kernels import LayerKernels, LessKernels
 from headwise.less.lecture import take_lesson
 from headwise.less.lesson import lesson_bytes
-from headwise.less.passages import Passage, draw_passages
 from headwise.less.policy import Less
 from headwise.less.samples import Samples, sample_bytes
 from headwise.less.together import Taught, TogetherOptions, train_together
 from headwise.less.training import FIGURES, TrainableKernels, TrainingOptions, train
 from headwise.policies.base import Policy
+from headwise.trained import sample_weights
+from headwise.training.corpus import Corpus
+from headwise.training.passages import Passage, draw_passages
+from headwise.training.run import Tell, begin_run, layer_file, load_layer, model_name, save_layer
 from headwise.types import Int, Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Called with what is being done, how much of it is done, and how much there is.
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -198,11 +196,10 @@ class TrainingRun:
         all_layers = samples.layers
         for done, index in enumerate(all_layers):
             tell("train", done, len(all_layers))
-            path = self._work / f"layer-{index:03d}.safetensors"
+            path = layer_file(self._work, index)
             if not path.is_file():
                 self._train_layer(index, samples, projections.get(index), path)
-            tensors = load_file(path)
-            errors[str(index)] = {name: float(tensors.pop(name)) for name in FIGURES}
+            tensors, errors[str(index)] = load_layer(path, FIGURES)
             layers[index] = LayerKernels(**tensors)
         tell("train", len(all_layers), len(all_layers))
         return layers, errors
@@ -220,11 +217,7 @@ class TrainingRun:
             kernels.start_from(self._start.layers[index].to(device))
         weight = None if projection is None else projection.float()
         result = train(kernels, lambda n: samples.batch(index, n, device), learns, checks, weight, options)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in result.kernels.tensors().items()}
-        figures = {name: torch.tensor(value) for name, value in result.figures.items()}
-        scratch = path.with_suffix(".part")
-        save_file(tensors | figures, scratch)
-        scratch.replace(path)
+        save_layer(path, result.kernels.tensors(), result.figures)
 
 
 def capture(
