@@ -3,46 +3,20 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import pytest
 import torch
+from benching import call
 
-import tiny
-from headwise.bench import bandwidth, run
+from headwise.bench import run
 from headwise.bench.rivals import Rivals
-from headwise.cli.main import main
 from headwise.errors import ConfigurationError
-from headwise.less.checkpoint import save_kernels
 from headwise.policies import H2O, FastGen, Full
 from headwise.quant.policy import Quantized
-from less_oracle import kernels_of, networks_of
 
 LAYERS, KV_HEADS, DIM = 2, 2, 8
 # Rows of a head that stay exact: the first 4 and the newest 16.
 EXACT = 20
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model = tiny.llama(heads=4, kv_heads=KV_HEADS, layers=LAYERS, head_dim=DIM)
-    model.save_pretrained(path)
-    tiny.tokenizer().save_pretrained(path)
-    save_kernels(kernels_of(model, networks_of(model)), path / "kernels")
-    return path
-
-
-@pytest.fixture
-def bench(capsys, monkeypatch):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            main(["bench", *(str(argument) for argument in arguments)])
-        return left.value.code, capsys.readouterr()
-
-    # A buffer that the processor's cache holds: what it yields is not looked at.
-    monkeypatch.setattr("headwise.bench.measure.measure_ceiling", partial(bandwidth.measure_ceiling, size=2**16))
-    return call
 
 
 def small(*more):
@@ -50,9 +24,9 @@ def small(*more):
     return ("--context", 80, "--keep", "0.75", *rounds, *more)
 
 
-def test_every_headwise_cache_runs_once_more_in_each_format(bench, folder):
-    code, said = bench("--model", folder, *small("--bits", "int8, k8v4", "--json"))
-    assert code == 0, said.err
+def test_every_headwise_cache_runs_once_more_in_each_format(folder):
+    said = call("--model", folder, *small("--bits", "int8, k8v4", "--json"))
+    assert said.code == 0, said.err
     found = {m["name"]: m for m in json.loads(said.out)["results"][0]["candidates"]}
     ours = ["full", "keep 75%"]
     assert list(found) == ["stock", *ours, *(f"{name}, int8" for name in ours), *(f"{name}, k8v4" for name in ours)]
@@ -70,9 +44,9 @@ def test_every_headwise_cache_runs_once_more_in_each_format(bench, folder):
             assert found[f"{name}, {word}"]["after_decode"]["kept_ratio"] == found[name]["after_decode"]["kept_ratio"]
 
 
-def test_every_headwise_cache_runs_once_more_in_each_dtype(bench, folder):
-    code, said = bench("--model", folder, *small("--cache-dtype", "float16", "--json"))
-    assert code == 0, said.err
+def test_every_headwise_cache_runs_once_more_in_each_dtype(folder):
+    said = call("--model", folder, *small("--cache-dtype", "float16", "--json"))
+    assert said.code == 0, said.err
     found = {m["name"]: m for m in json.loads(said.out)["results"][0]["candidates"]}
     assert list(found) == ["stock", "full", "keep 75%", "full, float16", "keep 75%, float16"]
     assert found["full, float16"]["setting"] == "Full(), rows in float16"
@@ -81,9 +55,9 @@ def test_every_headwise_cache_runs_once_more_in_each_dtype(bench, folder):
         assert saved == LAYERS * KV_HEADS * kept * 2 * DIM * 2
 
 
-def test_random_weights_have_bits_too(bench):
-    code, said = bench("--shape", "tiny", *small("--bits", "int4"))
-    assert code == 0, said.err
+def test_random_weights_have_bits_too():
+    said = call("--shape", "tiny", *small("--bits", "int4"))
+    assert said.code == 0, said.err
     assert "keep 75%, int4" in said.out
 
 
@@ -109,9 +83,9 @@ def test_bits_come_before_graphs_and_less():
     assert [by_name[f"full{more}"].coded for more in ("", ", float16", ", int4")] == [False, False, True]
 
 
-def test_less_of_fewer_bits_runs(bench, folder):
-    code, said = bench("--model", folder, *small("--bits", "int8", "--less-kernels", folder / "kernels", "--json"))
-    assert code == 0, said.err
+def test_less_of_fewer_bits_runs(folder):
+    said = call("--model", folder, *small("--bits", "int8", "--less-kernels", folder / "kernels", "--json"))
+    assert said.code == 0, said.err
     found = {m["name"]: m for m in json.loads(said.out)["results"][0]["candidates"]}
     assert [name for name in found if name.endswith("LESS")] == ["keep 75%, LESS", "keep 75%, int8, LESS"]
     state = found["keep 75%, LESS"]["after_prompt"]["used_bytes"] - found["keep 75%"]["after_prompt"]["used_bytes"]
@@ -130,10 +104,10 @@ def test_less_of_fewer_bits_runs(bench, folder):
         (("--cache-dtype", "float16,float16"), "'full, float16' is given twice"),
     ],
 )
-def test_wrong_words_are_refused_before_anything_is_loaded(bench, monkeypatch, given, says):
+def test_wrong_words_are_refused_before_anything_is_loaded(monkeypatch, given, says):
     monkeypatch.setattr(run, "run", lambda *_: pytest.fail("run"))
-    code, said = bench("--shape", "tiny", *small(*given))
-    assert (code, said.out) == (2, "")
+    said = call("--shape", "tiny", *small(*given))
+    assert (said.code, said.out) == (2, "")
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
     assert says in said.err
 
@@ -147,9 +121,9 @@ def test_wrong_words_are_refused_before_anything_is_loaded(bench, monkeypatch, g
         (("--less-kernels", "folder"), "leave out --less"),
     ],
 )
-def test_targets_have_neither_bits_nor_less(bench, given, says):
-    code, said = bench("--targets", "--shape", "tiny", *given)
-    assert code == 2
+def test_targets_have_neither_bits_nor_less(given, says):
+    said = call("--targets", "--shape", "tiny", *given)
+    assert said.code == 2
     assert says in said.err
 
 
