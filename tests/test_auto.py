@@ -12,6 +12,7 @@ import tiny
 from headwise.errors import ConfigurationError
 from headwise.policies.auto import _Market
 from headwise.policies.scored import Damage
+from headwise.quant.codes import rotation
 from headwise.types import Tokens
 
 PAIR = 4 * 2 * 14
@@ -131,17 +132,65 @@ def test_nothing_loses_less_for_the_bytes(seed, budget):
     assert lost == pytest.approx(least, abs=1e-5)
 
 
-def test_bits_go_where_rounding_hurts():
-    """Losses of fewer bits are measured: none for exact rows, more for fewer bits."""
+def damages_of(*lengths, **options):
+    """What formats cost, by layer, and what that was found from."""
     found = []
 
     class Spying(headwise.Auto):
         def damage(self, evidence):
-            found.append(super().damage(evidence))
-            return found[-1]
+            found.append((super().damage(evidence), evidence))
+            return found[-1][0]
 
-    read(Spying(ratio=0.5, window=8, recent=4), 120)
-    for damage in found:
+    read(Spying(ratio=0.5, **options), *lengths)
+    return found
+
+
+def test_padding_and_prompts_shorter_than_the_window_do_not_change_what_rounding_costs():
+    both = damages_of(120, 50, window=60, recent=4)
+    alone = [damages_of(length, window=60, recent=4) for length in (120, 50)]
+    for layer, (damage, _) in enumerate(both):
+        for sequence in range(2):
+            expected = alone[sequence][layer][0].losses[:, 0]
+            torch.testing.assert_close(damage.losses[:, sequence], expected, rtol=1e-3, atol=1e-9)
+
+
+def test_rounding_costs_the_mean_square_of_what_the_newest_queries_get_wrong():
+    """One head at a time, in fp64 and by matrices; relative to values, and scaled as dropping is."""
+    for damage, evidence in damages_of(90, window=16, recent=4):
+        for head in range(4):
+            query = evidence.query[0, head, :, -16:].double()
+            keys, values = evidence.keys[0, head].double(), evidence.values[0, head].double()
+            turn = rotation(keys.shape[-1], keys.device).double()
+            codes = {bits: [decoded(rows, turn, bits) for rows in (keys, values)] for bits in (8, 4)}
+            hidden = torch.arange(90)[None, :] > torch.arange(74, 90)[:, None]
+
+            def attend(keys, query=query, hidden=hidden):
+                logits = query @ keys.T / keys.shape[-1] ** 0.5
+                return logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+
+            weights = attend(keys)
+            seen = weights.amax(dim=(0, 1))
+            more = seen.maximum(evidence.reconstruction[0, head].double()).square().sum() / seen.square().sum()
+            scale = 0.3 * more / values.square().sum(dim=-1).mean()
+            for number, (key_bits, value_bits) in enumerate(((8, 8), (8, 4), (4, 4)), start=1):
+                moved = (attend(codes[key_bits][0]) - weights) @ values
+                misread = weights @ (codes[value_bits][1] - values)
+                expected = scale * sum(e.square().sum(dim=-1).mean() for e in (moved, misread))
+                assert float(damage.losses[number, 0, head]) == pytest.approx(float(expected), rel=0.02)
+
+
+def decoded(rows, turn, bits):
+    """Rows as their codes have them, each by its own extremes in fp16; the first 4 and the newest 4 are exact."""
+    turned = rows @ turn
+    least, most = (turned.amin(dim=-1, keepdim=True), turned.amax(dim=-1, keepdim=True))
+    step, least = ((most - least) / (2**bits - 1)).half().double(), least.half().double()
+    read = (((turned - least) / step).round().clamp(0, 2**bits - 1) * step + least) @ turn.T
+    read[:4], read[-4:] = rows[:4], rows[-4:]
+    return read
+
+
+def test_fewer_bits_cost_more_and_exact_rows_nothing():
+    for damage, _ in damages_of(120, window=8, recent=4):
         exact, k8v8, k8v4, k4v4 = damage.losses
         assert (exact == 0).all() and (k8v8 > 0).all()
         assert (k8v8 < k8v4).all() and (k8v4 < k4v4).all()

@@ -22,9 +22,9 @@ _FORMATS = (RowFormat(8, 8), RowFormat(8, 4), RowFormat(4, 4))
 _LATER = {8: 0, 4: 2}
 
 # What a rounding error counts, beside an error as large from dropping a token. Rounding is different for each query,
-# head and layer, and averages out; what is dropped is missed by just the queries that need it, in full. Any weight from
-# 0.001 to 0.01 gave nearly the same, and 0.1 was worse (docs/quantization.md).
-_ROUNDING = 0.003
+# head and layer, and averages out; what is dropped is missed by just the queries that need it, in full. The weight was
+# found by trying, on other texts than those of the published figures (docs/quantization.md).
+_ROUNDING = 0.3
 
 # Halvings of the interval in which the price of a byte is looked for.
 _HALVINGS = 40
@@ -36,10 +36,10 @@ class Auto(Repeated):
     """Spends bytes where they save most: on more rows or on more bits, head by head.
 
     Losses are squared errors of a head's output, relative to its values. A token that is dropped costs the square of
-    the most attention that any query paid to it, as `Recite` measures it. A head in fewer bits costs the largest error
-    that rounding makes in what the newest queries get. Every head takes the format and the number of rows for which
-    loss and price together are least; the price of a byte is one for the whole model, so that no byte would save more
-    elsewhere (Lagrange multipliers as in Everett, Operations Research 1963).
+    the most attention that any query paid to it, as `Recite` measures it. A head in fewer bits costs the mean
+    error that rounding makes in what the newest queries get. Every head takes the format and the number of rows for
+    which loss and price together are least; the price of a byte is one for the whole model, so that no byte would save
+    more elsewhere (Lagrange multipliers as in Everett, Operations Research 1963).
 
     Args:
         recovery: T, from 0 to 1: a token is worth its row at the fewest bits if some query gave it 1 - T of its
@@ -134,15 +134,20 @@ class Auto(Repeated):
         return Damage(torch.stack([torch.zeros_like(losses[0]), *losses]), (evidence.row_bytes, *sizes))
 
     def _displaced(self, evidence: Evidence, keys: Float[Tensor, "b h t d"]) -> Float[Tensor, "b h"]:
-        """Largest square of an output's error with those keys."""
+        """Mean square of an output's error with those keys."""
         values = evidence.values.float()[:, :, None]
         before, after = evidence.attention(self.window), replace(evidence, keys=keys).attention(self.window)
-        return _largest(((other - one) @ values for one, other in zip(before, after, strict=True)))
+        errors = ((other - one) @ values for one, other in zip(before, after, strict=True))
+        return _mean_square(errors, self._queries(evidence))
 
     def _misread(self, evidence: Evidence, values: Float[Tensor, "b h t e"]) -> Float[Tensor, "b h"]:
-        """Largest square of an output's error with those values."""
+        """Mean square of an output's error with those values."""
         error = (values.float() - evidence.values.float())[:, :, None]
-        return _largest(block @ error for block in evidence.attention(self.window))
+        return _mean_square((block @ error for block in evidence.attention(self.window)), self._queries(evidence))
+
+    def _queries(self, evidence: Evidence) -> Int[Tensor, "b 1"]:
+        """Of each sequence and KV head, in the window."""
+        return evidence.length[..., 0].clamp(max=self.window) * evidence.query.shape[2]
 
     def choose(
         self,
@@ -237,9 +242,9 @@ def _squares(numbers: Float[Tensor, "b h n"]) -> Float[Tensor, "b h"]:
     return numbers.square().sum(dim=-1)
 
 
-def _largest(outputs: Iterator[Float[Tensor, "b h g q e"]]) -> Float[Tensor, "b h"]:
-    """Largest square of any output of a group."""
-    return torch.stack([output.square().sum(dim=-1).amax(dim=(2, 3)) for output in outputs]).amax(dim=0)
+def _mean_square(errors: Iterator[Float[Tensor, "b h g q e"]], queries: Int[Tensor, "b 1"]) -> Float[Tensor, "b h"]:
+    """Of the errors of so many queries; the rows of others are 0."""
+    return torch.stack([error.square().sum(dim=(2, 3, 4)) for error in errors]).sum(dim=0) / queries.clamp(min=1)
 
 
 def _coded(rows: Float[Tensor, "b h t d"], bits: int) -> Float[Tensor, "b h t d"]:
