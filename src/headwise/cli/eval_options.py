@@ -59,8 +59,9 @@ class RunOptions:
         typer.Option(
             "--policy",
             metavar="SPEC",
-            help="NAME or NAME:PARAMETER=VALUE,... such as snapkv:keep=0.25; may be repeated. fastgen unless given; "
-            "for a comparison, what --policies says.",
+            help="NAME or NAME:PARAMETER=VALUE,... such as snapkv:keep=0.25, or transformers' own quantized cache, "
+            "such as transformers:quanto-int4; may be repeated. fastgen unless given; for a comparison, what "
+            "--policies says.",
             rich_help_panel=options.POLICY,
         ),
     ] = None

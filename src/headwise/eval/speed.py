@@ -7,12 +7,12 @@ from statistics import median
 from typing import ClassVar
 
 import torch
+from transformers import Cache
 
 from headwise.bench.measure import turns
 from headwise.eval.kept import describe_kept
 from headwise.eval.passages import Passages
 from headwise.eval.task import Context, Item, Outcome, Subject
-from headwise.hf.cache import HeadwiseCache
 from headwise.policies.base import Policy
 from headwise.policies.full import Full
 from headwise.policies.size import check_count
@@ -76,7 +76,7 @@ def _per_round(subject: Subject) -> int:
     return int(subject.options.get("evict_every", 1))
 
 
-def _decode(subject: Subject, cache: HeadwiseCache, ids: Int[Tensor, "1 t"]) -> float:
+def _decode(subject: Subject, cache: Cache, ids: Int[Tensor, "1 t"]) -> float:
     """Seconds that it takes to feed the tokens one by one."""
     started = clock(subject.model.device)
     with torch.inference_mode():
