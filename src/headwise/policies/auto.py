@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -110,44 +110,32 @@ class Auto(Repeated):
 
     def damage(self, evidence: Evidence) -> Damage:
         """What each format costs, exact rows first: the loss of each head, and bytes of a row."""
-        keys, values = evidence.keys, evidence.values
+        keys, values, window = evidence.keys, evidence.values.float(), self.window
         age = evidence.length - 1 - evidence.position
         exact = ((evidence.position < self.sinks) | (age < self.recent))[..., None]
-        seen = torch.stack([block.amax(dim=(2, 3)) for block in evidence.attention(self.window)]).amax(dim=0)
+        read = {bits: torch.where(exact, keys, _coded(keys, bits)) for bits in {f.key_bits for f in _FORMATS}}
+        errors = {
+            bits: torch.where(exact, 0.0, _coded(values, bits) - values) for bits in {f.value_bits for f in _FORMATS}
+        }
+        # Sums of squares, over the newest queries, of what outputs are off with those keys, or with those values.
+        displaced, misread = dict.fromkeys(read, torch.zeros(())), dict.fromkeys(errors, torch.zeros(()))
+        seen = torch.zeros_like(values[..., 0])
+        others = (replace(evidence, keys=rows).attention(window) for rows in read.values())
+        for before, *after in zip(evidence.attention(window), *others, strict=True):
+            seen = seen.maximum(before.amax(dim=(2, 3)))
+            for bits, weights in zip(read, after, strict=True):
+                displaced[bits] = displaced[bits] + _energy((weights - before) @ values[:, :, None])
+            for bits, error in errors.items():
+                misread[bits] = misread[bits] + _energy(before @ error[:, :, None])
         assert evidence.reconstruction is not None
         # The newest queries are few: over all that count, errors are taken to grow as what dropping costs does.
         more = _squares(seen.maximum(evidence.reconstruction)) / _squares(seen).clamp(min=1e-9)
-        size = (
-            _squares((evidence.values.float() * evidence.real[:, None, :, None]).flatten(2)) / evidence.length[..., 0]
-        )
-        weight = _ROUNDING * more / size.clamp(min=1e-9)
-        of_keys = {
-            bits: weight * self._displaced(evidence, torch.where(exact, keys, _coded(keys, bits)))
-            for bits in {format.key_bits for format in _FORMATS}
-        }
-        of_values = {
-            bits: weight * self._misread(evidence, torch.where(exact, values, _coded(values, bits)))
-            for bits in {format.value_bits for format in _FORMATS}
-        }
-        losses = [of_keys[format.key_bits] + of_values[format.value_bits] for format in _FORMATS]
+        size = _squares((values * evidence.real[:, None, :, None]).flatten(2)) / evidence.length[..., 0]
+        queries = evidence.length[..., 0].clamp(1, window) * evidence.query.shape[2]
+        weight = _ROUNDING * more / size.clamp(min=1e-9) / queries
+        losses = [weight * (displaced[format.key_bits] + misread[format.value_bits]) for format in _FORMATS]
         sizes = [format.row_bytes(keys.shape[-1], values.shape[-1]) for format in _FORMATS]
         return Damage(torch.stack([torch.zeros_like(losses[0]), *losses]), (evidence.row_bytes, *sizes))
-
-    def _displaced(self, evidence: Evidence, keys: Float[Tensor, "b h t d"]) -> Float[Tensor, "b h"]:
-        """Mean square of an output's error with those keys."""
-        values = evidence.values.float()[:, :, None]
-        before, after = evidence.attention(self.window), replace(evidence, keys=keys).attention(self.window)
-        errors = ((other - one) @ values for one, other in zip(before, after, strict=True))
-        return _mean_square(errors, self._queries(evidence))
-
-    def _misread(self, evidence: Evidence, values: Float[Tensor, "b h t e"]) -> Float[Tensor, "b h"]:
-        """Mean square of an output's error with those values."""
-        error = (values.float() - evidence.values.float())[:, :, None]
-        return _mean_square((block @ error for block in evidence.attention(self.window)), self._queries(evidence))
-
-    def _queries(self, evidence: Evidence) -> Int[Tensor, "b 1"]:
-        """Of each sequence and KV head, in the window."""
-        return evidence.length[..., 0].clamp(max=self.window) * evidence.query.shape[2]
 
     def choose(
         self,
@@ -242,9 +230,8 @@ def _squares(numbers: Float[Tensor, "b h n"]) -> Float[Tensor, "b h"]:
     return numbers.square().sum(dim=-1)
 
 
-def _mean_square(errors: Iterator[Float[Tensor, "b h g q e"]], queries: Int[Tensor, "b 1"]) -> Float[Tensor, "b h"]:
-    """Of the errors of so many queries; the rows of others are 0."""
-    return torch.stack([error.square().sum(dim=(2, 3, 4)) for error in errors]).sum(dim=0) / queries.clamp(min=1)
+def _energy(outputs: Float[Tensor, "b h g q e"]) -> Float[Tensor, "b h"]:
+    return outputs.square().sum(dim=(2, 3, 4))
 
 
 def _coded(rows: Float[Tensor, "b h t d"], bits: int) -> Float[Tensor, "b h t d"]:
