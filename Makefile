@@ -42,13 +42,13 @@ results: $(VENV)/.ready
 model: $(VENV)/.ready
 	@$(BIN)/python -c "import headwise; headwise.load_default_model()"
 
-$(VENV)/.ready: pyproject.toml hatch_build.py $(wildcard src/headwise/kernels/csrc/*)
+$(VENV)/.ready: pyproject.toml hatch_build.py $(wildcard src/headwise/kernels/cpu/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) "$(TORCH)"
 	$(BIN)/python $(PIP_INSTALL) "$(NEWEST)" -e ".[dev]"
 	touch $@
 
-$(OLD_VENV)/.ready: pyproject.toml hatch_build.py $(wildcard src/headwise/kernels/csrc/*)
+$(OLD_VENV)/.ready: pyproject.toml hatch_build.py $(wildcard src/headwise/kernels/cpu/csrc/*)
 	$(PYTHON) -m venv $(OLD_VENV)
 	$(OLD_VENV)/bin/python $(PIP_INSTALL) "$(TORCH)"
 	$(OLD_VENV)/bin/python $(PIP_INSTALL) "$(OLDEST)" -e ".[dev]"

@@ -17,7 +17,7 @@ class CompileKernels(BuildHookInterface):  # type: ignore[type-arg]  # the confi
         """Compile, and say for which machines the wheel is."""
         if self.target_name != "wheel":
             return
-        script = runpy.run_path(str(Path(self.root) / "src/headwise/kernels/csrc/compile.py"))
+        script = runpy.run_path(str(Path(self.root) / "src/headwise/kernels/cpu/csrc/compile.py"))
         try:
             library = script["compile_library"]()
         except RuntimeError as error:

@@ -15,6 +15,7 @@ from pydoc_data.topics import topics
 import torch
 
 import headwise
+from headwise.hosts.transformers.models import DEFAULT_MODEL
 
 QUESTION = "\n\nWhat is the secret number of the {place}?"
 FACT = " The secret number of the {place} is {number}. "
@@ -60,7 +61,7 @@ def main() -> None:
             found[name] += number in answer
             kept[name].append(cache.report().kept_ratio)
 
-    print(f"model {headwise.hf.models.DEFAULT_MODEL}, {model.dtype}, {model.device}, torch {torch.__version__}")
+    print(f"model {DEFAULT_MODEL}, {model.dtype}, {model.device}, torch {torch.__version__}")
     print(f"{arguments.trials} trials, {arguments.tokens} tokens of text, question visible while compressing\n")
     print("| policy | answered | tokens kept |\n|---|---|---|")
     for name in policies:

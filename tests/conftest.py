@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from headwise import pages
 from headwise.kernels import choose
+from headwise.store import pages
 
 # The models of the tests are small: a second thread gains little, and on a busy machine it costs a lot.
 torch.set_num_threads(1)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.less.kernels import LayerKernels, LessKernels
+from headwise.less.features import LayerKernels, LessKernels
 from headwise.policies import list_policies
-from headwise.trained import sample_weights
+from headwise.weights import sample_weights
 from oracle import OracleCore, rows_of
 
 FEATURES, WIDTH = 4, 24

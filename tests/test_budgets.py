@@ -12,9 +12,9 @@ import torch
 
 import headwise
 import tiny
-from headwise import prompt
 from headwise.errors import ConfigurationError
-from headwise.hf.budget import parse_bytes
+from headwise.stages import prompt
+from headwise.units import parse_bytes
 from models import unchecked_shapes
 
 LONG, SHORT = 61, 40

@@ -26,8 +26,8 @@ from headwise.cli.streaming import TextStream
 from headwise.errors import ConfigurationError
 from headwise.less.checkpoint import save_kernels
 from headwise.policies import H2O, FastGen, Full, StreamingLLM, Window
-from headwise.quant.policy import Quantized
-from headwise.spec import build_policy, describe_policy
+from headwise.policies.quantized import Quantized
+from headwise.policies.words import build_policy, describe_policy
 from less_oracle import kernels_of, networks_of
 
 POSITIONS = 128
@@ -429,7 +429,7 @@ def test_doctor(headwise, folder):
 
 
 def test_doctor_says_why_kernels_cannot_run(headwise, monkeypatch):
-    monkeypatch.setattr("headwise.kernels.cpu_library.load", lambda: "they were not compiled")
+    monkeypatch.setattr("headwise.kernels.cpu.library.load", lambda: "they were not compiled")
     monkeypatch.delenv("TRITON_INTERPRET")
     found = headwise("doctor", "--json").json["kernels"]["cpu"]
     assert found["default"] == "reference"

@@ -23,7 +23,7 @@ from headwise import (
     StreamingLLM,
     UnsupportedModelError,
 )
-from headwise.hf.kinds import KindTable
+from headwise.hosts.transformers.kinds import KindTable
 from headwise.policies.base import Rule
 from models import MIXED
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headwise.kernels import cpu, reference
+from headwise.kernels import reference
+from headwise.kernels.cpu import calls as cpu
 from headwise.quant.formats import RowFormat
-from headwise.quant.packed import PackedPages
-from headwise.rows import Rows
-from headwise.store import add_on_codes
+from headwise.store.coded import PackedPages
+from headwise.store.rows import Rows
+from headwise.store.store import add_on_codes
 from headwise.types import LogitOptions, Packing
 from test_cpu_kernels import CPU, DTYPES, check, choose, filled, threads, vectors
 

@@ -15,10 +15,12 @@ import torch
 
 import headwise
 import tiny
-from headwise.hf.cache import HeadwiseWarning
-from headwise.kernels import check_name, choose, cpu, cpu_library, obstacle, reference
-from headwise.pages import PagedStore
-from headwise.rows import Rows
+from headwise.hosts.transformers.cache import HeadwiseWarning
+from headwise.kernels import check_name, choose, obstacle, reference
+from headwise.kernels.cpu import calls as cpu
+from headwise.kernels.cpu import library as cpu_library
+from headwise.store.pages import PagedStore
+from headwise.store.rows import Rows
 from headwise.types import LogitOptions
 
 CPU = torch.device("cpu")
@@ -212,7 +214,7 @@ def test_column_mass(pads, queries, kind, dtype, threads, monkeypatch):
     arguments = (query, keys, columns, mask, options, weights, positions, widths)
     expected = reference.column_mass(*arguments)
     for block in (2**20, 700):
-        monkeypatch.setattr("headwise.prefill._BLOCK_LOGITS", block)
+        monkeypatch.setattr("headwise.kernels.attention._BLOCK_LOGITS", block)
         for mine, its in zip(cpu.column_mass(*arguments), expected, strict=True):
             torch.testing.assert_close(mine, its, atol=2e-5, rtol=2e-5)
     # A band as wide as the prompt holds everything.
@@ -258,7 +260,7 @@ def test_attention_and_peaks(pads, queries, total, group, kind, dtype, threads, 
     expected = reference.attention_and_peaks(*arguments, options, counted)
     rounding = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     for block in (2**20, 700):
-        monkeypatch.setattr("headwise.prefill._BLOCK_LOGITS", block)
+        monkeypatch.setattr("headwise.kernels.attention._BLOCK_LOGITS", block)
         found = cpu.attention_and_peaks(*arguments, options, counted)
         assert found[0].dtype == dtype
         close(found, expected, output=rounding)
@@ -394,7 +396,8 @@ def test_a_library_that_does_not_load_is_an_obstacle(tmp_path):
     program = f"""
 import torch
 from pathlib import Path
-from headwise.kernels import cpu, cpu_library
+from headwise.kernels.cpu import calls as cpu
+    from headwise.kernels.cpu import library as cpu_library
 cpu_library.LIBRARY = Path({str(broken)!r})
 print(cpu.obstacle(torch.device("cpu")))
 cpu_library.load.cache_clear()

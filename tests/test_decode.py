@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headwise.decode import decode
-from headwise.rows import Rows
-from headwise.store import RowStore
+from headwise.stages.decode import decode
+from headwise.store.rows import Rows
+from headwise.store.store import RowStore
 from headwise.types import LogitOptions
 
 B, H, D, E = 2, 3, 11, 7
@@ -94,7 +94,7 @@ def test_blocks_of_queries_give_what_one_block_gives(monkeypatch, kernels):
         return decode(query, store, fresh_keys, fresh_values, None, LogitOptions(0.3), with_mass=True, kernels=kernels)
 
     whole = run()
-    monkeypatch.setattr("headwise.prefill._BLOCK_LOGITS", 700)
+    monkeypatch.setattr("headwise.kernels.attention._BLOCK_LOGITS", 700)
     parts = run()
     torch.testing.assert_close(whole.output, parts.output)
     torch.testing.assert_close(whole.lse, parts.lse)

@@ -20,7 +20,7 @@ from headwise.eval.stock import StockQuantized
 from headwise.eval.tables import BETTER, WORSE, make_grids
 from headwise.eval.text import Document, plant, read_documents, take_passages
 from headwise.policies import H2O, FastGen, Full, Random, Window
-from headwise.spec import parse_policy
+from headwise.policies.words import parse_policy
 
 TOKENIZER = chatty.tokenizer()
 

@@ -18,8 +18,8 @@ from headwise.gate.checkpoint import load_gates, save_gates, shipped_gates
 from headwise.gate.gate import Gates, LayerGate
 from headwise.gate.inputs import PLACE, gate_inputs
 from headwise.policies.scored import check_gate
-from headwise.spec import parse_policy
-from headwise.trained import sample_weights
+from headwise.policies.words import parse_policy
+from headwise.weights import sample_weights
 from oracle import rows_of
 
 TOKENS, WIDTH = 47, 9
@@ -185,7 +185,7 @@ def test_models_of_any_kind(family, tmp_path):
 
 def test_inputs_are_those_of_position_nought(model):
     """The same keys, wherever they stand; and where they stand beside them."""
-    from headwise.hf.rotation import find_rotation
+    from headwise.hosts.transformers.rotation import find_rotation
 
     rotation = find_rotation(model)
     plain = torch.randn(1, 2, 6, 14)

@@ -12,9 +12,16 @@ import chatty
 import headwise
 import tiny
 from headwise.cli.main import main
-from headwise.gate.capture import Witnessed, witness
 from headwise.gate.inputs import PLACE
-from headwise.gate.training import TrainableGate, TrainingOptions, correlation, log_score, rank_correlation, train
+from headwise.training.gate.capture import Witnessed, witness
+from headwise.training.gate.one_layer import (
+    TrainableGate,
+    TrainingOptions,
+    correlation,
+    log_score,
+    rank_correlation,
+    train,
+)
 
 
 def test_what_is_captured_is_what_kvzip_chooses_by():
@@ -84,7 +91,7 @@ def test_what_can_be_learnt_is():
 
 
 def test_the_best_epoch_counts(monkeypatch):
-    import headwise.gate.training as module
+    import headwise.training.gate.one_layer as module
 
     seen, found = [], iter([0.1, 0.9, 0.3])
     monkeypatch.setattr(module, "correlation", lambda gate, _: (seen.append(gate), next(found))[1])
@@ -143,7 +150,7 @@ def test_an_interrupted_command_goes_on_and_gives_the_same(train_gate, tmp_path,
     assert train_gate()[0] == 0
     expected = (tmp_path / "out" / "gates.safetensors").read_bytes()
     (tmp_path / "out" / "gates.safetensors").unlink()
-    import headwise.gate.run as module
+    import headwise.training.gate.run as module
 
     real = {"witness": module.witness, "train": module.train}
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import headwise
 import models
 import tiny
-from headwise.hf.graph import DecodeGraph
+from headwise.hosts.transformers.graph import DecodeGraph
 from oracle import rows_of
 
 POLICIES = [

@@ -18,9 +18,9 @@ import tiny
 from headwise.cli.main import main
 from headwise.errors import ConfigurationError, InputError, MismatchError
 from headwise.less.checkpoint import check_kernels, save_kernels, shipped_kernels
-from headwise.less.kernels import LessKernels
-from headwise.less.memory import Memory, blend
-from headwise.spec import describe_policy, parse_policy
+from headwise.less.features import LessKernels
+from headwise.less.state import Memory, blend
+from headwise.policies.words import describe_policy, parse_policy
 from less_oracle import FEATURES, WIDTH, close, draw, kernels_of, networks_of, state
 
 H2O = headwise.H2O(heavy=0.1, recent=0.1)
@@ -342,9 +342,9 @@ def test_two_with_kernels_can_be_compared(model, saved):
 
 
 def test_kernels_that_did_not_come_with_headwise_are_asked_for(model, saved, monkeypatch):
-    monkeypatch.setattr("headwise.less.policy.shipped_kernels", lambda: saved)
+    monkeypatch.setattr("headwise.policies.less.shipped_kernels", lambda: saved)
     assert list(headwise.Less(H2O).load(model).layers) == [0, 1, 2]
-    monkeypatch.setattr("headwise.less.policy.shipped_kernels", lambda: saved / "nothing")
+    monkeypatch.setattr("headwise.policies.less.shipped_kernels", lambda: saved / "nothing")
     with pytest.raises(InputError, match=r"no kernels of LESS in .*`headwise train-less` makes one"):
         headwise.Less(H2O).load(model)
     assert shipped_kernels().parent.name == "less"
@@ -426,7 +426,7 @@ def test_commands_take_a_folder_of_kernels(call, tmp_path, command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_say_what_is_remembered(call, tmp_path, monkeypatch, command):
-    monkeypatch.setattr("headwise.less.policy.shipped_kernels", lambda: tmp_path / "kernels")
+    monkeypatch.setattr("headwise.policies.less.shipped_kernels", lambda: tmp_path / "kernels")
     code, out, err = call(*COMMANDS[command], "--less")
     assert code == 0
     told = err if command == "generate" else out
@@ -439,7 +439,7 @@ def test_commands_say_what_is_remembered(call, tmp_path, monkeypatch, command):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_without_kernels_a_command_says_so_before_it_loads_a_model(call, tmp_path, monkeypatch, command):
     monkeypatch.setenv("HEADWISE_MODEL", str(tmp_path / "nothing"))
-    monkeypatch.setattr("headwise.less.policy.shipped_kernels", lambda: tmp_path / "none")
+    monkeypatch.setattr("headwise.policies.less.shipped_kernels", lambda: tmp_path / "none")
     for more in (("--less",), ("--less-kernels", tmp_path / "none")):
         code, _, err = call(*COMMANDS[command], *more)
         assert code == 2

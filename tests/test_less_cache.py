@@ -12,13 +12,13 @@ import headwise
 import models
 import tiny
 from headwise.errors import CacheStateError
-from headwise.hf.graph import DecodeGraph
+from headwise.hosts.transformers.graph import DecodeGraph
 from headwise.kernels import choose
-from headwise.layer import LayerCache
-from headwise.less.kernels import LayerKernels
-from headwise.prefill import dense_attention
-from headwise.settings import Settings
-from headwise.transcript import Transcript
+from headwise.kernels.attention import dense_attention
+from headwise.less.features import LayerKernels
+from headwise.stages.config import Settings
+from headwise.stages.layer import LayerCache
+from headwise.stages.token_log import Transcript
 from headwise.types import LogitOptions
 from less_oracle import Witness, close, draw, kernels_of, networks_of, use_less_oracle, watch
 from models import MIXED, MODES, unchecked_shapes

@@ -10,17 +10,17 @@ import torch
 from transformers.cache_utils import StaticLayer
 
 import chatty
-import headwise.less.together as module
+import headwise.training.less.jointly as module
 from headwise import HeadwiseCache, Less, StreamingLLM, UnsupportedModelError, load_kernels
 from headwise.cli.main import main
-from headwise.less.kernels import LayerKernels, LessKernels
-from headwise.less.lecture import _past, take_lesson
-from headwise.less.lesson import Lesson, lesson_bytes
-from headwise.less.student import predict
-from headwise.less.together import TogetherOptions, divergence, loss, train_together
-from headwise.less.training import TrainableKernels
+from headwise.less.features import LayerKernels, LessKernels
 from headwise.policies import H2O, FastGen, KVzip, SnapKV
-from headwise.trained import sample_weights
+from headwise.training.less.jointly import TogetherOptions, divergence, loss, train_together
+from headwise.training.less.one_layer import TrainableKernels
+from headwise.training.less.record_trace import _past, take_lesson
+from headwise.training.less.replay import predict
+from headwise.training.less.trace import Lesson, lesson_bytes
+from headwise.weights import sample_weights
 from models import full_layers, prompt, shared
 from tiny import tokenizer
 
@@ -257,7 +257,7 @@ def test_the_command_wants_kernels_to_start_from(train_less, tmp_path):
 
 
 def test_an_interrupted_command_takes_no_lesson_twice(train_less, tmp_path, monkeypatch):
-    import headwise.less.run as run
+    import headwise.training.less.run as run
 
     def stop(*_):
         raise KeyboardInterrupt

@@ -14,16 +14,23 @@ import chatty
 from headwise import HeadwiseCache, InputError, Less, MismatchError, StreamingLLM, load_kernels
 from headwise.cli.main import main
 from headwise.kernels import choose
-from headwise.layer import LayerCache
-from headwise.less.capture import Captured, WatchedLayer
-from headwise.less.memory import Memory
-from headwise.less.run import capture
-from headwise.less.samples import Samples, sample_bytes
-from headwise.less.training import TrainableKernels, TrainingOptions, output_error, remembered, share_left, train
+from headwise.less.state import Memory
 from headwise.policies import H2O, FastGen, KVzip, SnapKV
-from headwise.settings import Settings
+from headwise.stages.config import Settings
+from headwise.stages.layer import LayerCache
+from headwise.stages.token_log import Transcript
+from headwise.training.less.capture import Captured, WatchedLayer
+from headwise.training.less.one_layer import (
+    TrainableKernels,
+    TrainingOptions,
+    output_error,
+    remembered,
+    share_left,
+    train,
+)
+from headwise.training.less.run import capture
+from headwise.training.less.samples import Samples, sample_bytes
 from headwise.training.passages import draw_passages
-from headwise.transcript import Transcript
 from headwise.types import LogitOptions
 from tiny import llama, prompt, tokenizer
 
@@ -387,7 +394,7 @@ def test_an_interrupted_command_goes_on_and_gives_the_same(train_less, tmp_path,
     assert train_less()[0] == 0
     expected = (tmp_path / "out" / "kernels.safetensors").read_bytes()
     (tmp_path / "out" / "kernels.safetensors").unlink()
-    import headwise.less.run as module
+    import headwise.training.less.run as module
 
     real, calls = module.train, []
 
@@ -421,7 +428,7 @@ def test_bad_requests_are_refused_in_one_line(train_less, tmp_path):
 
 
 def test_another_run_is_not_gone_on_with(train_less, tmp_path, monkeypatch):
-    import headwise.less.run as module
+    import headwise.training.less.run as module
 
     def stop(*_):
         raise KeyboardInterrupt

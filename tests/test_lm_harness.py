@@ -16,7 +16,7 @@ import tiny
 from headwise import HeadwiseCache, StreamingLLM
 from headwise.cli.main import main
 from headwise.errors import ConfigurationError, InputError, UnknownPolicyError
-from headwise.spec import describe_policy
+from headwise.policies.words import describe_policy
 
 with warnings.catch_warnings():
     # Its dependencies are not ours to keep free of warnings.

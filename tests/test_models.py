@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 import headwise
 import tiny
 from headwise.errors import ModelNotFoundError
-from headwise.hf import models
+from headwise.hosts.transformers import models
 
 
 @pytest.fixture

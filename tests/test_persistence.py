@@ -21,7 +21,7 @@ from headwise import (
     Random,
     StreamingLLM,
 )
-from headwise.hf import persistence
+from headwise.hosts.transformers import persistence
 from models import ALL_SLIDING
 
 TOKENIZER = tiny.tokenizer()

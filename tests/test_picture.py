@@ -9,10 +9,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from headwise import picture
 from headwise.errors import CacheStateError, ConfigurationError, InputError
 from headwise.policies import FastGen
-from headwise.report import LayerReport, Report
+from headwise.report import picture
+from headwise.report.report import LayerReport, Report
 
 RUNGS = tuple(rung.label for rung in FastGen(0.9).rungs)
 SEEN = 200
@@ -130,7 +130,7 @@ def test_a_failed_write_leaves_the_old_picture(mixed, tmp_path, monkeypatch):
     target.write_bytes(b"old")
 
     def fail(self, file, **_):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", fail)

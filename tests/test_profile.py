@@ -9,12 +9,12 @@ import torch
 
 import headwise
 from headwise.kernels import choose
-from headwise.plan import distinct_widths, make_plans, weigh
+from headwise.kernels.attention import dense_attention, query_blocks
 from headwise.policies.frequent import Frequent
 from headwise.policies.sinks import Sinks
 from headwise.policies.window import Window
-from headwise.prefill import dense_attention, query_blocks
-from headwise.profile import RowWeights, profile, row_weights
+from headwise.stages.plan import distinct_widths, make_plans, weigh
+from headwise.stages.profile import RowWeights, profile, row_weights
 from headwise.types import LogitOptions, Tokens
 
 B, H, G, T, D = 2, 3, 2, 67, 13
@@ -56,7 +56,7 @@ def test_column_sums_equal_the_map(pads, options, block, monkeypatch, kernels):
     if options == "sinks":
         options = LogitOptions(0.3, sinks=torch.randn(H, G))
     if block is not None:
-        monkeypatch.setattr("headwise.prefill._BLOCK_LOGITS", block)
+        monkeypatch.setattr("headwise.kernels.attention._BLOCK_LOGITS", block)
     query, keys = inputs()
     mask, real = causal_mask(pads)
     positions = (real.cumsum(1) - 1).clamp(min=0)
@@ -103,7 +103,7 @@ def test_profile_never_holds_the_whole_map(monkeypatch):
         return original(self, dim)
 
     monkeypatch.setattr(torch.Tensor, "softmax", watched)
-    monkeypatch.setattr("headwise.prefill._BLOCK_LOGITS", 4096)
+    monkeypatch.setattr("headwise.kernels.attention._BLOCK_LOGITS", 4096)
     for length in (512, 2048):
         query, keys = torch.randn(1, 1, 1, length, 4), torch.randn(1, 1, length, 4)
         ones = torch.ones(1, length)
@@ -259,8 +259,8 @@ def test_bf16_models_are_profiled_in_fp32(target):
 @pytest.mark.parametrize("options", [LogitOptions(0.3), LogitOptions(0.3, softcap=2.0), "sinks"], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_dense_attention_equals_the_map(rows, options, masked, monkeypatch):
-    monkeypatch.setattr("headwise.prefill._BLOCK_LOGITS", 700)
-    monkeypatch.setattr("headwise.prefill._MASKED_ROWS", 4)
+    monkeypatch.setattr("headwise.kernels.attention._BLOCK_LOGITS", 700)
+    monkeypatch.setattr("headwise.kernels.attention._MASKED_ROWS", 4)
     if options == "sinks":
         options = LogitOptions(0.3, sinks=torch.randn(H, G))
     query, keys = inputs()
@@ -278,6 +278,6 @@ def test_dense_attention_equals_the_map(rows, options, masked, monkeypatch):
 
 
 def test_blocks_cover_every_row_once(monkeypatch):
-    monkeypatch.setattr("headwise.prefill._BLOCK_LOGITS", 50)
+    monkeypatch.setattr("headwise.kernels.attention._BLOCK_LOGITS", 50)
     rows = [r for block in query_blocks(torch.zeros(1, 1, 1, 11, 2), 7) for r in range(block.start, block.stop)]
     assert rows == list(range(11))

@@ -13,12 +13,12 @@ import headwise
 import tiny
 from headwise.errors import ConfigurationError
 from headwise.kernels import choose
+from headwise.policies.words import parse_policy
 from headwise.quant.codes import decode, encode, rotation
 from headwise.quant.formats import Precision, RowFormat
-from headwise.quant.packed import PackedPages
-from headwise.rows import Rows
-from headwise.spec import parse_policy
-from headwise.store import RowStore, add_on_codes
+from headwise.store.coded import PackedPages
+from headwise.store.rows import Rows
+from headwise.store.store import RowStore, add_on_codes
 
 KEY_DIM, VALUE_DIM = 12, 8
 REFERENCE = choose("reference", torch.device("cpu"))

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import headwise
 import tiny
-from headwise.hf import reconstruction
+from headwise.hosts.transformers import repetition as reconstruction
 from headwise.policies.scored import Scored, across, highest
 from oracle import rows_of
 from test_rules import facts
@@ -308,7 +308,7 @@ def test_a_prompt_in_pieces_keeps_what_it_keeps_at_once(policy, pieces):
 def test_working_memory_makes_no_difference(policy, monkeypatch):
     ids = words(TOKENS, seed=6)
     usual = kept(read(policy, ids))
-    monkeypatch.setattr("headwise.prefill._BLOCK_LOGITS", 600)
+    monkeypatch.setattr("headwise.kernels.attention._BLOCK_LOGITS", 600)
     assert kept(read(policy, ids)) == usual
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from headwise.pages import PagedStore
-from headwise.rows import Rows
+from headwise.store.pages import PagedStore
+from headwise.store.rows import Rows
 
 KEY_DIM, VALUE_DIM = 3, 5
 

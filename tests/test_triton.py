@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from headwise.kernels import reference
-from headwise.kernels import triton as kernels
-from headwise.pages import PagedStore
-from headwise.rows import Rows
+from headwise.kernels.triton import pages as kernels
+from headwise.store.pages import PagedStore
+from headwise.store.rows import Rows
 from headwise.types import LogitOptions
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
@@ -411,8 +411,8 @@ def test_without_triton_the_obstacle_says_so():
     program = """
 import sys, torch
 sys.modules["triton"] = None
-from headwise.kernels import triton
-print(triton.obstacle(torch.device("cuda")))
+from headwise.kernels.triton import pages
+print(pages.obstacle(torch.device("cuda")))
 """
     assert run(program).startswith("Triton cannot be imported")
 
@@ -421,7 +421,7 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-from headwise.kernels import triton as kernels
+from headwise.kernels.triton import pages as kernels
 from headwise.types import LogitOptions, PageView
 
 class Hopper:

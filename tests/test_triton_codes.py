@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from headwise.kernels import choose, triton_packed
-from headwise.kernels import triton as kernels
+from headwise.kernels import choose
+from headwise.kernels.triton import codes as triton_packed
+from headwise.kernels.triton import pages as kernels
 from headwise.quant.formats import RowFormat
-from headwise.quant.packed import PackedPages
-from headwise.rows import Rows
-from headwise.store import add_on_codes
+from headwise.store.coded import PackedPages
+from headwise.store.rows import Rows
+from headwise.store.store import add_on_codes
 from headwise.types import LogitOptions
 from test_triton import COMPILE, CPU, Unlaunched, absent, both, filled, poison, run, strided
 from test_triton import assert_same as assert_close
@@ -234,7 +235,7 @@ token(torch.float32, 32, 2, 60, [(8, 8, 2), (4, 4, 1)], False)
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
     """What the interpreter takes, the compiler may refuse; it needs no GPU. And a longer cache compiles nothing new."""
     program = COMPILE[: COMPILE.index("def token(")] + CODES
-    program = "from headwise.kernels import Kernels\nfrom headwise.store import add_on_codes\n" + program
+    program = "from headwise.kernels import Kernels\nfrom headwise.store.store import add_on_codes\n" + program
     found = run(program, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     names = ["attend", "attend_codes", "combine", "turn", "weigh", "write"]
     assert found == str([(name, 1) for name in names])

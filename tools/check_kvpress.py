@@ -28,7 +28,7 @@ from headwise.cli.tables import message, output, plain_table
 from headwise.errors import ConfigurationError, HeadwiseError
 from headwise.eval.task import Subject
 from headwise.eval.text import read_documents, take_passages
-from headwise.hf.models import find_default_model
+from headwise.hosts.transformers.models import find_default_model
 from headwise.policies import Policy, create_policy
 from headwise.types import Bool, Float, Int, Tensor
 

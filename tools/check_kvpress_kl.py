@@ -24,7 +24,7 @@ from headwise.cli.tables import message, output, plain_table
 from headwise.errors import ConfigurationError, HeadwiseError
 from headwise.eval.fidelity import Fidelity, compare
 from headwise.eval.task import Item, Subject
-from headwise.hf.models import find_default_model
+from headwise.hosts.transformers.models import find_default_model
 
 
 def measure(

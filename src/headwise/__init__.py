@@ -19,12 +19,11 @@ if TYPE_CHECKING:
         UnknownPolicyError,
         UnsupportedModelError,
     )
-    from headwise.hf.cache import HeadwiseCache, HeadwiseWarning
-    from headwise.hf.graph import DecodeGraph
-    from headwise.hf.models import load_default_model, load_model
+    from headwise.hosts.transformers.cache import HeadwiseCache, HeadwiseWarning
+    from headwise.hosts.transformers.graph import DecodeGraph
+    from headwise.hosts.transformers.models import load_default_model, load_model
     from headwise.less.checkpoint import load_kernels
-    from headwise.less.kernels import LessKernels
-    from headwise.less.policy import Less
+    from headwise.less.features import LessKernels
     from headwise.policies import (
         H2O,
         TOVA,
@@ -51,8 +50,9 @@ if TYPE_CHECKING:
         list_policies,
         register,
     )
-    from headwise.quant.policy import Quantized
-    from headwise.report import Report
+    from headwise.policies.less import Less
+    from headwise.policies.quantized import Quantized
+    from headwise.report.report import Report
 
 __version__ = "0.1.0"
 
@@ -106,22 +106,22 @@ __all__ = [
 _HOMES = {
     "CacheStateError": "headwise.errors",
     "ConfigurationError": "headwise.errors",
-    "DecodeGraph": "headwise.hf.graph",
-    "HeadwiseCache": "headwise.hf.cache",
+    "DecodeGraph": "headwise.hosts.transformers.graph",
+    "HeadwiseCache": "headwise.hosts.transformers.cache",
     "HeadwiseError": "headwise.errors",
-    "HeadwiseWarning": "headwise.hf.cache",
+    "HeadwiseWarning": "headwise.hosts.transformers.cache",
     "InputError": "headwise.errors",
-    "Less": "headwise.less.policy",
-    "LessKernels": "headwise.less.kernels",
+    "Less": "headwise.policies.less",
+    "LessKernels": "headwise.less.features",
     "MismatchError": "headwise.errors",
     "ModelNotFoundError": "headwise.errors",
-    "Quantized": "headwise.quant.policy",
-    "Report": "headwise.report",
+    "Quantized": "headwise.policies.quantized",
+    "Report": "headwise.report.report",
     "UnknownPolicyError": "headwise.errors",
     "UnsupportedModelError": "headwise.errors",
-    "load_default_model": "headwise.hf.models",
+    "load_default_model": "headwise.hosts.transformers.models",
     "load_kernels": "headwise.less.checkpoint",
-    "load_model": "headwise.hf.models",
+    "load_model": "headwise.hosts.transformers.models",
 }
 
 

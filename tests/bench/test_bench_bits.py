@@ -12,7 +12,7 @@ from headwise.bench import run
 from headwise.bench.rivals import Rivals
 from headwise.errors import ConfigurationError
 from headwise.policies import H2O, FastGen, Full
-from headwise.quant.policy import Quantized
+from headwise.policies.quantized import Quantized
 
 LAYERS, KV_HEADS, DIM = 2, 2, 8
 # Rows of a head that stay exact: the first 4 and the newest 16.

@@ -17,7 +17,7 @@ from headwise.bench.contestant import Local
 from headwise.bench.measure import turns
 from headwise.bench.memory import peak_memory
 from headwise.bench.peer import PeerError
-from headwise.hf.budget import row_bytes
+from headwise.policies.budget import row_bytes
 
 # Fairness.
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headwise.prompt import clock
 from headwise.types import LogitOptions, PageView, Tensor
+from headwise.units import clock
 
 if TYPE_CHECKING:
     from headwise import HeadwiseCache
@@ -138,13 +138,13 @@ def _decode_call(store: Any, kernel: Callable[..., object], group: int) -> Calla
 def _own_reader(buffer: Tensor) -> dict[str, Callable[[], object]]:
     """The compiled library's own loop, where the package has one."""
     try:
-        from headwise.kernels import cpu
+        from headwise.kernels.cpu import calls as cpu
     except ImportError:
         return {}
     read = getattr(cpu, "read", None)
     if read is None or cpu.obstacle(buffer.device) is not None:
         return {}
-    return {"headwise.kernels.cpu.read": lambda: read(buffer)}
+    return {"headwise.kernels.cpu.calls.read": lambda: read(buffer)}
 
 
 def _timed(action: Callable[[], object], device: torch.device) -> float:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from headwise.errors import ConfigurationError
-from headwise.less.policy import Less
 from headwise.policies import H2O, FastGen, Full, Policy, Random, StreamingLLM, Window
-from headwise.spec import in_bits
+from headwise.policies.less import Less
+from headwise.policies.words import in_bits
 
 STOCK, QUANTIZED, HEADWISE, KVPRESS = "stock", "quantized", "headwise", "kvpress"
 FULL = "full"

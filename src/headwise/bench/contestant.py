@@ -17,9 +17,8 @@ from headwise.bench.candidates import HEADWISE, QUANTIZED, Candidate
 from headwise.bench.memory import peak_memory
 from headwise.bench.plan import Plan
 from headwise.bench.record import Held, Prefill
-from headwise.prompt import clock
-from headwise.report import storage_bytes
 from headwise.types import Int, Tensor
+from headwise.units import clock, storage_bytes
 
 
 class Contestant(ABC):

@@ -9,7 +9,8 @@ from typing import Any
 from headwise.bench.candidates import dtype_name
 from headwise.bench.record import Measurement, Record, Result
 from headwise.errors import CacheStateError
-from headwise.picture import atomic, check_target
+from headwise.files import whole_file
+from headwise.report.picture import check_target
 
 _STOCK = "#222222"
 _PALE_INK = "#666666"
@@ -35,7 +36,7 @@ def save_picture(record: Record, path: str | Path) -> None:
     if not rows:
         raise CacheStateError("there is nothing to draw yet: no configuration has been measured")
     figure = _draw(record, rows)
-    with atomic(target) as file:
+    with whole_file(target, "a picture") as file:
         figure.savefig(file, format="png", dpi=_DPI)
 
 

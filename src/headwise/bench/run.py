@@ -19,10 +19,10 @@ from headwise.bench.record import Measurement, ProfileCost, Record, Result
 from headwise.bench.shapes import Shape, available_bytes
 from headwise.bench.workload import random_ids, text_ids
 from headwise.errors import InputError
-from headwise.hf.budget import row_bytes
 from headwise.policies import FastGen
-from headwise.report import format_bytes
+from headwise.policies.budget import row_bytes
 from headwise.types import Int, Tensor
+from headwise.units import format_bytes
 
 _SAMPLE = 0.1
 

@@ -15,7 +15,7 @@ from headwise.cli.bench_tables import show_record
 from headwise.cli.loading import load, parse_device, parse_dtype
 from headwise.cli.tables import message
 from headwise.errors import ConfigurationError
-from headwise.picture import check_target
+from headwise.report.picture import check_target
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +159,7 @@ def bench(
     from headwise.bench.rivals import Rivals
     from headwise.bench.run import run
     from headwise.bench.stock import find_backend
-    from headwise.hf.models import default_device
+    from headwise.hosts.transformers.models import default_device
     from headwise.kernels import choose
 
     where = parse_device(device) or default_device()
@@ -241,7 +241,7 @@ def _source(
     from headwise.bench.run import Subject, check_memory
     from headwise.bench.shapes import find_shape
     from headwise.bench.stock import random_model
-    from headwise.hf.models import DEFAULT_MODEL
+    from headwise.hosts.transformers.models import DEFAULT_MODEL
 
     if shape is None:
 

@@ -126,6 +126,6 @@ def _number(figure: float) -> str:
 
 
 def _size(count: int | None) -> str:
-    from headwise.report import format_bytes
+    from headwise.units import format_bytes
 
     return _NOTHING if count is None else format_bytes(count)

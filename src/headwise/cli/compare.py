@@ -32,7 +32,7 @@ def _compare(asked: Asked, given: RunOptions) -> None:
     from headwise.eval.budgets import split_specs
     from headwise.eval.compare.page import write_comparison
     from headwise.eval.lineup import line_up
-    from headwise.picture import check_matplotlib
+    from headwise.report.picture import check_matplotlib
 
     check_matplotlib()
     specs = [*(asked.policies or []), *(given.policy or [])] or split_specs(_POLICIES)

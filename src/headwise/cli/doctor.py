@@ -66,7 +66,7 @@ def _default_model() -> dict[str, Any]:
     """Where the default model would come from, and whether it is there already."""
     from huggingface_hub import try_to_load_from_cache
 
-    from headwise.hf.models import DEFAULT_MODEL, default_model_folder, is_model_folder
+    from headwise.hosts.transformers.models import DEFAULT_MODEL, default_model_folder, is_model_folder
 
     chosen, folder = os.environ.get("HEADWISE_MODEL"), default_model_folder()
     if chosen and Path(chosen).exists():

@@ -15,12 +15,12 @@ from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype, 
 from headwise.cli.prompt import check_fit, encode, read_prompt
 from headwise.cli.running import Run, Sampling, differing_words, first_difference, run, stock_memory
 from headwise.cli.tables import heading, message, show_costs
-from headwise.picture import check_target, save_map
-from headwise.spec import build_policy, describe_policy, read_budget
+from headwise.policies.words import build_policy, describe_policy, read_budget
+from headwise.report.picture import check_target, save_map
 
 if TYPE_CHECKING:
     from headwise.policies import Policy
-    from headwise.report import Report
+    from headwise.report.report import Report
 
 _SEEDS = 2**32
 

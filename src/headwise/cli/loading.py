@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from headwise.errors import ConfigurationError
-from headwise.spec import in_bits, remembering
+from headwise.policies.words import in_bits, remembering
 
 if TYPE_CHECKING:
     from pathlib import Path

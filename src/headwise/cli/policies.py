@@ -11,7 +11,7 @@ from rich.text import Text
 
 from headwise.cli import options
 from headwise.cli.tables import output, plain_table
-from headwise.spec import DEFAULT_RECOVERY, plain
+from headwise.policies.words import DEFAULT_RECOVERY, plain
 
 if TYPE_CHECKING:
     from headwise.policies import Policy

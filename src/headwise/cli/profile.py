@@ -13,15 +13,15 @@ from headwise.cli import options
 from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype, with_additions
 from headwise.cli.prompt import check_fit, encode, read_prompt
 from headwise.cli.tables import add_memory, add_rules, message, output, plain_table
-from headwise.picture import check_target, save_map
-from headwise.spec import build_policy, describe_policy, read_budget
+from headwise.policies.words import build_policy, describe_policy, read_budget
+from headwise.report.picture import check_target, save_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from headwise import HeadwiseCache
     from headwise.policies import Policy
-    from headwise.report import LayerReport, Report
+    from headwise.report.report import LayerReport, Report
     from headwise.types import Tensor
 
 
@@ -125,7 +125,7 @@ def _rungs(report: Report) -> tuple[str, ...]:
 
 
 def _show(report: Report) -> None:
-    from headwise.report import format_bytes
+    from headwise.units import format_bytes
 
     rungs = _rungs(report)
     summary = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))

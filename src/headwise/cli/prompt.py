@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from headwise.errors import InputError
-from headwise.textfile import decode_text, read_text
+from headwise.files import decode_text, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

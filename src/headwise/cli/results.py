@@ -31,7 +31,7 @@ def results(
 ) -> None:
     """Write the tables of all recorded runs as Markdown."""
     from headwise.eval.compare.published import publish, render_records
-    from headwise.eval.record import write_text
+    from headwise.files import write_text
 
     for word in add or []:
         name, equals, run = word.partition("=")

@@ -13,7 +13,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from headwise.cli.generate import Outcome
     from headwise.cli.running import Run
-    from headwise.report import Report
+    from headwise.report.report import Report
 
 # A pipe has no width; this one holds the longest rule names.
 _PIPE_WIDTH = 120
@@ -44,7 +44,7 @@ def plain_table(*columns: str) -> Table:
 
 def show_costs(outcome: Outcome) -> None:
     """What `generate` cost, and what a full cache would have."""
-    from headwise.report import format_bytes
+    from headwise.units import format_bytes
 
     report, seconds, memory = outcome.report, outcome.seconds, outcome.full_memory
     table = Table(
@@ -79,7 +79,7 @@ def show_costs(outcome: Outcome) -> None:
 
 def add_memory(table: Table, report: Report) -> None:
     """What LESS takes; nothing without it."""
-    from headwise.report import describe_memory
+    from headwise.report.report import describe_memory
 
     if report.remembered:
         table.add_row("remembered", describe_memory(report))
@@ -99,7 +99,7 @@ def add_rules(table: Table, report: Report) -> None:
 
 
 def _saved(report: Report) -> Text:
-    from headwise.report import format_bytes
+    from headwise.units import format_bytes
 
     if not report.full_bytes:
         return Text("nothing to save")

@@ -52,8 +52,8 @@ def train_gate(
     """
     from headwise.eval.text import read_documents
     from headwise.gate.checkpoint import save_gates
-    from headwise.gate.run import GateRun, Recipe
-    from headwise.gate.training import TrainingOptions
+    from headwise.training.gate.one_layer import TrainingOptions
+    from headwise.training.gate.run import GateRun, Recipe
 
     check_lengths(shortest, longest)
     training = TrainingOptions(width, epochs, batch, rate, decay, seed)

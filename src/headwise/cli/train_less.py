@@ -90,12 +90,12 @@ def train_less(
     what the model says. What is captured lies in FOLDER/work until the end.
     """
     from headwise.eval.text import read_documents
-    from headwise.hf.budget import parse_bytes
     from headwise.less.checkpoint import load_kernels, save_kernels
-    from headwise.less.run import Recipe, TrainingRun
-    from headwise.less.together import TogetherOptions
-    from headwise.less.training import TrainingOptions
-    from headwise.spec import parse_policy
+    from headwise.policies.words import parse_policy
+    from headwise.training.less.jointly import TogetherOptions
+    from headwise.training.less.one_layer import TrainingOptions
+    from headwise.training.less.run import Recipe, TrainingRun
+    from headwise.units import parse_bytes
 
     check_lengths(shortest, longest)
     training = TrainingOptions(features, width, epochs, batch, rate, halve_every, seed)

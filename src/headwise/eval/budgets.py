@@ -7,10 +7,10 @@ from dataclasses import MISSING, dataclass, fields
 
 from headwise.errors import ConfigurationError
 from headwise.eval.stock import parse_stock
-from headwise.hf.budget import parse_bytes
 from headwise.policies import Policy, list_policies
 from headwise.policies.size import Size, check_size
-from headwise.spec import parse_policy
+from headwise.policies.words import parse_policy
+from headwise.units import parse_bytes
 
 # Stands in for a size until there is one.
 _EVERYTHING = 1.0

@@ -17,10 +17,10 @@ from headwise.eval.programs import Limits, check_can_run
 from headwise.eval.records import read_records
 from headwise.eval.rouge import rouge_l
 from headwise.eval.task import Context, Item, Outcome, Query, Subject, Task
+from headwise.files import read_text
 from headwise.policies import Full, Policy
 from headwise.policies.base import check_choice
 from headwise.policies.size import check_count
-from headwise.textfile import read_text
 
 AUTO, NONE = "auto", "none"
 

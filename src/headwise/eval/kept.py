@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from headwise.report import LayerReport, Report
+from headwise.report.report import LayerReport, Report
 
 _SIZES = ("used_bytes", "allocated_bytes", "full_bytes")
 

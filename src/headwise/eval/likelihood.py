@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 
 from headwise.eval.task import Subject
-from headwise.hf.cache import HeadwiseCache
+from headwise.hosts.transformers.cache import HeadwiseCache
 from headwise.policies.base import Policy, Size
-from headwise.report import Report
+from headwise.report.report import Report
 from headwise.types import Float, Int, Tensor
 
 

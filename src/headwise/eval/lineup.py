@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from headwise.errors import ConfigurationError
 from headwise.eval.budgets import allot
 from headwise.eval.stock import StockQuantized
-from headwise.hf.budget import with_budget
 from headwise.policies import Full, Policy, Random
-from headwise.spec import describe_policy
+from headwise.policies.budget import with_budget
+from headwise.policies.words import describe_policy
 
 FULL, RANDOM = "full", "random"
 

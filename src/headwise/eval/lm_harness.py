@@ -19,11 +19,11 @@ from tqdm import tqdm
 from headwise.errors import ConfigurationError, InputError, UnsupportedModelError
 from headwise.eval.likelihood import Stretch, cut, score
 from headwise.eval.task import Subject
-from headwise.hf.cache import HeadwiseCache
-from headwise.hf.models import default_device, find_default_model
+from headwise.hosts.transformers.cache import HeadwiseCache
+from headwise.hosts.transformers.models import default_device, find_default_model
 from headwise.kernels import AUTO
-from headwise.report import Report
-from headwise.spec import describe_policy, parse_policy
+from headwise.policies.words import describe_policy, parse_policy
+from headwise.report.report import Report
 from headwise.types import Tensor
 
 # Options of the harness's own model that could have no effect here.

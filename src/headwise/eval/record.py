@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from headwise.errors import ConfigurationError, InputError, MismatchError
 from headwise.eval.task import Outcome
+from headwise.files import write_text
 
 RUN, UNITS, RESULTS = "run.json", "units.jsonl", "results.json"
 
@@ -125,20 +126,6 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         InputError: when the file cannot be written.
     """
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """All of it or nothing: a run that is broken off here leaves the old file.
-
-    Raises:
-        InputError: when the file cannot be written.
-    """
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import InputError
-from headwise.textfile import decode_text, read_bytes
+from headwise.files import decode_text, read_bytes
 
 _GZIP = b"\x1f\x8b"
 

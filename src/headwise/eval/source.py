@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from headwise.eval.task import Subject
-from headwise.hf.models import DEFAULT_MODEL, load_default_model, load_model
+from headwise.hosts.transformers.models import DEFAULT_MODEL, load_default_model, load_model
 from headwise.kernels import AUTO
 
 

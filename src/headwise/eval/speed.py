@@ -16,8 +16,8 @@ from headwise.eval.task import Context, Item, Outcome, Subject
 from headwise.policies.base import Policy
 from headwise.policies.full import Full
 from headwise.policies.size import check_count
-from headwise.prompt import clock
 from headwise.types import Int, Tensor
+from headwise.units import clock
 
 
 @dataclass(frozen=True)

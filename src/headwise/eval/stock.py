@@ -10,9 +10,9 @@ from transformers import Cache, PreTrainedModel
 
 from headwise.bench.stock import quantized_cache, tensors_of
 from headwise.errors import ConfigurationError
-from headwise.hf.budget import row_bytes
 from headwise.policies.base import Policy, Rule
-from headwise.report import LayerReport, Report
+from headwise.policies.budget import row_bytes
+from headwise.report.report import LayerReport, Report
 
 _PREFIX = "transformers:"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headwise.report import format_bytes
+from headwise.units import format_bytes
 
 _NOTHING = "-"
 

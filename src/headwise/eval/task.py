@@ -15,9 +15,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.errors import InputError
 from headwise.eval.stock import StockQuantized
-from headwise.hf.cache import HeadwiseCache
+from headwise.hosts.transformers.cache import HeadwiseCache
 from headwise.policies.base import Policy
-from headwise.report import Report
+from headwise.report.report import Report
 from headwise.types import Float, Int, Tensor
 
 Query = Literal["none", "aware", "agnostic"]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from headwise.bench.workload import manual
 from headwise.errors import InputError
-from headwise.textfile import read_text
+from headwise.files import read_text
 
 # The document that is there without a file.
 MANUAL = "Python's manual of topics"

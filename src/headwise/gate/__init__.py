@@ -1,1 +1,1 @@
-"""Gate: predicts what a repetition of the prompt would find, from what a layer has at hand; with its training."""
+"""Gate: what a layer has at hand of a prompt -> what a repetition of it would find."""

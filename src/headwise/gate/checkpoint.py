@@ -10,7 +10,7 @@ from torch import nn
 from headwise.gate.gate import Gates, LayerGate
 from headwise.policies.base import Policy
 from headwise.policies.scored import Repeated
-from headwise.trained import Folder
+from headwise.weights import Folder
 
 _FOLDER = Folder(Gates, LayerGate, "gates", "gates.safetensors", "headwise-gate-1", "headwise train-gate")
 save_gates, load_gates, check_gates = _FOLDER.save, _FOLDER.load, _FOLDER.check

@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional
 
 from headwise.gate.inputs import gate_inputs
-from headwise.trained import LayerWeights, Trained
 from headwise.types import Float, Int, Tensor
+from headwise.weights import LayerWeights, Trained
 
 if TYPE_CHECKING:
     from headwise.policies.scored import Rotation

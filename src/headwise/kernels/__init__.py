@@ -21,6 +21,12 @@ AUTO = "auto"
 REFERENCE = "reference"
 NAMES = ("cpu", "triton", REFERENCE)
 
+_HOMES = {
+    "cpu": "headwise.kernels.cpu.calls",
+    "triton": "headwise.kernels.triton.pages",
+    REFERENCE: "headwise.kernels.reference",
+}
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -73,4 +79,4 @@ def check_name(name: str) -> None:
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"headwise.kernels.{name}")
+    return importlib.import_module(_HOMES[name])

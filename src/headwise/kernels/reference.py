@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from headwise.prefill import HIDDEN, causal, dense_attention, logits_of, probabilities, query_blocks, softmax
+from headwise.kernels.attention import HIDDEN, causal, dense_attention, logits_of, probabilities, query_blocks, softmax
 from headwise.quant.codes import decode
 from headwise.types import Bool, Decoded, Float, Int, LogitOptions, PageView, Tensor, UInt8
 

@@ -1,1 +1,1 @@
-"""LESS: what a policy evicts is folded into a small state, so that it can still be queried; with its training."""
+"""LESS: rows that a policy evicts -> a small state, which can still be queried."""

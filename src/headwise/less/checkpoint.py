@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from headwise.less.kernels import LayerKernels, LessKernels
-from headwise.trained import Folder
+from headwise.less.features import LayerKernels, LessKernels
+from headwise.weights import Folder
 
 _FOLDER = Folder(
     LessKernels, LayerKernels, "kernels of LESS", "kernels.safetensors", "headwise-less-1", "headwise train-less"

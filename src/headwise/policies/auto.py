@@ -15,7 +15,7 @@ from headwise.policies.scored import Damage, Evidence, Repeated, check_gate
 from headwise.policies.size import Size, check_count, check_size
 from headwise.quant.codes import decode, encode, rotation
 from headwise.quant.formats import RECENT, SINKS, Precision, RowFormat
-from headwise.rows import COLUMN_BYTES
+from headwise.store.rows import COLUMN_BYTES
 from headwise.types import Bool, Float, Int, Tensor, Tokens
 
 _FORMATS = (RowFormat(8, 8), RowFormat(8, 4), RowFormat(4, 4))

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from headwise.errors import ConfigurationError
+from headwise.kernels.attention import causal, logits_of, probabilities, query_blocks
 from headwise.policies.base import Policy, Rule
 from headwise.policies.size import Size, check_size, quota_tokens
-from headwise.prefill import causal, logits_of, probabilities, query_blocks
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor, Tokens
 
 # Rotates vectors `[b, h, n, d]` to the positions `[b, n]`, or back from them where the last argument is True.

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from headwise.rows import STEP_DTYPE
+from headwise.store.rows import STEP_DTYPE
 from headwise.types import Float, Tensor, UInt8
 
 

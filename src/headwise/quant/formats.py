@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headwise.errors import ConfigurationError
-from headwise.rows import COLUMN_BYTES, STEP_DTYPE
+from headwise.store.rows import COLUMN_BYTES, STEP_DTYPE
 
 _BITS = (4, 8)
 

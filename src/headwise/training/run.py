@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headwise.errors import ConfigurationError
+from headwise.files import whole_file
 from headwise.types import Tensor
 
 if TYPE_CHECKING:
@@ -52,9 +53,8 @@ def layer_file(work: Path, index: int) -> Path:
 def save_layer(path: Path, weights: Mapping[str, Tensor], figures: Mapping[str, float]) -> None:
     """Write a finished layer with what was found out about it; the file is whole or not there."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    scratch = path.with_suffix(".part")
-    save_file(tensors | {name: torch.tensor(value) for name, value in figures.items()}, scratch)
-    scratch.replace(path)
+    with whole_file(path) as scratch:
+        save_file(tensors | {name: torch.tensor(value) for name, value in figures.items()}, scratch)
 
 
 def load_layer(path: Path, figures: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, float]]:

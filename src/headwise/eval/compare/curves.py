@@ -11,8 +11,8 @@ from typing import Any
 from headwise.bench.picture import COLOURS, MARKERS
 from headwise.eval.compare.points import Panel, Point
 from headwise.eval.lineup import RANDOM
-from headwise.picture import atomic
-from headwise.report import format_bytes
+from headwise.files import whole_file
+from headwise.units import format_bytes
 
 _INK, _PALE_INK, _RANDOM_INK, _LINE = "#222222", "#666666", "#8A8A8A", "#E6E6E6"
 
@@ -77,7 +77,7 @@ def _save(panels: Sequence[Panel], target: Path, *, by_bytes: bool) -> None:
     figure.draw_without_rendering()
     for axes, panel in zip(places, panels, strict=False):
         _name(axes, panel, by_bytes)
-    with atomic(target) as file:
+    with whole_file(target, "a picture") as file:
         figure.savefig(file, format="png", dpi=_DPI)
 
 

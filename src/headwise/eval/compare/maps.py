@@ -12,7 +12,8 @@ from headwise.eval.compare.curves import fold
 from headwise.eval.kept import rebuild_report
 from headwise.eval.lineup import FULL, RANDOM
 from headwise.eval.speed import Speed
-from headwise.picture import atomic, save_map
+from headwise.files import whole_file
+from headwise.report.picture import save_map
 
 _INK, _PALE_INK, _STOCK = "#222222", "#666666", "#D9D9D9"
 
@@ -53,7 +54,7 @@ def save_share_maps(results: dict[str, Any], target: Path) -> bool:
     rows = _rows(results)
     if rows:
         figure = _draw(rows, kept_shares(results))
-        with atomic(target) as file:
+        with whole_file(target, "a picture") as file:
             figure.savefig(file, format="png", dpi=_DPI)
     return bool(rows)
 

@@ -13,9 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from headwise.eval.compare.curves import save_bytes_curves, save_speed_curves
 from headwise.eval.compare.maps import save_rule_maps, save_share_maps
 from headwise.eval.compare.points import bytes_panels, speed_panels
-from headwise.eval.record import write_text
 from headwise.eval.setting import describe_setting
 from headwise.eval.tables import LEGEND, make_grids
+from headwise.files import write_text
 
 PAGE = "compare.html"
 

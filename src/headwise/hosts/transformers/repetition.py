@@ -1,0 +1,105 @@
+"""Reconstruction: a prompt in a full cache -> the model asked to repeat it, and what it looked at while it did.
+
+KVzip (Kim et al., NeurIPS 2025, section 3.2), chunk by chunk; nothing of the repetition stays in the cache. Chunks are
+cut by column: a padded sequence of several chunks is cut elsewhere than it would be alone, and may score otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from headwise.hosts.transformers.layer import HeadwiseLayer
+from headwise.types import Bool, Int, Tensor
+
+if TYPE_CHECKING:
+    from headwise.hosts.transformers.cache import HeadwiseCache
+
+# Columns that are repeated in one pass.
+_CHUNK = 2048
+
+# Of the chunk before, to say where the next one starts.
+_CUE = 8
+
+_FIRST = "\n\nRepeat the previous context exactly."
+_NEXT = "\n\nRepeat the part of the previous context exactly, starting with"
+
+
+def repeat_prompt(cache: HeadwiseCache, ids: Int[Tensor, "b t"], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the model repeat its prompt; every layer then knows the largest attention that each column got.
+
+    Args:
+        cache: with the whole prompt in it, uncompressed.
+        ids: the prompt, padding included.
+    """
+    decoder, device = cache.model.get_decoder(), ids.device
+    columns = torch.arange(ids.shape[1], device=device).expand(len(ids), 1, -1)
+    real = cache.transcript.real(columns)[:, 0]
+    opening = _answer_opening(tokenizer)
+    for start in range(0, ids.shape[1], _CHUNK):
+        chunk = slice(start, min(start + _CHUNK, ids.shape[1]))
+        asked, counted = _request(tokenizer, ids, real, start, opening)
+        repeated = torch.cat([asked, ids[:, chunk]], dim=1)
+        mask = torch.cat([real, counted, real[:, chunk]], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, ids.shape[1] :]
+        with _untouched(cache, chunk), torch.no_grad():
+            decoder(
+                input_ids=repeated,
+                attention_mask=None if bool(mask.all()) else mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+
+
+def _request(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Int[Tensor, "b t"],
+    real: Bool[Tensor, "b t"],
+    start: int,
+    opening: list[int],
+) -> tuple[Int[Tensor, "b q"], Bool[Tensor, "b q"]]:
+    """What is said before a chunk is repeated, and which of it is no padding."""
+
+    def row(tokens: list[int]) -> tuple[Tensor, Tensor]:
+        words = torch.tensor(tokens, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
+        return words, torch.ones_like(words, dtype=torch.bool)
+
+    text = tokenizer(_NEXT if start else _FIRST, add_special_tokens=False).input_ids
+    before = slice(max(0, start - _CUE), start)
+    parts = [row(text), (ids[:, before], real[:, before]), row(opening)]
+    return torch.cat([words for words, _ in parts], dim=1), torch.cat([counted for _, counted in parts], dim=1)
+
+
+def _answer_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end the user's turn and begin the model's; a line break where there is no chat template."""
+    if not tokenizer.chat_template:
+        return list(tokenizer("\n", add_special_tokens=False).input_ids)
+    content = "context"
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer(str(chat).rpartition(content)[2], add_special_tokens=False).input_ids)
+
+
+@contextmanager
+def _untouched(cache: HeadwiseCache, chunk: slice) -> Iterator[None]:
+    """While it lasts, passes read the cache and leave nothing in it."""
+    stock: list[tuple[Any, dict[str, Any]]] = [
+        (layer, copy.deepcopy(vars(layer))) for layer in cache.layers if not isinstance(layer, HeadwiseLayer)
+    ]
+    for layer in cache.headwise_layers:
+        layer.core.repeated = chunk
+    try:
+        yield
+    finally:
+        for layer in cache.headwise_layers:
+            layer.core.repeated = None
+        for layer, state in stock:
+            vars(layer).clear()
+            vars(layer).update(state)

@@ -1,0 +1,1 @@
+"""Compiled CPU kernels: tensors in main memory -> what `headwise.kernels.reference` defines, at the speed of memory."""

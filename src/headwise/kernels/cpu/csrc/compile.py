@@ -1,0 +1,66 @@
+"""Compile: the C++ sources beside this file -> the shared library that `headwise.kernels.cpu.library` loads.
+
+Needs a C++17 compiler (g++ or clang++; $CXX names another) and nothing else: no torch, no headers beyond the
+standard library. Run by the package's build; by hand, `python compile.py` builds in place.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent
+LIBRARY = SOURCES.parent / f"libheadwise_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}"
+
+_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall"]
+# Name of the vector instructions -> the flags that allow them. "base" is what every processor of the kind has.
+_VECTORS = {"x86_64": {"base": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}}
+
+
+def compile_library() -> Path:
+    """Build the library and return where it is.
+
+    Raises:
+        RuntimeError: when there is no compiler, or it fails; the message says which.
+    """
+    if sys.platform == "win32":
+        raise RuntimeError("the compiled kernels are not built on Windows")
+    command = os.environ.get("CXX", "").split() or next(
+        ([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), []
+    )
+    if not command:
+        raise RuntimeError("no C++ compiler found (c++, g++ or clang++; or set CXX)")
+    machine = {"AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    with tempfile.TemporaryDirectory() as folder:
+        objects = []
+        for name, flags in _VECTORS.get(machine, {"base": []}).items():
+            objects.append(Path(folder) / f"{name}.o")
+            _run([*command, *_FLAGS, *flags, f"-DHEADWISE_ISA={name}", "-c", "isa.cpp", "-o", objects[-1]])
+        objects.append(Path(folder) / "library.o")
+        _run([*command, *_FLAGS, "-c", "library.cpp", "-o", objects[-1]])
+        # Linked beside its place and moved: a process that has the old one loaded keeps it.
+        linked = LIBRARY.with_name(f".{LIBRARY.name}.{os.getpid()}")
+        try:
+            _run([*command, "-shared", *objects, "-o", linked])
+            os.replace(linked, LIBRARY)
+        finally:
+            linked.unlink(missing_ok=True)
+    return LIBRARY
+
+
+def _run(command: list[str | Path]) -> None:
+    try:
+        done = subprocess.run([str(part) for part in command], cwd=SOURCES, capture_output=True, text=True)
+    except OSError as error:
+        raise RuntimeError(f"{command[0]}: {error}") from error
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed:\n{done.stderr[-2000:]}")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{compile_library()}\n")

@@ -1,0 +1,177 @@
+"""Compiled CPU kernels that read the attention map of a prompt: queries and keys -> what its columns get.
+
+The products are torch's, block by block; what follows is compiled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator, Sequence
+from ctypes import c_float, c_int64, c_void_p
+
+import torch
+
+from headwise.kernels.attention import query_blocks
+from headwise.kernels.cpu.library import library_and_threads, pointer
+from headwise.types import Bool, Float, Int, LogitOptions, Tensor
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("products", "own", "mask", "sinks")),
+        *((name, c_int64) for name in ("lanes", "rows", "seen", "mask_stride")),
+        ("softcap", c_float),
+    ]
+
+
+class _ColumnMass(ctypes.Structure):
+    _fields_ = [
+        ("block", _Block),
+        *((name, c_void_p) for name in ("weights", "positions", "widths", "mass", "band")),
+        *((name, c_int64) for name in ("total", "bands", "parts")),
+        ("parallel_for", c_void_p),
+    ]
+
+
+class _AttentionPeaks(ctypes.Structure):
+    _fields_ = [
+        ("block", _Block),
+        *((name, c_void_p) for name in ("counted", "peaks")),
+        *((name, c_int64) for name in ("ranges", "total", "parts")),
+        ("parallel_for", c_void_p),
+    ]
+
+
+def column_mass(
+    query: Float[Tensor, "b h g q d"],
+    keys: Float[Tensor, "b h t d"],
+    columns: Int[Tensor, " q"],
+    mask: Bool[Tensor, "b q t"] | None,
+    options: LogitOptions,
+    weights: Float[Tensor, "b q"],
+    positions: Int[Tensor, "b t"],
+    widths: Int[Tensor, "w b"],
+) -> tuple[Float[Tensor, "b h g t"], Float[Tensor, "w b h g t"]]:
+    """As `reference.column_mass`."""
+    library, parallel_for = library_and_threads()
+    batch, heads, group, _, _ = query.shape
+    total, bands, parts = keys.shape[2], len(widths), _parts(group)
+    mass = torch.empty(batch, heads, group, total)
+    band = torch.empty(bands, batch, heads, group, total)
+    weights, positions = weights.float().contiguous(), positions.long().contiguous()
+    for b in range(batch):
+        own_widths = widths[:, b].long().contiguous()
+        for h in range(heads):
+            sums, inside = torch.zeros(parts, group, total), torch.zeros(bands, parts, group, total)
+            for rows, _, block in _blocks(query, keys, columns, mask, options, b, h):
+                arguments = _ColumnMass(
+                    block,
+                    weights[b, rows].data_ptr(),
+                    positions[b].data_ptr(),
+                    own_widths.data_ptr(),
+                    sums.data_ptr(),
+                    inside.data_ptr(),
+                    total,
+                    bands,
+                    parts,
+                    parallel_for,
+                )
+                library.headwise_column_mass(ctypes.byref(arguments))
+            mass[b, h], band[:, b, h] = sums.sum(dim=0), inside.sum(dim=1)
+    return mass, band
+
+
+def attention_and_peaks(
+    query: Float[Tensor, "b h g q d"],
+    keys: Float[Tensor, "b h t d"],
+    values: Float[Tensor, "b h t e"],
+    mask: Bool[Tensor, "b q t"] | None,
+    options: LogitOptions,
+    counted: Sequence[slice],
+) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h t"]]:
+    """As `reference.attention_and_peaks`; both come from the same products."""
+    library, parallel_for = library_and_threads()
+    batch, heads, group, queries, _ = query.shape
+    total, parts = keys.shape[2], _parts(group)
+    columns = torch.arange(total - queries, total)
+    ranges = torch.tensor([[part.start, part.stop] for part in counted])
+    output = torch.empty(*query.shape[:-1], values.shape[-1], dtype=values.dtype)
+    peaks = torch.empty(batch, heads, total)
+    for b in range(batch):
+        for h in range(heads):
+            weighed = values[b, h].float()
+            logarithms = torch.full((parts, group, total), -torch.inf)
+            for rows, products, block in _blocks(query, keys, columns, mask, options, b, h):
+                arguments = _AttentionPeaks(
+                    block, ranges.data_ptr(), logarithms.data_ptr(), len(ranges), total, parts, parallel_for
+                )
+                library.headwise_attention_peaks(ctypes.byref(arguments))
+                output[b, h, :, rows] = (products @ weighed[: products.shape[1]]).unflatten(0, (group, -1))
+            peaks[b, h] = logarithms.amax(dim=(0, 1))
+    return output, peaks.exp_()
+
+
+def _blocks(
+    query: Float[Tensor, "b h g q d"],
+    keys: Float[Tensor, "b h t d"],
+    columns: Int[Tensor, " q"],
+    mask: Bool[Tensor, "b q t"] | None,
+    options: LogitOptions,
+    b: int,
+    h: int,
+) -> Iterator[tuple[slice, Float[Tensor, "rows seen"], _Block]]:
+    """Products of one head of one sequence, some rows at a time; each block is valid until the next.
+
+    One head at a time: the more rows of a head a block holds, the faster are the products.
+    """
+    total, key_dim = keys.shape[2:]
+    columns = columns.long().contiguous()
+    transposed = keys[b, h].float().mT
+    sinks = None if options.sinks is None else options.sinks[h].float().contiguous()
+    for block in query_blocks(query[b : b + 1, h : h + 1], total):
+        own = columns[block]
+        # Under causality no row of the block sees further than its last row.
+        seen = total if mask is not None else int(own[-1]) + 1
+        asked = (query[b, h, :, block].float() * options.scaling).reshape(-1, key_dim)
+        visible = None if mask is None else mask[b, block]
+        if visible is not None and visible.stride(-1) != 1:
+            visible = visible.contiguous()
+        products = _scratch(len(asked) * seen).view(len(asked), seen)
+        torch.mm(asked, transposed[:, :seen], out=products)
+        yield (
+            block,
+            products,
+            _Block(
+                products.data_ptr(),
+                own.data_ptr(),
+                pointer(visible),
+                pointer(sinks),
+                query.shape[2],
+                len(own),
+                seen,
+                0 if visible is None else visible.stride(0),
+                options.softcap or 0.0,
+            ),
+        )
+
+
+def _parts(group: int) -> int:
+    """How often the rows of a lane are cut, such that there is enough to keep every thread equally busy."""
+    return -(-8 * torch.get_num_threads() // group)
+
+
+def _scratch(size: int) -> Tensor:
+    """Memory of this thread that is used again and again: fresh pages from the system cost as much as the products."""
+    held: Tensor | None = getattr(_kept, "scratch", None)
+    if held is None or held.numel() < size:
+        # It outlives an inference mode that may be on now.
+        with torch.inference_mode(False):
+            held = _kept.scratch = torch.empty(size)
+    return held[:size]
+
+
+_kept = threading.local()
+
+
+_kept = threading.local()

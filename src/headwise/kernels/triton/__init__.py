@@ -1,0 +1,1 @@
+"""Triton kernels: tensors on a GPU -> what `headwise.kernels.reference` defines."""

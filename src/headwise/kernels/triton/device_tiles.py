@@ -1,0 +1,112 @@
+"""Triton tiles: the steps that the device code for pages and for attention maps is put together from.
+
+`headwise.kernels.triton.device_pages` explains the conventions.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+@no_type_check
+def tile(start, index, stride, held, channel, WIDTH: tl.constexpr):
+    """Rows of a matrix, gathered by index; 0 where nothing is held."""
+    at = start + index.to(tl.int64)[:, None] * stride + channel[None, :]
+    return tl.load(at, mask=held[:, None] & (channel < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+@no_type_check
+def put(start, index, stride, held, channel, WIDTH: tl.constexpr, rows):
+    """The way back: rows into a matrix, where they are held."""
+    at = start + index.to(tl.int64)[:, None] * stride + channel[None, :]
+    tl.store(at, rows, mask=held[:, None] & (channel < WIDTH)[None, :])
+
+
+@triton.jit
+@no_type_check
+def addresses(table, n, held, PAGE: tl.constexpr):
+    """Where in the pools the rows of a head lie, by its part of the table."""
+    page = tl.load(table + n // PAGE, mask=held, other=0)
+    return page.to(tl.int64) * PAGE + n % PAGE
+
+
+@triton.jit
+@no_type_check
+def seen(mask, query_row, column, mask_q, visible):
+    """What of `visible` the mask lets through; it reads nothing else of the mask."""
+    at = mask + query_row.to(tl.int64)[:, None] * mask_q + column.to(tl.int64)[None, :]
+    return visible & (tl.load(at, mask=visible, other=0) != 0)
+
+
+@triton.jit
+@no_type_check
+def capped(products, inner, outer):
+    """Logits in base 2: inner * q.k, or outer * tanh(inner * q.k) under a soft cap."""
+    logits = products * inner
+    if outer is not None:
+        # Through the exponential of a negative number, which cannot overflow.
+        shrunk = tl.exp2(tl.abs(logits) * -2.8853900817779268)
+        size = outer * (1 - shrunk) / (1 + shrunk)
+        logits = tl.where(logits < 0, -size, size)
+    return logits
+
+
+@triton.jit
+@no_type_check
+def products_of(query, keys, NARROW: tl.constexpr):
+    """Products of a few queries with keys, in fp32."""
+    if NARROW:
+        # Products of 16-bit numbers are exact in fp32, in which the tensor cores sum them.
+        products = tl.dot(query, tl.trans(keys))
+    else:
+        # A matrix product in full fp32 wants a whole row and column in registers, and spills; this does not.
+        products = tl.sum(query.to(tl.float32)[:, None, :] * keys.to(tl.float32)[None, :, :], 2)
+    return products
+
+
+@triton.jit
+@no_type_check
+def finite(top):
+    """The same with 0 for minus infinity, from which nothing can be subtracted."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+@no_type_check
+def soften(logits, top, total):
+    """One step of the online softmax (FlashAttention-2, Dao 2023, section 3.1).
+
+    Returns:
+        maximum and denominator with these rows, the weights of these, and what the earlier ones' decay by.
+    """
+    raised = tl.maximum(top, tl.max(logits, 1))
+    base = finite(raised)
+    weights = tl.exp2(logits - base[:, None])
+    decay = tl.exp2(top - base)
+    return raised, total * decay + tl.sum(weights, 1), weights, decay
+
+
+@triton.jit
+@no_type_check
+def absorb(output, decay, weights, values, NARROW: tl.constexpr):
+    """The output with these rows' values in it."""
+    output = output * decay[:, None]
+    if NARROW:
+        output = tl.dot(weights.to(values.dtype), values, output)
+    else:
+        output += tl.sum(weights[:, :, None] * values.to(tl.float32)[None, :, :], 1)
+    return output
+
+
+@triton.jit
+@no_type_check
+def record(span, split, begin, length):
+    """Note where the logits of a head's rows in a view begin and end; the first split does."""
+    if split == 0:
+        tl.store(span, begin)
+        tl.store(span + 1, begin + length)

@@ -1,0 +1,1 @@
+"""Report, 7/7: what a cache holds -> data, words, a picture."""

@@ -1,0 +1,237 @@
+"""7/7 report: what a cache holds -> data, a table and a picture: bytes used, allocated and saved, rule per head."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from headwise.stages.layer import LayerCache
+from headwise.types import Tensor
+from headwise.units import format_bytes, storage_bytes
+
+# An array of rule names, `[batch, KV heads]`.
+Names = np.ndarray[Any, np.dtype[Any]]
+
+_UNCHOSEN = "undecided"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: its bytes and, where headwise compresses it, what each head keeps and why.
+
+    Attributes:
+        kept_tokens: stored rows, `[batch, KV heads]`; None for a layer that is not headwise's.
+        rules: name of the rule of each head, an array of the same shape; None likewise.
+        recovered: mass that every rung retains, `[rungs, batch, KV heads]`; None where nothing was chosen.
+        sampled: share of the prompt's query rows that the profile read; None where there was no profile.
+        found: share of the mass that the budget let every head retain, `[batch]`; None where no budget was given.
+        memory_bytes: what LESS holds of evicted rows; a part of the bytes used.
+        weight_bytes: the kernels of LESS, which all caches share and none of the other numbers counts.
+        formats: of each head's older rows, such as "K8V4", an array of the same shape; None where all rows are exact.
+    """
+
+    used_bytes: int
+    allocated_bytes: int
+    full_bytes: int
+    kept_tokens: Tensor | None = None
+    rules: Names | None = None
+    rungs: tuple[str, ...] = ()
+    recovered: Tensor | None = None
+    sampled: float | None = None
+    found: Tensor | None = None
+    memory_bytes: int = 0
+    weight_bytes: int = 0
+    formats: Names | None = None
+
+    @classmethod
+    def of_stock(cls, tensors: list[Tensor]) -> LayerReport:
+        """A layer that stays as transformers made it: the same with headwise and without."""
+        size = storage_bytes(tensors)
+        return cls(sum(tensor.nbytes for tensor in tensors), size, size)
+
+    @classmethod
+    def of(cls, layer: LayerCache) -> LayerReport:
+        """A compressed layer."""
+        kept, kernels = layer.kept_tokens, layer.memory.kernels
+        weight_bytes = 0 if kernels is None else kernels.nbytes
+        if kept is None:
+            return cls(0, 0, 0, weight_bytes=weight_bytes)
+        plan = layer.plan
+        labels = (_UNCHOSEN,) if plan is None else tuple(rung.label for rung in plan.rungs)
+        choice = np.zeros(tuple(kept.shape), dtype=int) if plan is None else plan.choice.cpu().numpy()
+        selection = layer.policy.selection
+        budgeted = plan is not None and selection is not None and selection.keep is not None
+        profiled = plan is not None and layer.prompt.rows_read and plan.prompt.numel()
+        return cls(
+            used_bytes=layer.used_bytes,
+            allocated_bytes=storage_bytes(layer.tensors()),
+            full_bytes=kept.numel() * layer.seen * layer.row_bytes,
+            kept_tokens=kept.cpu(),
+            rules=np.array(labels)[choice],
+            rungs=labels,
+            recovered=None if plan is None or plan.recovered is None else plan.recovered.cpu(),
+            sampled=min(1.0, layer.prompt.rows_read / max(1, int(plan.prompt.max()))) if plan and profiled else None,
+            found=plan.threshold.clamp(max=1).cpu() if plan and budgeted and plan.threshold is not None else None,
+            memory_bytes=layer.memory_bytes,
+            weight_bytes=weight_bytes,
+            formats=None if layer.store is None else layer.store.format_names(),
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a cache holds at one moment. Data first: `to_dict()` gives plain numbers, printing gives a table.
+
+    Attributes:
+        policy: the policy, as Python would build it.
+        seen_tokens: columns the model was given, padding included.
+        layers: one entry per layer of the cache.
+        transcript_bytes: what the cache knows about tokens beside the rows.
+        kernel: name of the kernels that read and write the pages.
+        profile_seconds: time spent on profiling the prompt and choosing the rules.
+        compact_seconds: time spent on copying the prompt's kept rows into pages.
+    """
+
+    policy: str
+    seen_tokens: int
+    layers: list[LayerReport]
+    transcript_bytes: int
+    kernel: str
+    profile_seconds: float
+    compact_seconds: float
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the kept rows: keys, values, columns and scores; and of what LESS remembers; all layers."""
+        return sum(layer.used_bytes for layer in self.layers)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The part of the bytes used that LESS remembers evicted rows with."""
+        return sum(layer.memory_bytes for layer in self.layers)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the kernels of LESS, 0 without; all caches share them, so no other number here counts them."""
+        return sum(layer.weight_bytes for layer in self.layers)
+
+    @property
+    def remembered(self) -> dict[str, int]:
+        """What LESS takes, by name; nothing without it."""
+        sizes = {"memory_bytes": self.memory_bytes, "weight_bytes": self.weight_bytes}
+        return sizes if self.weight_bytes else {}
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the storage behind every tensor of the cache, page slack and tables included."""
+        return sum(layer.allocated_bytes for layer in self.layers) + self.transcript_bytes
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that transformers' own cache would hold for the same tokens."""
+        return sum(layer.full_bytes for layer in self.layers)
+
+    @property
+    def saved_bytes(self) -> int:
+        """What is held less than a full cache would; negative where the bookkeeping costs more than it frees."""
+        return self.full_bytes - self.allocated_bytes
+
+    @property
+    def kept_tokens(self) -> list[Tensor | None]:
+        """Stored rows per layer, `[batch, KV heads]`; None for a layer that is not headwise's."""
+        return [layer.kept_tokens for layer in self.layers]
+
+    @property
+    def rules(self) -> list[Names | None]:
+        """Rule names per layer, arrays of the same shape; None for a layer that is not headwise's."""
+        return [layer.rules for layer in self.layers]
+
+    @property
+    def kept_ratio(self) -> float:
+        """Kept rows over the rows of a full cache, in the compressed layers; 1 where there is none."""
+        kept = [layer.kept_tokens for layer in self.layers if layer.kept_tokens is not None]
+        rows = sum(tensor.numel() for tensor in kept) * self.seen_tokens
+        return sum(int(tensor.sum()) for tensor in kept) / rows if rows else 1.0
+
+    @property
+    def rule_counts(self) -> dict[str, int]:
+        """How many heads, over all layers and sequences, took each rule; in the order of the ladder."""
+        counts = Counter(name for rules in self.rules if rules is not None for name in rules.flatten().tolist())
+        order = [rung for layer in self.layers for rung in layer.rungs]
+        return {name: counts[name] for name in dict.fromkeys(order) if counts[name]}
+
+    @property
+    def formats(self) -> list[Names | None]:
+        """How each head's older rows are stored, per layer; None where all are exact."""
+        return [layer.formats for layer in self.layers]
+
+    @property
+    def format_counts(self) -> dict[str, int]:
+        """How many heads, over all layers and sequences, have each format; nothing where all rows are exact."""
+        return dict(Counter(name for names in self.formats if names is not None for name in names.flatten().tolist()))
+
+    @property
+    def sampled(self) -> float | None:
+        """Share of the prompt's query rows that the profile read; None where there was no profile."""
+        return next((layer.sampled for layer in self.layers if layer.sampled is not None), None)
+
+    @property
+    def found_recovery(self) -> list[float] | None:
+        """Attention mass that the budget let every head of a sequence retain; None where no budget was given."""
+        return next((layer.found.tolist() for layer in self.layers if layer.found is not None), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python numbers, strings and lists, ready for JSON."""
+        return {
+            "policy": self.policy,
+            "seen_tokens": self.seen_tokens,
+            "used_bytes": self.used_bytes,
+            "allocated_bytes": self.allocated_bytes,
+            "full_bytes": self.full_bytes,
+            "saved_bytes": self.saved_bytes,
+            **self.remembered,
+            "kept_ratio": self.kept_ratio,
+            "kernel": self.kernel,
+            "profile_seconds": self.profile_seconds,
+            "compact_seconds": self.compact_seconds,
+            "profiled_rows": self.sampled,
+            "found_recovery": self.found_recovery,
+            "rule_counts": self.rule_counts,
+            **({"format_counts": self.format_counts} if self.format_counts else {}),
+            "kept_tokens": [None if kept is None else kept.tolist() for kept in self.kept_tokens],
+            "rules": [None if rules is None else rules.tolist() for rules in self.rules],
+            **({"formats": [None if f is None else f.tolist() for f in self.formats]} if self.format_counts else {}),
+        }
+
+    def __str__(self) -> str:
+        saved = f"{self.saved_bytes / self.full_bytes:.1%}" if self.full_bytes else "-"
+        lines = [
+            ("policy", self.policy),
+            ("tokens seen", f"{self.seen_tokens:,}"),
+            ("tokens kept", f"{self.kept_ratio:.1%} of all rows"),
+            ("memory used", format_bytes(self.used_bytes)),
+            ("memory held", format_bytes(self.allocated_bytes)),
+            *([("remembered", describe_memory(self))] if self.remembered else []),
+            ("full cache", format_bytes(self.full_bytes)),
+            ("saved", f"{format_bytes(self.saved_bytes)} ({saved})"),
+        ]
+        if self.sampled is not None:
+            exact = "every query row" if self.sampled >= 1 else f"a sample of {self.sampled:.1%} of the query rows"
+            lines.append(("profile", f"{exact}, {self.profile_seconds:.2f} s"))
+        if self.found_recovery is not None:
+            lines.append(("recovery found", ", ".join(f"{share:.3f}" for share in self.found_recovery)))
+        lines.append(("kernels", self.kernel))
+        total = sum(self.rule_counts.values())
+        counts = [*self.rule_counts.items(), *sorted(self.format_counts.items())]
+        lines += [(f"  {name}", f"{count} of {total} heads") for name, count in counts]
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def describe_memory(report: Report) -> str:
+    """What LESS takes, in words."""
+    state, weights = format_bytes(report.memory_bytes), format_bytes(report.weight_bytes)
+    return f"{state} of it for evicted tokens; kernels {weights}, shared by all caches"

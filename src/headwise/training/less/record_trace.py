@@ -1,0 +1,96 @@
+"""Lecture: a model, a policy and a passage -> the lesson; the cache in use decides what goes and when.
+
+Full attention reads the prompt in use, too. So one pass over the prompt gives the cache and the keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from headwise.errors import UnsupportedModelError
+from headwise.hosts.transformers.cache import HeadwiseCache
+from headwise.hosts.transformers.layer import HeadwiseLayer
+from headwise.policies.base import Policy
+from headwise.stages.layer import LayerCache
+from headwise.training.less.replay import predict
+from headwise.training.less.trace import Lesson
+from headwise.types import Bool, Float, Int, LogitOptions, Tensor
+
+
+class _Tapped(LayerCache):
+    """A layer that also holds on to its prompt, `past`."""
+
+    past: tuple[Tensor, Tensor]
+
+    def attend(
+        self,
+        query: Float[Tensor, "b h g q d"],
+        keys: Float[Tensor, "b h q d"],
+        values: Float[Tensor, "b h q e"],
+        mask: Bool[Tensor, "b q t"] | None,
+        options: LogitOptions,
+    ) -> Float[Tensor, "b h g q e"]:
+        """As without it."""
+        if self.seen == 0:
+            self.past = keys, values
+        return super().attend(query, keys, values, mask, options)
+
+
+@torch.no_grad()
+def take_lesson(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy: Policy, ids: Int[Tensor, "1 t"], prompt: int
+) -> Lesson:
+    """Run a policy over a passage.
+
+    Args:
+        policy: with the memory that it is going to have, because what some policies evict depends on what was read.
+        ids: of the passage, of which the first `prompt` are read at once.
+
+    Raises:
+        UnsupportedModelError: when a layer holds anything but keys and values.
+    """
+    cache = HeadwiseCache(model, policy, tokenizer=tokenizer, prompt_tokens=prompt)
+    cores = []
+    for layer in cache.headwise_layers:
+        core = layer.core
+        layer.core = _Tapped(core.index, core.policy, core.transcript, core.settings, core.memory.kernels)
+        cores.append(layer.core)
+    decoder = model.get_decoder()
+    decoder(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
+    past = {index: _past(layer) for index, layer in enumerate(cache.layers)}
+    every = cores[0].settings.evict_every
+    parts = ids[:, prompt:].split(every, dim=1)
+    gone = {core.index: ids.new_full((past[core.index][0].shape[1], ids.shape[1]), len(parts)) for core in cores}
+    for stage, part in enumerate(parts):
+        for core in cores:
+            there, columns = _kept(core, ids.shape[1]), gone[core.index]
+            there[:, prompt + stage * every :] = True
+            columns.masked_fill_(~there & (columns == len(parts)), stage)
+        decoder(input_ids=part, past_key_values=cache, use_cache=True)
+    fed = ids[:, prompt:]
+    lesson = Lesson(fed, prompt, every, past, gone, torch.empty(fed.shape[1], 0))
+    return replace(lesson, full=predict(model, lesson.without_evictions(), {}))
+
+
+def _past(layer: CacheLayerMixin) -> tuple[Tensor, Tensor]:
+    if isinstance(layer, HeadwiseLayer):
+        assert isinstance(layer.core, _Tapped)
+        return layer.core.past
+    if not isinstance(layer, DynamicLayer):
+        raise UnsupportedModelError(
+            f"all layers cannot be trained together where the cache has a {type(layer).__name__}; train each alone"
+        )
+    assert layer.keys is not None and layer.values is not None
+    return layer.keys, layer.values
+
+
+def _kept(core: LayerCache, columns: int) -> Bool[Tensor, "h t"]:
+    """Whether each head holds each column."""
+    assert core.store is not None
+    at = core.store.kept_columns()[0].long().where(core.store.occupied()[0], columns)
+    found = torch.zeros(len(at), columns + 1, dtype=torch.bool, device=at.device)
+    return found.scatter_(1, at, True)[:, :columns]
