@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from headwise.kernels import choose
+from headwise.kernels.backends import choose
 from headwise.store import pages
 
 # The models of the tests are small: a second thread gains little, and on a busy machine it costs a lot.

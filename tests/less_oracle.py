@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.less.features import LayerKernels, LessKernels
+from headwise.less.features import LayerFeatures, LessKernels
 from headwise.policies import list_policies
 from headwise.weights import sample_weights
 from oracle import OracleCore, rows_of
@@ -44,7 +44,7 @@ class Networks:
     def folded(self):
         """As the package takes them."""
         mix = self.d1.abs()[:, :, None] * (torch.eye(self.b3.shape[-1]) + self.b3 * self.d2[:, None])
-        return LayerKernels(*(t.float() for t in (self.a1, self.a2, self.b1, self.b2, mix)))
+        return LayerFeatures(*(t.float() for t in (self.a1, self.a2, self.b1, self.b2, mix)))
 
 
 def draw(heads, group, dim, features=FEATURES, width=WIDTH, seed=0):
@@ -151,7 +151,7 @@ def use_less_oracle(cache, networks):
     return cache
 
 
-class Witness:
+class StateChecker:
     """Watches a `LayerCache` and compares every pass with the definition, whatever it chose to keep.
 
     Attributes:
@@ -170,9 +170,9 @@ class Witness:
 
     def attend(self, query, keys, values, mask, options):
         core = self.core
-        if core.repeated is not None:
+        if core.repetition_chunk is not None:
             return self._attend(query, keys, values, mask, options)
-        core.settle()
+        core.accept()
         if self.keys is None:
             self.keys, self.values = keys[:, :, :0], values[:, :, :0]
         old = core.seen
@@ -184,7 +184,7 @@ class Witness:
         output = self._attend(query, keys, values, mask, options)
         count = keys.shape[2]
         rows = torch.arange(old + count)
-        real = core.transcript.real(rows.expand(len(keys), 1, -1))
+        real = core.log.real(rows.expand(len(keys), 1, -1))
         seen = (rows <= rows[old:, None])[None] if mask is None else mask
         kept = torch.nn.functional.pad(held, (0, count), value=True)
         gone = torch.nn.functional.pad(real[..., :old] & ~held, (0, count))
@@ -217,20 +217,20 @@ class Witness:
     def check_state(self):
         """Every real token is either stored or summed up in the state, once."""
         core = self.core
-        core.settle()
+        core.accept()
         held, seen = self.held(), torch.arange(core.seen).expand(len(self.keys), 1, -1)
-        gone = core.transcript.real(seen) & ~held
+        gone = core.log.real(seen) & ~held
         sums, mass = state(self.networks, self.keys[:, :, : core.seen], self.values[:, :, : core.seen], gone)
-        if core.memory.sums is None:
+        if core.evicted.sums is None:
             assert not bool(gone.any())
             return
-        close(core.memory.sums, sums, self.tolerance)
-        close(core.memory.mass, mass, self.tolerance)
+        close(core.evicted.sums, sums, self.tolerance)
+        close(core.evicted.mass, mass, self.tolerance)
 
 
 def watch(cache, networks, **options):
-    """A witness for every layer of a fresh cache."""
-    return [Witness(layer.core, networks[layer.core.index], **options) for layer in cache.headwise_layers]
+    """A checker for every layer of a fresh cache."""
+    return [StateChecker(layer.core, networks[layer.core.index], **options) for layer in cache.headwise_layers]
 
 
 def close(mine, its, tolerance):

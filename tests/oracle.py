@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 
 from headwise.policies import Full
-from headwise.types import Tokens
+from headwise.policies.tokens import Tokens
 
 
 class OracleCore:
     """Takes the place of a `LayerCache` behind a `HeadwiseLayer`."""
 
     def __init__(self, core):
-        self.index, self.policy, self.transcript = core.index, core.policy, core.transcript
-        self.evict_every = core.settings.evict_every
+        self.index, self.policy, self.log = core.index, core.config.policy, core.log
+        self.evict_every = core.config.cache.evict_every
         self.seen = 0
         self.recording = False
         self.restorable = True
@@ -26,9 +26,9 @@ class OracleCore:
     def attend(self, query, keys, values, mask, options):
         b, h, q, _ = keys.shape
         g = query.shape[2]
-        if self.transcript.columns == self.seen:
+        if self.log.columns == self.seen:
             real = None if mask is None else mask.diagonal(self.seen, -2, -1)
-            self.transcript.extend(b, q, real, keys.device)
+            self.log.extend(b, q, real, keys.device)
         old = self.seen
         self.seen += q
         if self.keys is None:
@@ -75,7 +75,7 @@ class OracleCore:
     def _tokens(self, valid, newest):
         b, h, n = valid.shape
         position = (self.real.cumsum(1) - 1).clamp(min=0)[:, None].expand(b, h, n)
-        kinds = self.transcript._kinds
+        kinds = self.log._kinds
         return Tokens(
             position=position,
             age=newest - position,

@@ -10,10 +10,10 @@ import torch
 import headwise
 import tiny
 from headwise.errors import ConfigurationError
-from headwise.policies.auto import _Market
-from headwise.policies.scored import Damage
-from headwise.quant.codes import rotation
-from headwise.types import Tokens
+from headwise.policies.byte_allocation import ByteAllocation
+from headwise.policies.choice import FormatLoss
+from headwise.policies.tokens import Tokens
+from headwise.quant.codes import hadamard
 
 PAIR = 4 * 2 * 14
 ROW = PAIR + 4
@@ -34,8 +34,8 @@ def read(policy, *lengths, **options):
 def bytes_of(cache):
     """Bytes of the rows of every sequence."""
     stores = [layer.core.store for layer in cache.headwise_layers]
-    parts = [store.exact for store in stores] + [part.pages for store in stores for part in store.packed]
-    return sum(pages.lengths.sum(1) * pages.row_bytes for pages in parts).tolist()
+    pools = [store.exact for store in stores] + [part.pool for store in stores for part in store.coded]
+    return sum(pool.lengths.sum(1) * pool.row_bytes for pool in pools).tolist()
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
@@ -99,9 +99,9 @@ def test_nothing_loses_less_for_the_bytes(seed, budget):
     count, exact, sizes = 14, 3, (100, 40, 25)
     scores = [torch.rand(1, 2, count), torch.rand(1, 1, count)]
     losses = [torch.cat([torch.zeros(1, *s.shape[:2]), torch.rand(2, *s.shape[:2]).sort(0).values]) for s in scores]
-    damages = [Damage(loss, sizes) for loss in losses]
-    market = _Market(scores, [tokens_of(1, s.shape[1], count) for s in scores], damages, exact)
-    keep, formats = market.at(market.price(torch.tensor([budget], dtype=torch.float64)))
+    found = [FormatLoss(loss, sizes) for loss in losses]
+    heads = ByteAllocation(scores, [tokens_of(1, s.shape[1], count) for s in scores], found, exact)
+    keep, formats = heads.at(heads.price(torch.tensor([budget], dtype=torch.float64)))
 
     options = []
     for layer, score in enumerate(scores):
@@ -132,13 +132,13 @@ def test_nothing_loses_less_for_the_bytes(seed, budget):
     assert lost == pytest.approx(least, abs=1e-5)
 
 
-def damages_of(*lengths, **options):
+def losses_of(*lengths, **options):
     """What formats cost, by layer, and what that was found from."""
     found = []
 
     class Spying(headwise.Auto):
-        def damage(self, evidence):
-            found.append((super().damage(evidence), evidence))
+        def format_loss(self, evidence):
+            found.append((super().format_loss(evidence), evidence))
             return found[-1][0]
 
     read(Spying(ratio=0.5, **options), *lengths)
@@ -146,21 +146,21 @@ def damages_of(*lengths, **options):
 
 
 def test_padding_and_prompts_shorter_than_the_window_do_not_change_what_rounding_costs():
-    both = damages_of(120, 50, window=60, recent=4)
-    alone = [damages_of(length, window=60, recent=4) for length in (120, 50)]
-    for layer, (damage, _) in enumerate(both):
+    both = losses_of(120, 50, window=60, recent=4)
+    alone = [losses_of(length, window=60, recent=4) for length in (120, 50)]
+    for layer, (loss, _) in enumerate(both):
         for sequence in range(2):
             expected = alone[sequence][layer][0].losses[:, 0]
-            torch.testing.assert_close(damage.losses[:, sequence], expected, rtol=1e-3, atol=1e-9)
+            torch.testing.assert_close(loss.losses[:, sequence], expected, rtol=1e-3, atol=1e-9)
 
 
 def test_rounding_costs_the_mean_square_of_what_the_newest_queries_get_wrong():
     """One head at a time, in fp64 and by matrices; relative to values, and scaled as dropping is."""
-    for damage, evidence in damages_of(90, window=16, recent=4):
+    for loss, evidence in losses_of(90, window=16, recent=4):
         for head in range(4):
             query = evidence.query[0, head, :, -16:].double()
             keys, values = evidence.keys[0, head].double(), evidence.values[0, head].double()
-            turn = rotation(keys.shape[-1], keys.device).double()
+            turn = hadamard(keys.shape[-1], keys.device).double()
             codes = {bits: [decoded(rows, turn, bits) for rows in (keys, values)] for bits in (8, 4)}
             hidden = torch.arange(90)[None, :] > torch.arange(74, 90)[:, None]
 
@@ -170,13 +170,13 @@ def test_rounding_costs_the_mean_square_of_what_the_newest_queries_get_wrong():
 
             weights = attend(keys)
             seen = weights.amax(dim=(0, 1))
-            more = seen.maximum(evidence.reconstruction[0, head].double()).square().sum() / seen.square().sum()
+            more = seen.maximum(evidence.repetition_peaks[0, head].double()).square().sum() / seen.square().sum()
             scale = 0.3 * more / values.square().sum(dim=-1).mean()
             for number, (key_bits, value_bits) in enumerate(((8, 8), (8, 4), (4, 4)), start=1):
                 moved = (attend(codes[key_bits][0]) - weights) @ values
                 misread = weights @ (codes[value_bits][1] - values)
                 expected = scale * sum(e.square().sum(dim=-1).mean() for e in (moved, misread))
-                assert float(damage.losses[number, 0, head]) == pytest.approx(float(expected), rel=0.02)
+                assert float(loss.losses[number, 0, head]) == pytest.approx(float(expected), rel=0.02)
 
 
 def decoded(rows, turn, bits):
@@ -190,8 +190,8 @@ def decoded(rows, turn, bits):
 
 
 def test_fewer_bits_cost_more_and_exact_rows_nothing():
-    for damage, _ in damages_of(120, window=8, recent=4):
-        exact, k8v8, k8v4, k4v4 = damage.losses
+    for loss, _ in losses_of(120, window=8, recent=4):
+        exact, k8v8, k8v4, k4v4 = loss.losses
         assert (exact == 0).all() and (k8v8 > 0).all()
         assert (k8v8 < k8v4).all() and (k8v4 < k4v4).all()
-        assert damage.row_bytes == (ROW, 14 + 4 + 14 + 4 + 4, 14 + 4 + 7 + 4 + 4, 7 + 4 + 7 + 4 + 4)
+        assert loss.row_bytes == (ROW, 14 + 4 + 14 + 4 + 4, 14 + 4 + 7 + 4 + 4, 7 + 4 + 7 + 4 + 4)

@@ -13,7 +13,7 @@ import torch
 import headwise
 import tiny
 from headwise.errors import ConfigurationError
-from headwise.stages import prompt
+from headwise.stages import compact
 from headwise.units import parse_bytes
 from models import unchecked_shapes
 
@@ -98,13 +98,13 @@ def test_a_budget_takes_the_place_of_a_recovery():
 def weighed(monkeypatch):
     """What the layers would retain and keep with every rung, as the plan is made from it."""
     seen = []
-    make = prompt.make_plans
+    make = compact.make_plans
 
     def watched(policy, layers):
         seen.extend(layers)
         return make(policy, layers)
 
-    monkeypatch.setattr(prompt, "make_plans", watched)
+    monkeypatch.setattr(compact, "make_plans", watched)
     return seen
 
 

@@ -396,7 +396,7 @@ def test_a_pass_that_failed_before_the_first_layer_leaves_no_trace(model):
         logits(model, torch.full((1, 1), 10_000), cache)
     for token in (47, 53, 60):
         close(logits(model, torch.tensor([[token]]), cache), logits(model, torch.tensor([[token]]), fresh))
-    assert torch.equal(cache.transcript.tensors()["kinds"], fresh.transcript.tensors()["kinds"])
+    assert torch.equal(cache.token_log.tensors()["kinds"], fresh.token_log.tensors()["kinds"])
 
 
 def test_another_attention_under_a_live_cache_is_refused(family):

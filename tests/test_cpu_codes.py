@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from headwise.kernels import reference
-from headwise.kernels.cpu import calls as cpu
+from headwise.kernels.cpu import backend as cpu
+from headwise.kernels.interface import Coding
 from headwise.quant.formats import RowFormat
-from headwise.store.coded import PackedPages
 from headwise.store.rows import Rows
-from headwise.store.store import add_on_codes
-from headwise.types import LogitOptions, Packing
+from headwise.types import LogitOptions
+from kernel_calls import add_increments, coded_like, ragged_decode
 from test_cpu_kernels import CPU, DTYPES, check, choose, filled, threads, vectors
 
 __all__ = ["threads", "vectors"]
@@ -21,7 +21,7 @@ __all__ = ["threads", "vectors"]
 FORMATS = [RowFormat(keys, values) for keys in (8, 4) for values in (8, 4)]
 
 
-def packed(lengths, format, *, key_dim=64, value_dim=64, dtype=torch.float32, page_size=16, scored=False):
+def coded_view(lengths, format, *, key_dim=64, value_dim=64, dtype=torch.float32, page_size=16, scored=False):
     """Pages of codes of random rows, whose channels differ in size and lie off zero; columns have gaps, no order."""
     lengths = torch.tensor(lengths)
     longest = int(lengths.max())
@@ -31,10 +31,10 @@ def packed(lengths, format, *, key_dim=64, value_dim=64, dtype=torch.float32, pa
     )
     columns = (torch.randperm(longest, dtype=torch.int32) * 2).expand(*lengths.shape, -1)
     scores = torch.rand(columns.shape) if scored else None
-    rows = Rows(keys, values, columns, scores, torch.arange(longest) < lengths[:, :, None])
-    part = PackedPages(rows, format, page_size=page_size, scored=scored)
+    rows = Rows.of(keys, values, columns, scores, torch.arange(longest) < lengths[:, :, None])
+    part = coded_like(rows, format, page_size=page_size, scored=scored)
     # With pages to spare: there is memory that no row has written.
-    part.pages.commit(part.pages.occupied(), part.encode(rows), spare=page_size + 1)
+    part.pool.commit(part.pool.occupied(), part.encode(rows), spare=page_size + 1)
     return part.view()
 
 
@@ -42,13 +42,13 @@ def both(
     exact, coded, *, group=3, queries=1, fresh=1, mask=None, softcap=None, sinks=False, with_mass=True, key_dim=64
 ):
     """The same call of the reference and of the compiled kernel."""
-    (batch, heads), dtype = exact.lengths.shape, exact.keys.dtype
+    (batch, heads), dtype = exact.lengths.shape, exact.pools["keys"].dtype
     query = torch.randn(batch, heads, queries, group, key_dim).to(dtype).transpose(2, 3)
     fresh_keys = torch.randn(batch, heads, fresh, key_dim).to(dtype)
-    fresh_values = torch.randn(batch, heads, fresh, exact.values.shape[-1]).to(dtype)
+    fresh_values = torch.randn(batch, heads, fresh, exact.pools["values"].shape[-1]).to(dtype)
     options = LogitOptions(key_dim**-0.5, softcap, torch.randn(heads, group) if sinks else None)
     arguments = (query, [exact.view(), *coded], fresh_keys, fresh_values, mask, options)
-    return (k.ragged_decode(*arguments, with_mass=with_mass) for k in (reference, cpu))
+    return (ragged_decode(k, *arguments, with_mass=with_mass) for k in (reference, cpu))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -56,13 +56,13 @@ def both(
 def test_every_format(format, dtype, threads):
     """Heads with rows of one kind, of the other, of both and of none; more than fit into one chunk."""
     exact = filled([[0, 5, 33, 0], [70, 0, 1, 0]], dtype=dtype)
-    check(*both(exact, [packed([[131, 0, 7, 0], [64, 300, 1, 0]], format, dtype=dtype)]))
+    check(*both(exact, [coded_view([[131, 0, 7, 0], [64, 300, 1, 0]], format, dtype=dtype)]))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7])
 def test_every_group_size(format, group):
-    check(*both(filled([[3, 0]]), [packed([[20, 77]], format)], group=group))
+    check(*both(filled([[3, 0]]), [coded_view([[20, 77]], format)], group=group))
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (8, 4)], ids=str)
@@ -85,14 +85,14 @@ def test_every_group_size(format, group):
 )
 def test_every_head_dimension_and_channel_group(bits, dims, channels):
     exact = filled([[5, 0], [1, 20]], key_dim=dims[0], value_dim=dims[1])
-    coded = packed([[70, 33], [9, 0]], RowFormat(*bits, channels), key_dim=dims[0], value_dim=dims[1])
+    coded = coded_view([[70, 33], [9, 0]], RowFormat(*bits, channels), key_dim=dims[0], value_dim=dims[1])
     check(*both(exact, [coded], key_dim=dims[0], queries=2))
 
 
 @pytest.mark.parametrize("dims", [(1, 1), (7, 11), (33, 9)], ids=str)
 def test_odd_head_dimensions_in_8_bits(dims):
     exact = filled([[5, 0]], key_dim=dims[0], value_dim=dims[1])
-    coded = packed([[70, 33]], RowFormat(8, 8), key_dim=dims[0], value_dim=dims[1])
+    coded = coded_view([[70, 33]], RowFormat(8, 8), key_dim=dims[0], value_dim=dims[1])
     check(*both(exact, [coded], key_dim=dims[0]))
 
 
@@ -100,7 +100,7 @@ def test_odd_head_dimensions_in_8_bits(dims):
 @pytest.mark.parametrize(("queries", "fresh"), [(1, 1), (2, 5), (7, 130)])
 def test_pages_and_fresh_rows(page_size, queries, fresh, threads):
     exact = filled([[0, 40], [12, 1]], page_size=page_size)
-    coded = packed([[63, 0], [129, 2]], RowFormat(8, 4), page_size=page_size)
+    coded = coded_view([[63, 0], [129, 2]], RowFormat(8, 4), page_size=page_size)
     check(*both(exact, [coded], queries=queries, fresh=fresh))
 
 
@@ -111,8 +111,8 @@ def test_pages_and_fresh_rows(page_size, queries, fresh, threads):
 def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, threads):
     exact, queries, fresh = filled([[0, 50, 7], [90, 33, 1]], dtype=dtype), 3, 4
     coded = [
-        packed([[80, 0, 0], [0, 90, 0]], RowFormat(4, 8), dtype=dtype),
-        packed([[0, 0, 65], [0, 0, 3]], RowFormat(8, 4, 32), dtype=dtype),
+        coded_view([[80, 0, 0], [0, 90, 0]], RowFormat(4, 8), dtype=dtype),
+        coded_view([[0, 0, 65], [0, 0, 3]], RowFormat(8, 4, 32), dtype=dtype),
     ]
     mask = None
     if masked:
@@ -130,7 +130,7 @@ def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, threads):
 @pytest.mark.parametrize("shares", [1, 2, 3, 5, 16, 61])
 def test_every_cut_between_threads(shares, monkeypatch):
     """Cuts go through rows of every kind and between them."""
-    monkeypatch.setattr(cpu, "_BYTES_PER_SHARE", 1)
+    monkeypatch.setattr("headwise.kernels.cpu.calls._BYTES_PER_SHARE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: shares)
     for exact, *coded in (
         ([[0]], [[300]]),
@@ -138,7 +138,7 @@ def test_every_cut_between_threads(shares, monkeypatch):
         ([[1, 0], [0, 2]], [[0, 1], [0, 3]], [[2, 0], [0, 1]]),
         ([[37, 0, 1], [40, 3, 5]], [[400, 0, 0], [0, 9, 1]], [[0, 200, 0], [70, 0, 0]]),
     ):
-        views = [packed(own, format) for own, format in zip(coded, FORMATS[1:], strict=False)]
+        views = [coded_view(own, format) for own, format in zip(coded, FORMATS[1:], strict=False)]
         check(*both(filled(exact), views))
         check(*both(filled(exact), views, fresh=0, queries=2))
 
@@ -147,18 +147,18 @@ def test_every_cut_between_threads(shares, monkeypatch):
 @pytest.mark.parametrize("longest", [0, 45])
 def test_views_may_be_empty(longest, with_mass):
     exact = filled([[0, 0]])
-    none, some = packed([[0, 0]], RowFormat(8, 8)), packed([[longest, longest // 2]], RowFormat(4, 4))
+    none, some = coded_view([[0, 0]], RowFormat(8, 8)), coded_view([[longest, longest // 2]], RowFormat(4, 4))
     none = replace(none, table=none.table[:, :, :0])
     expected, found = both(exact, [none, some], with_mass=with_mass)
     check(expected, found)
     # With nothing to attend to, fresh rows included.
-    expected, found = both(exact, [none, packed([[0, 9]], RowFormat(8, 4))], fresh=0, with_mass=with_mass)
+    expected, found = both(exact, [none, coded_view([[0, 9]], RowFormat(8, 4))], fresh=0, with_mass=with_mass)
     check(expected, found)
     assert (found.output[0, 0] == 0).all()
 
 
 def test_a_view_may_be_as_long_as_its_pages_have_room_for():
-    view = packed([[33, 0]], RowFormat(8, 4), page_size=3)
+    view = coded_view([[33, 0]], RowFormat(8, 4), page_size=3)
     expected, found = both(filled([[5, 20]]), [replace(view, longest=view.capacity)])
     check(expected, found)
     assert view.capacity > 33
@@ -166,20 +166,20 @@ def test_a_view_may_be_as_long_as_its_pages_have_room_for():
 
 
 def test_codes_by_hand():
-    """Two rows whose rotation swaps channels; groups of one channel; 4-bit keys, 8-bit values."""
-    view = packed([[2]], RowFormat(4, 8, 1), key_dim=2, value_dim=2, page_size=2)
+    """Two rows whose matrix swaps channels; groups of one channel; 4-bit keys, 8-bit values."""
+    view = coded_view([[2]], RowFormat(4, 8, 1), key_dim=2, value_dim=2, page_size=2)
     steps = torch.tensor([[0.5, 1.0, -1.0, 0.0], [2.0, 1.0, 0.0, 3.0]], dtype=torch.float16)[None]
     swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     view.keys[0] = torch.tensor([[4 | (3 << 4)], [1 | (15 << 4)]], dtype=torch.uint8)
     view.values[0] = torch.tensor([[200, 7], [0, 255]], dtype=torch.uint8)
-    view = replace(view, table=torch.zeros(1, 1, 1, dtype=torch.int32), packing=Packing(4, 8, steps, steps, swap, swap))
+    view = replace(view, table=torch.zeros(1, 1, 1, dtype=torch.int32), coding=Coding(4, 8, steps, steps, swap, swap))
     # Keys are 0.5 * 4 - 1 = 1 and 3, then 2 * 1 + 0 = 2 and 15 + 3 = 18, and swapped: (3, 1) and (18, 2).
     # Values are 200 / 2 - 1 = 99 and 7, then 0 and 255 + 3 = 258: (7, 99) and (258, 0).
     weights = torch.tensor([3.0, 2.0]).log()
     query = torch.linalg.solve(torch.tensor([[3.0, 1.0], [18.0, 2.0]]), weights)[None, None, None, None]
     none = torch.zeros(1, 1, 0, 2)
     exact = filled([[0]], key_dim=2, value_dim=2).view()
-    found = cpu.ragged_decode(query, [exact, view], none, none, None, LogitOptions(1.0), with_mass=True)
+    found = ragged_decode(cpu, query, [exact, view], none, none, None, LogitOptions(1.0), with_mass=True)
     torch.testing.assert_close(found.on_kept, torch.tensor([[[[0.6, 0.4]]]]))
     expected = torch.tensor([0.6 * 7 + 0.4 * 258, 0.6 * 99])
     torch.testing.assert_close(found.output[0, 0, 0, 0], expected)
@@ -191,8 +191,8 @@ def test_flat_and_sharp_attention(sharpness):
     """Exact and coded rows have largest logits far apart, and either may vanish beside the other."""
     for exact, lengths in (([[300, 2]], [[5, 260]]), ([[0, 1]], [[130, 1]])):
         store = filled(exact)
-        store.keys *= sharpness
-        expected, found = both(store, [packed(lengths, RowFormat(8, 8))])
+        store.pools["keys"] *= sharpness
+        expected, found = both(store, [coded_view(lengths, RowFormat(8, 8))])
         assert found.output.isfinite().all()
         torch.testing.assert_close(found.output, expected.output, atol=2e-4, rtol=2e-4)
         torch.testing.assert_close(found.lse, expected.lse, atol=1e-3, rtol=1e-5)
@@ -205,10 +205,14 @@ def test_increments_reach_the_scores_of_rows_that_are_codes():
     for name in ("reference", "cpu"):
         torch.manual_seed(3)
         exact = filled([[width, 1], [0, 2]], scored=True)
-        views = [packed(lengths, RowFormat(8, 4), scored=True), packed([[0, 20], [3, 1]], RowFormat(4, 4), scored=True)]
+        views = [coded_view(lengths, RowFormat(8, 4), scored=True)]
+        views += [coded_view([[0, 20], [3, 1]], RowFormat(4, 4), scored=True)]
         before = [view.lengths.clone() for view in views]
-        mine = add_on_codes([exact.view(), *views], increments, choose(name, CPU))
-        assert torch.equal(mine, increments[:, :, :width])
+        scores = exact.view().scores.clone()
+        add_increments(choose(name, CPU), [exact.view(), *views], increments)
+        held = exact.occupied()
+        mine = exact.kept("scores")[held] - exact.pages.spread(scores)[held]
+        torch.testing.assert_close(mine, increments[:, :, :width][held])
         assert all(torch.equal(view.lengths, then) for view, then in zip(views, before, strict=True))
         found.append([view.scores for view in views])
     for one, other in zip(*found, strict=True):

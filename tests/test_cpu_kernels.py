@@ -16,12 +16,13 @@ import torch
 import headwise
 import tiny
 from headwise.hosts.transformers.cache import HeadwiseWarning
-from headwise.kernels import check_name, choose, obstacle, reference
-from headwise.kernels.cpu import calls as cpu
+from headwise.kernels import reference
+from headwise.kernels.backends import check_name, choose, obstacle
+from headwise.kernels.cpu import backend as cpu
 from headwise.kernels.cpu import library as cpu_library
-from headwise.store.pages import PagedStore
 from headwise.store.rows import Rows
 from headwise.types import LogitOptions
+from kernel_calls import append_rows, attention_and_peaks, column_mass, pool_like, ragged_decode
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,22 +53,22 @@ def filled(lengths, *, key_dim=64, value_dim=64, dtype=torch.float32, page_size=
     values = torch.randn(batch, heads, longest, value_dim).to(dtype)
     keep = torch.arange(longest) < lengths[:, :, None]
     columns = (torch.arange(longest) * 2).expand(batch, heads, -1)
-    rows = Rows(keys, values, columns, torch.rand(keep.shape) if scored else None, keep)
-    store = PagedStore.like(rows, page_size=page_size, scored=scored)
+    rows = Rows.of(keys, values, columns, torch.rand(keep.shape) if scored else None, keep)
+    store = pool_like(rows, page_size=page_size, scored=scored)
     store.commit(store.occupied(), rows)
     return store
 
 
 def both(store, *, group=3, queries=1, fresh=1, mask=None, softcap=None, sinks=False, with_mass=True, sharpness=1.0):
     """The same call of the reference and of the compiled kernel."""
-    (batch, heads), dtype = store.lengths.shape, store.keys.dtype
-    key_dim, value_dim = store.keys.shape[-1], store.values.shape[-1]
+    (batch, heads), dtype = store.lengths.shape, store.pools["keys"].dtype
+    key_dim, value_dim = store.pools["keys"].shape[-1], store.pools["values"].shape[-1]
     query = (torch.randn(batch, heads, group, queries, key_dim) * sharpness).to(dtype)
     fresh_keys = torch.randn(batch, heads, fresh, key_dim).to(dtype)
     fresh_values = torch.randn(batch, heads, fresh, value_dim).to(dtype)
     options = LogitOptions(key_dim**-0.5, softcap, torch.randn(heads, group) if sinks else None)
     arguments = (query, [store.view()], fresh_keys, fresh_values, mask, options)
-    return (k.ragged_decode(*arguments, with_mass=with_mass) for k in (reference, cpu))
+    return (ragged_decode(k, *arguments, with_mass=with_mass) for k in (reference, cpu))
 
 
 def check(expected, found):
@@ -122,7 +123,7 @@ def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, threads):
 @pytest.mark.parametrize("shares", [1, 2, 3, 5, 16, 61])
 def test_every_cut_between_threads(shares, monkeypatch):
     """Heads of all lengths are cut anywhere, and may span several shares."""
-    monkeypatch.setattr(cpu, "_BYTES_PER_SHARE", 1)
+    monkeypatch.setattr("headwise.kernels.cpu.calls._BYTES_PER_SHARE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: shares)
     for lengths in ([[300]], [[0, 0, 0]], [[1, 0], [0, 2]], [[37, 0, 1], [400, 3, 5]], [[2, 2, 2, 2]]):
         check(*both(filled(lengths)))
@@ -157,7 +158,7 @@ def test_half_precision_is_read_exactly(value):
     store = filled([[0]], key_dim=16, value_dim=17, dtype=torch.float16)
     fresh = torch.full((1, 1, 1, 17), value, dtype=torch.float16)
     key = torch.zeros(1, 1, 1, 16, dtype=torch.float16)
-    found = cpu.ragged_decode(key[:, :, None], [store.view()], key, fresh, None, LogitOptions(1.0), with_mass=False)
+    found = ragged_decode(cpu, key[:, :, None], [store.view()], key, fresh, None, LogitOptions(1.0), with_mass=False)
     assert torch.equal(found.output[0, 0, 0], fresh[0, 0])
 
 
@@ -176,18 +177,18 @@ def test_append(dtype, scored, padded, fresh):
         torch.manual_seed(2)
         store = filled(lengths, key_dim=16, value_dim=16, dtype=dtype, scored=scored)
         columns = torch.arange(500, 500 + fresh, dtype=torch.int32)
-        store.append(*rows, columns, real, *more, choose(name, CPU))
+        append_rows(store, *rows, columns, real, *more, choose(name, CPU))
         stores.append(store)
     one, other = stores
     added = fresh if real is None else real.sum(dim=1)[:, None]
     assert torch.equal(other.lengths, torch.tensor(lengths) + added)
     assert torch.equal(one.lengths, other.lengths)
     held = one.occupied()
-    assert torch.equal(one.kept_columns()[held], other.kept_columns()[held])
+    assert torch.equal(one.kept("columns")[held], other.kept("columns")[held])
     for mine, its in zip((one.rows().keys, one.rows().values), (other.rows().keys, other.rows().values), strict=True):
         assert torch.equal(mine[held], its[held])
     if scored:
-        torch.testing.assert_close(one.kept_scores()[held], other.kept_scores()[held])
+        torch.testing.assert_close(one.kept("scores")[held], other.kept("scores")[held])
 
 
 def mass_inputs(dtype=torch.float32, *, queries, total=83, pads=(0, 0), group=3):
@@ -212,10 +213,10 @@ def test_column_mass(pads, queries, kind, dtype, threads, monkeypatch):
     options = LogitOptions(0.3, 2.0 if kind == "softcap" else None, torch.randn(2, 3) if kind == "sinks" else None)
     widths = torch.tensor([[20, 7], [1, 60], [200, 200]])
     arguments = (query, keys, columns, mask, options, weights, positions, widths)
-    expected = reference.column_mass(*arguments)
+    expected = column_mass(reference, *arguments)
     for block in (2**20, 700):
         monkeypatch.setattr("headwise.kernels.attention._BLOCK_LOGITS", block)
-        for mine, its in zip(cpu.column_mass(*arguments), expected, strict=True):
+        for mine, its in zip(column_mass(cpu, *arguments), expected, strict=True):
             torch.testing.assert_close(mine, its, atol=2e-5, rtol=2e-5)
     # A band as wide as the prompt holds everything.
     torch.testing.assert_close(expected[1][2], expected[0])
@@ -224,11 +225,11 @@ def test_column_mass(pads, queries, kind, dtype, threads, monkeypatch):
 def test_column_mass_without_bands_or_rows():
     query, keys, columns, _, weights, positions = mass_inputs(queries=5)
     none = positions.new_zeros(0, 2)
-    mass, band = cpu.column_mass(query, keys, columns, None, LogitOptions(0.3), weights, positions, none)
+    mass, band = column_mass(cpu, query, keys, columns, None, LogitOptions(0.3), weights, positions, none)
     assert band.shape == (0, *mass.shape)
     torch.testing.assert_close(mass.sum(-1), weights.sum(1)[:, None, None].expand(2, 2, 3))
-    nothing = cpu.column_mass(
-        query[:, :, :, :0], keys, columns[:0], None, LogitOptions(0.3), weights[:, :0], positions, none
+    nothing = column_mass(
+        cpu, query[:, :, :, :0], keys, columns[:0], None, LogitOptions(0.3), weights[:, :0], positions, none
     )
     assert (nothing[0] == 0).all()
 
@@ -257,11 +258,11 @@ def test_attention_and_peaks(pads, queries, total, group, kind, dtype, threads, 
     arguments = repeating(dtype, queries=queries, total=total, pads=pads, group=group)
     options = LogitOptions(0.3, 2.0 if kind == "softcap" else None, torch.randn(2, group) if kind == "sinks" else None)
     counted = [slice(0, 4), slice(9, 30), slice(total - queries, total)] if queries < 50 else [slice(0, total)]
-    expected = reference.attention_and_peaks(*arguments, options, counted)
+    expected = attention_and_peaks(reference, *arguments, options, counted)
     rounding = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     for block in (2**20, 700):
         monkeypatch.setattr("headwise.kernels.attention._BLOCK_LOGITS", block)
-        found = cpu.attention_and_peaks(*arguments, options, counted)
+        found = attention_and_peaks(cpu, *arguments, options, counted)
         assert found[0].dtype == dtype
         close(found, expected, output=rounding)
 
@@ -272,16 +273,16 @@ def test_peaks_by_hand(name):
     keys = torch.tensor([[1.0, 1], [1, 2], [1, 3]]).log()[None, None]
     query = torch.tensor([[1.0, 0], [0, 1]])[None, None, None]
     kernels, options, values = choose(name, CPU), LogitOptions(1.0), torch.eye(3)[None, None]
-    output, peaks = kernels.attention_and_peaks(query, keys, values, None, options, [slice(0, 3)])
+    output, peaks = attention_and_peaks(kernels, query, keys, values, None, options, [slice(0, 3)])
     torch.testing.assert_close(output[0, 0, 0], torch.tensor([[1 / 2, 1 / 2, 0], [1 / 6, 2 / 6, 3 / 6]]))
     torch.testing.assert_close(peaks, torch.tensor([[[1 / 2, 1 / 2, 3 / 6]]]))
     # A softmax without the middle one leaves the attention as it was.
-    some = kernels.attention_and_peaks(query, keys, values, None, options, [slice(0, 1), slice(2, 3)])
+    some = attention_and_peaks(kernels, query, keys, values, None, options, [slice(0, 1), slice(2, 3)])
     torch.testing.assert_close(some[0], output)
     torch.testing.assert_close(some[1], torch.tensor([[[1.0, 0, 3 / 4]]]))
     # With a sink as heavy as all of them together, half is left.
     options = LogitOptions(1.0, sinks=torch.tensor([[6.0]]).log())
-    output, peaks = kernels.attention_and_peaks(query[..., 1:, :], keys, values, None, options, [slice(0, 3)])
+    output, peaks = attention_and_peaks(kernels, query[..., 1:, :], keys, values, None, options, [slice(0, 3)])
     torch.testing.assert_close(output[0, 0, 0], torch.tensor([[1 / 12, 2 / 12, 3 / 12]]))
     torch.testing.assert_close(peaks, torch.tensor([[[1 / 12, 2 / 12, 3 / 12]]]))
 
@@ -295,7 +296,7 @@ def test_rows_that_see_nothing_raise_nothing(name):
     # A view whose last axis is not dense.
     mask = mask.mT.contiguous().mT
     counted, options = [slice(0, 2), slice(3, 5)], LogitOptions(1.0)
-    output, peaks = choose(name, CPU).attention_and_peaks(query, keys, values, mask, options, counted)
+    output, peaks = attention_and_peaks(choose(name, CPU), query, keys, values, mask, options, counted)
     logits = query[0, 0][:, [0, 2]] @ keys[0, 0, :4].T
     torch.testing.assert_close(output[0, 0][:, [0, 2]], logits.softmax(-1) @ values[0, 0, :4])
     assert (output[0, 0, :, 1] == 0).all()
@@ -308,7 +309,7 @@ def test_peaks_of_flat_and_sharp_attention(sharpness):
     """Also where nothing that counts comes near the largest logit."""
     query, keys, values, _ = repeating(queries=40, total=83)
     arguments = (query * sharpness, keys, values, None, LogitOptions(1.0), [slice(0, 4), slice(43, 83)])
-    found, expected = cpu.attention_and_peaks(*arguments), reference.attention_and_peaks(*arguments)
+    found, expected = attention_and_peaks(cpu, *arguments), attention_and_peaks(reference, *arguments)
     assert found[1].max() <= 1 + 1e-3
     close(found, expected, peaks=5e-3, output=5e-3)
 
@@ -396,8 +397,8 @@ def test_a_library_that_does_not_load_is_an_obstacle(tmp_path):
     program = f"""
 import torch
 from pathlib import Path
-from headwise.kernels.cpu import calls as cpu
-    from headwise.kernels.cpu import library as cpu_library
+from headwise.kernels.cpu import backend as cpu
+from headwise.kernels.cpu import library as cpu_library
 cpu_library.LIBRARY = Path({str(broken)!r})
 print(cpu.obstacle(torch.device("cpu")))
 cpu_library.load.cache_clear()
@@ -418,8 +419,8 @@ def test_parallel_calls_from_several_threads_do_not_share_memory():
     fresh = torch.randn(1, 2, 1, 64)
 
     def call(kernel, index):
-        return kernel.ragged_decode(
-            queries[index], [stores[index].view()], fresh, fresh, None, LogitOptions(0.1), with_mass=True
+        return ragged_decode(
+            kernel, queries[index], [stores[index].view()], fresh, fresh, None, LogitOptions(0.1), with_mass=True
         )
 
     with ThreadPoolExecutor(4) as pool:

@@ -19,7 +19,7 @@ def filled(dtype=torch.float32, page_size=4, lengths=LENGTHS):
     longest = int(lengths.max())
     keys, values = torch.randn(B, H, longest, D).to(dtype), torch.randn(B, H, longest, E).to(dtype)
     columns = (torch.arange(longest) * 2).expand(B, H, -1)
-    rows = Rows(keys, values, columns, None, torch.arange(longest) < lengths[:, :, None])
+    rows = Rows.of(keys, values, columns, None, torch.arange(longest) < lengths[:, :, None])
     store = RowStore(rows, page_size=page_size, scored=False)
     store.commit(store.occupied(), rows)
     return store, keys, values

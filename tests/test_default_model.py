@@ -156,4 +156,4 @@ def test_a_quarter_of_the_bytes_is_nearly_all_with_the_gates_that_come_with_head
     ids = default[1](text, return_tensors="pt").input_ids[:, :1152]
     auto = divergence(default, ids, 1024, headwise.Auto(ratio=0.25, gate=True))
     assert auto < 0.02
-    assert auto < 0.5 * divergence(default, ids, 1024, headwise.Recite(keep=0.25, gate=True))
+    assert auto < 0.5 * divergence(default, ids, 1024, headwise.PeakAttention(keep=0.25, gate=True))

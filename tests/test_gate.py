@@ -121,7 +121,7 @@ def test_kvzip_keeps_what_its_gate_finds_best(model, gates, folder):
     assert found != kept(read(model, headwise.KVzip(12, gate=folder, sinks=1), ids))
 
 
-def test_recite_takes_the_larger_of_prediction_and_window(model, gates, folder):
+def test_peak_attention_takes_the_larger_of_prediction_and_window(model, gates, folder):
     ids = tiny.prompt(TOKENS, seed=2)
     cache = headwise.HeadwiseCache(model, headwise.Full())
     seen = {}
@@ -135,16 +135,18 @@ def test_recite_takes_the_larger_of_prediction_and_window(model, gates, folder):
         weights = torch.einsum("hgqd,htd->hgqt", query[0].double(), keys[0].double()) * query.shape[-1] ** -0.5
         weights = weights.masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf).softmax(-1)
         scores.append(found.maximum(weights[:, :, -5:].amax(dim=(1, 2))))
-    policy = headwise.Recite(keep=15, window=5, gate=folder)
+    policy = headwise.PeakAttention(keep=15, window=5, gate=folder)
     assert [layer[0] for layer in kept(read(model, policy, ids))] == best(scores, 15, sinks=4, window=5)
-    policy = headwise.Recite(0.8, window=5, gate=folder)
+    policy = headwise.PeakAttention(0.8, window=5, gate=folder)
     always = {*range(4), *range(TOKENS - 5, TOKENS)}
     expected = [[{at for at in range(TOKENS) if head[at] >= 0.2} | always for head in heads] for heads in scores]
     assert [layer[0] for layer in kept(read(model, policy, ids))] == expected
     assert any(len(head) > len(always) for layer in expected for head in layer)
 
 
-@pytest.mark.parametrize("make", [headwise.KVzip, lambda keep, gate: headwise.Recite(keep=keep, window=5, gate=gate)])
+@pytest.mark.parametrize(
+    "make", [headwise.KVzip, lambda keep, gate: headwise.PeakAttention(keep=keep, window=5, gate=gate)]
+)
 def test_padding_and_parts_change_nothing(model, folder, make):
     policy = make(0.4, gate=folder)
     prompts = [tiny.prompt(TOKENS, seed=3)[0], tiny.prompt(TOKENS - 14, seed=4)[0]]
@@ -185,9 +187,9 @@ def test_models_of_any_kind(family, tmp_path):
 
 def test_inputs_are_those_of_position_nought(model):
     """The same keys, wherever they stand; and where they stand beside them."""
-    from headwise.hosts.transformers.rotation import find_rotation
+    from headwise.hosts.transformers.model_facts import read_facts
 
-    rotation = find_rotation(model)
+    rotation = read_facts(model)[0].layers[0].rotation
     plain = torch.randn(1, 2, 6, 14)
     at = torch.tensor([[0, 3, 4, 9, 20, 31]])
     turned = rotation(plain, at, False)
@@ -200,14 +202,14 @@ def test_inputs_are_those_of_position_nought(model):
 
 
 def test_copied_and_saved_caches_go_on(model, folder, tmp_path):
-    policy = headwise.Recite(keep=9, window=3, gate=folder)
+    policy = headwise.PeakAttention(keep=9, window=3, gate=folder)
     cache = read(model, policy, tiny.prompt(TOKENS))
     cache.save(tmp_path / "cache.safetensors")
     loaded = headwise.HeadwiseCache.load(tmp_path / "cache.safetensors", model, policy)
     assert kept(loaded) == kept(copy.deepcopy(cache)) == kept(cache)
     with pytest.raises(MismatchError):
         headwise.HeadwiseCache.load(
-            tmp_path / "cache.safetensors", model, headwise.Recite(keep=9), tokenizer=tiny.tokenizer()
+            tmp_path / "cache.safetensors", model, headwise.PeakAttention(keep=9), tokenizer=tiny.tokenizer()
         )
 
 
@@ -218,7 +220,7 @@ def test_what_a_gate_drops_can_be_remembered(model, folder):
     cache = headwise.HeadwiseCache(model, policy)
     with torch.no_grad():
         model(input_ids=tiny.prompt(TOKENS), past_key_values=cache)
-    assert cache.headwise_layers[0].core.memory_bytes > 0
+    assert cache.headwise_layers[0].core.evicted_bytes > 0
     assert kept(cache) == kept(read(model, policy.policy, tiny.prompt(TOKENS)))
 
 
@@ -261,17 +263,17 @@ def test_those_that_come_with_headwise_are_for_its_default_model(model):
     assert sum(file.stat().st_size for file in shipped_gates().iterdir()) < 5e6
     assert all(text["sha256"] for text in gates.about["texts"])
     with pytest.raises(MismatchError, match="trained for"):
-        headwise.HeadwiseCache(model, headwise.Recite(keep=9, gate=True))
+        headwise.HeadwiseCache(model, headwise.PeakAttention(keep=9, gate=True))
 
 
 # How it is asked for.
 
 
 def test_words():
-    assert parse_policy("recite:keep=0.25,gate=true") == headwise.Recite(keep=0.25, gate=True)
+    assert parse_policy("peak-attention:keep=0.25,gate=true") == headwise.PeakAttention(keep=0.25, gate=True)
     assert parse_policy("kvzip:keep=0.25,gate=my/folder") == headwise.KVzip(0.25, gate="my/folder")
     assert parse_policy("kvzip:keep=0.25,gate=no") == headwise.KVzip(0.25)
-    assert str(headwise.Recite(0.9, gate=True)) == "Recite(recovery=0.9, gate=True)"
+    assert str(headwise.PeakAttention(0.9, gate=True)) == "PeakAttention(recovery=0.9, gate=True)"
     with pytest.raises(ConfigurationError, match="expected true or false"):
         parse_policy("streamingllm:window=9,within=folder")
 
@@ -282,7 +284,7 @@ def test_gates_that_are_none_are_refused(gate):
         check_gate(gate)
 
 
-@pytest.mark.parametrize("make", [headwise.KVzip, lambda keep, gate: headwise.Recite(keep=keep, gate=gate)])
+@pytest.mark.parametrize("make", [headwise.KVzip, lambda keep, gate: headwise.PeakAttention(keep=keep, gate=gate)])
 def test_policies_refuse_them(make):
     with pytest.raises(ConfigurationError, match="gate must be True, False or the folder"):
         make(5, gate="")

@@ -13,7 +13,7 @@ import headwise
 import tiny
 from headwise.cli.main import main
 from headwise.gate.inputs import PLACE
-from headwise.training.gate.capture import Witnessed, witness
+from headwise.training.gate.capture import ScoredPrompt, record_scores
 from headwise.training.gate.one_layer import (
     TrainableGate,
     TrainingOptions,
@@ -26,7 +26,7 @@ from headwise.training.gate.one_layer import (
 
 def test_what_is_captured_is_what_kvzip_chooses_by():
     model, ids = tiny.llama(layers=3), tiny.prompt(47, seed=5)
-    found = witness(model, tiny.tokenizer(), ids)
+    found = record_scores(model, tiny.tokenizer(), ids)
     assert sorted(found) == [0, 1, 2]
     cache = headwise.HeadwiseCache(model, headwise.KVzip(9, sinks=0), tokenizer=tiny.tokenizer())
     with torch.no_grad():
@@ -41,7 +41,7 @@ def test_inputs_that_are_captured_are_keys_before_their_rotation():
     model, ids = tiny.llama(layers=3), tiny.prompt(47, seed=5)
     asked = []
     handle = model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *seen: asked.append(seen[-1]))
-    found = witness(model, tiny.tokenizer(), ids)
+    found = record_scores(model, tiny.tokenizer(), ids)
     handle.remove()
     torch.testing.assert_close(found[1].inputs[:, :-PLACE], asked[0][0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found[1].inputs[:, -2], torch.arange(47) / 47)
@@ -79,7 +79,7 @@ def prompts(count, seed):
     for _ in range(count):
         inputs = torch.randn(200, 6, generator=draw)
         logarithm = torch.stack([inputs[:, 0] * inputs[:, 1], inputs[:, 2].abs() - inputs[:, 3]], dim=1)
-        made.append(Witnessed(inputs, (logarithm - 4).exp()))
+        made.append(ScoredPrompt(inputs, (logarithm - 4).exp()))
     return made
 
 
@@ -101,7 +101,7 @@ def test_the_best_epoch_counts(monkeypatch):
 
 
 def test_scores_that_are_all_the_same_are_learnt_too():
-    same = [Witnessed(torch.randn(40, 6), torch.zeros(40, 2))]
+    same = [ScoredPrompt(torch.randn(40, 6), torch.zeros(40, 2))]
     result = train(same, same, TrainingOptions(width=4, epochs=1))
     assert result.correlation == 0
     assert result.gate.predict(same[0].inputs).isfinite().all()
@@ -152,7 +152,7 @@ def test_an_interrupted_command_goes_on_and_gives_the_same(train_gate, tmp_path,
     (tmp_path / "out" / "gates.safetensors").unlink()
     import headwise.training.gate.run as module
 
-    real = {"witness": module.witness, "train": module.train}
+    real = {"record_scores": module.record_scores, "train": module.train}
 
     def stop(name, after):
         """Let it be called so often; returns the calls."""
@@ -167,10 +167,10 @@ def test_an_interrupted_command_goes_on_and_gives_the_same(train_gate, tmp_path,
         monkeypatch.setattr(module, name, counted)
         return calls
 
-    stop("witness", 3)
+    stop("record_scores", 3)
     code, _, err = train_gate()
     assert code == 130 and "--resume" in err
-    captured, _ = stop("witness", 99), stop("train", 1)
+    captured, _ = stop("record_scores", 99), stop("train", 1)
     assert train_gate("--resume")[0] == 130
     assert len(captured) == 7
     code, _, err = train_gate()

@@ -19,7 +19,7 @@ from headwise.cli.main import main
 from headwise.errors import ConfigurationError, InputError, MismatchError
 from headwise.less.checkpoint import check_kernels, save_kernels, shipped_kernels
 from headwise.less.features import LessKernels
-from headwise.less.state import Memory, blend
+from headwise.less.state import EvictedState, blend
 from headwise.policies.words import describe_policy, parse_policy
 from less_oracle import FEATURES, WIDTH, close, draw, kernels_of, networks_of, state
 
@@ -33,7 +33,7 @@ LADDER = headwise.FastGen(0.95, ladder=("special", "full"), local=8)
 def test_features_are_those_of_the_networks_that_were_trained(group):
     networks = draw(2, group, 16)
     kernels, query, keys = networks.folded(), torch.randn(3, 2, group, 5, 16), torch.randn(3, 2, 7, 16)
-    assert kernels.features == FEATURES
+    assert kernels.count == FEATURES
     for found, expected in (
         (kernels.of_queries(query), networks.phi(query)),
         (kernels.of_keys(keys), networks.psi(keys)),
@@ -78,7 +78,7 @@ def test_kernels_are_copied_to_a_device_once():
 
 def filled(keys, values, order):
     """A memory into which the rows were folded in groups, in that order."""
-    memory = Memory(draw(*keys.shape[1:2], 1, keys.shape[-1]).folded())
+    memory = EvictedState(draw(*keys.shape[1:2], 1, keys.shape[-1]).folded())
     for rows in order:
         dropped = torch.zeros(keys.shape[:3], dtype=torch.bool)
         dropped[:, :, rows] = True
@@ -107,7 +107,7 @@ def test_every_head_folds_its_own_rows_however_many_there_are():
     keys, values = torch.randn(2, 3, 2500, 16), torch.randn(2, 3, 2500, 16)
     dropped = torch.rand(2, 3, 2500) < 0.3
     dropped[1, 2] = False
-    memory = Memory(draw(3, 1, 16).folded())
+    memory = EvictedState(draw(3, 1, 16).folded())
     memory.fold(keys, values, dropped)
     sums, mass = state(draw(3, 1, 16), keys, values, dropped)
     close(memory.sums, sums, 1e-5)
@@ -118,7 +118,7 @@ def test_every_head_folds_its_own_rows_however_many_there_are():
 def test_rows_that_are_not_named_may_hold_anything():
     keys, values = torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16)
     dropped = torch.rand(1, 2, 20) < 0.5
-    clean, poisoned = (Memory(draw(2, 1, 16).folded()) for _ in range(2))
+    clean, poisoned = (EvictedState(draw(2, 1, 16).folded()) for _ in range(2))
     clean.fold(keys, values, dropped)
     for each in (keys, values):
         each[~dropped] = torch.nan
@@ -130,7 +130,11 @@ def test_rows_that_are_not_named_may_hold_anything():
 def test_without_kernels_or_evicted_rows_attention_is_what_it_was():
     rows = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 4, 16)
     query, output, lse = torch.randn(1, 2, 3, 1, 16), torch.randn(1, 2, 3, 1, 16), torch.randn(1, 2, 3, 1)
-    forgetful, empty, allocated = Memory(None), Memory(draw(2, 3, 16).folded()), Memory(draw(2, 3, 16).folded())
+    forgetful, empty, allocated = (
+        EvictedState(None),
+        EvictedState(draw(2, 3, 16).folded()),
+        EvictedState(draw(2, 3, 16).folded()),
+    )
     forgetful.fold(*rows, torch.ones(1, 2, 4, dtype=torch.bool))
     empty.fold(*rows, torch.zeros(1, 2, 4, dtype=torch.bool))
     allocated.allocate(torch.Size([1, 2]), 16, output.device)
@@ -173,7 +177,7 @@ def test_a_state_can_be_selected_moved_saved_and_forgotten():
     keys, values = torch.randn(3, 2, 9, 16), torch.randn(3, 2, 9, 16)
     memory = filled(keys, values, [list(range(9))])
     whole = copy.copy(memory.state())
-    other = Memory(memory.kernels)
+    other = EvictedState(memory.features)
     other.restore(memory.state())
     assert other.sums is memory.sums
     memory.select(torch.tensor([2, 0, 2]))
@@ -301,7 +305,8 @@ def test_a_folder_that_cannot_be_written_is_refused(model, tmp_path):
 def test_it_chooses_as_the_policy_does():
     for policy in (H2O, headwise.FastGen(0.9), headwise.PyramidKV(keep=64), headwise.KVzip(keep=0.5)):
         less = headwise.Less(policy)
-        for name in ("rungs", "selection", "profile_rows", "deferred", "facts"):
+        # All else that is asked of a policy that chooses is asked of the policy itself.
+        for name in ("rungs", "facts", "precision"):
             assert getattr(less, name) == getattr(policy, name), name
         assert less.chooser is policy
         assert less.layers == {}

@@ -13,14 +13,15 @@ import models
 import tiny
 from headwise.errors import CacheStateError
 from headwise.hosts.transformers.graph import DecodeGraph
-from headwise.kernels import choose
 from headwise.kernels.attention import dense_attention
-from headwise.less.features import LayerKernels
-from headwise.stages.config import Settings
+from headwise.kernels.backends import choose
+from headwise.kernels.interface import AttentionMap
+from headwise.less.features import LayerFeatures
+from headwise.stages.config import CacheConfig, LayerConfig
 from headwise.stages.layer import LayerCache
-from headwise.stages.token_log import Transcript
+from headwise.stages.token_log import TokenLog
 from headwise.types import LogitOptions
-from less_oracle import Witness, close, draw, kernels_of, networks_of, use_less_oracle, watch
+from less_oracle import StateChecker, close, draw, kernels_of, networks_of, use_less_oracle, watch
 from models import MIXED, MODES, unchecked_shapes
 from oracle import rows_of
 from test_every_policy import EVERY
@@ -58,7 +59,7 @@ def logits(model, ids, cache, **options):
 
 
 def states(cache):
-    return [layer.core.memory.state() for layer in cache.headwise_layers]
+    return [layer.core.evicted.state() for layer in cache.headwise_layers]
 
 
 def same_states(mine, its, tolerance=0.0):
@@ -99,12 +100,12 @@ def test_left_padded_batch_agrees_with_the_oracle(policy, kernel, evict_every):
     expected = play(model, oracle, ids, mask, continuation, steps)
     for mine, its in zip(ours.headwise_layers, oracle.headwise_layers, strict=True):
         assert rows_of(mine.core) == rows_of(its.core)
-        if mine.core.memory.sums is None:
+        if mine.core.evicted.sums is None:
             assert not its.core.gone.any()
             continue
         sums, mass = its.core.state
-        close(mine.core.memory.sums, sums, 2e-5)
-        close(mine.core.memory.mass, mass, 1e-5)
+        close(mine.core.evicted.sums, sums, 2e-5)
+        close(mine.core.evicted.mass, mass, 1e-5)
     torch.testing.assert_close(got[0][mask.bool()], expected[0][mask.bool()], atol=2e-4, rtol=1e-4)
     for mine, its in zip(got[1:], expected[1:], strict=True):
         torch.testing.assert_close(mine, its, atol=2e-4, rtol=1e-4)
@@ -114,8 +115,8 @@ def test_left_padded_batch_agrees_with_the_oracle(policy, kernel, evict_every):
 
 
 def layer(policy, networks, *, kernels=REFERENCE, evict_every=1, page_size=4, prompt_columns=None):
-    settings = Settings(page_size, prompt_columns, kernels, evict_every)
-    return LayerCache(0, policy, Transcript("kind" in policy.facts), settings, networks)
+    config = CacheConfig(kernels, page_size, prompt_columns, evict_every)
+    return LayerCache(LayerConfig(0, policy, config, features=networks), TokenLog("kind" in policy.facts))
 
 
 def stream(core, query, keys, values, lengths, options, seen=None):
@@ -144,13 +145,13 @@ def random_rows(b=2, h=2, g=3, t=50, d=16, e=16):
 def test_every_step_of_a_layer_agrees_with_the_definition(policy, prompt, heads, group, value_dim, kind, kernels):
     networks = draw(heads, group, 16)
     core = layer(policy, networks.folded(), kernels=kernels)
-    witness = Witness(core, networks, tolerance=1e-5)
+    checker = StateChecker(core, networks, tolerance=1e-5)
     options = LogitOptions(
         0.25, 3.0 if kind == "softcap" else None, torch.randn(heads, group) if kind == "sinks" else None
     )
     rows = random_rows(h=heads, g=group, t=prompt + 30, e=value_dim)
-    stream(core, *rows, [prompt, *[1] * 30], options, lambda _: witness.check_state())
-    assert witness.effect > 0.02
+    stream(core, *rows, [prompt, *[1] * 30], options, lambda _: checker.check_state())
+    assert checker.effect > 0.02
 
 
 @pytest.mark.parametrize("evict_every", [1, 16])
@@ -158,7 +159,7 @@ def test_every_step_of_a_layer_agrees_with_the_definition(policy, prompt, heads,
 def test_padding_of_a_later_turn_is_not_folded_in(policy, evict_every):
     networks = draw(2, 3, 16)
     core = layer(policy, networks.folded(), evict_every=evict_every)
-    witness = Witness(core, networks)
+    checker = StateChecker(core, networks)
     query, keys, values = random_rows(t=45)
     real = torch.ones(2, 45, dtype=torch.bool)
     real[1, 17:24] = False
@@ -167,8 +168,8 @@ def test_padding_of_a_later_turn_is_not_folded_in(policy, evict_every):
         rows = slice(start, end)
         given = query[:, :, :, rows], keys[:, :, rows], values[:, :, rows], mask[:, rows, :end]
         core.attend(*given, LogitOptions(0.25))
-        witness.check_state()
-    assert witness.effect > 0.02
+        checker.check_state()
+    assert checker.effect > 0.02
 
 
 @pytest.mark.parametrize(
@@ -183,8 +184,8 @@ def test_a_head_holds_its_budget_and_a_state_of_constant_size(policy):
     def look(core):
         if core.store is not None and core.seen > budget:
             assert core.store.lengths.unique().tolist() == [budget]
-            sizes.add(core.memory_bytes)
-            assert core.used_bytes == core.store.used_bytes + core.memory_bytes
+            sizes.add(core.evicted_bytes)
+            assert core.used_bytes == core.store.used_bytes + core.evicted_bytes
 
     stream(core, *random_rows(t=40), [6, *[1] * 10, 4, *[1] * 20], LogitOptions(0.25), look)
     # Two sequences, two KV heads, 4 features of 16 numbers and one more, 4 bytes each.
@@ -196,12 +197,14 @@ def test_within_the_budget_attention_is_full_and_nothing_is_remembered(policy):
     query, keys, values = random_rows(t=3)
     core, options = layer(policy, draw(2, 3, 16).folded()), LogitOptions(0.25)
     found = stream(core, query, keys, values, [1, 1, 1], options)
-    torch.testing.assert_close(found, dense_attention(query, keys, values, None, options), atol=1e-6, rtol=0)
-    assert core.memory.state() == {}
-    assert core.memory_bytes == 0
+    torch.testing.assert_close(
+        found, dense_attention(AttentionMap(query, keys, None, options), values), atol=1e-6, rtol=0
+    )
+    assert core.evicted.state() == {}
+    assert core.evicted_bytes == 0
 
 
-class Exact(LayerKernels):
+class Exact(LayerFeatures):
     """Features that make the state exact: one for every column, whose weight is the exponential of its logit."""
 
     def of_queries(self, query):
@@ -209,7 +212,7 @@ class Exact(LayerKernels):
 
     def of_keys(self, keys):
         nearest = torch.cdist(keys, self.key_in.transpose(-1, -2)).argmin(-1)
-        return torch.nn.functional.one_hot(nearest, self.features).float()
+        return torch.nn.functional.one_hot(nearest, self.count).float()
 
     def to(self, device):
         return self
@@ -231,14 +234,16 @@ def test_with_exact_features_the_output_is_full_attention(seed):
     policy = [headwise.Random(keep=5, seed=seed), SMALL, SCORED, headwise.Window(1)][seed % 4]
     core = layer(policy, kernels, evict_every=1 + seed % 3)
     found = stream(core, query, keys, values, [1 + seed % 20, *[1] * (39 - seed % 20)], options)
-    torch.testing.assert_close(found, dense_attention(query, keys, values, None, options), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found, dense_attention(AttentionMap(query, keys, None, options), values), atol=1e-5, rtol=0
+    )
     assert core.store.lengths.max() < 12
 
 
 def test_grouped_queries_share_the_state_of_their_kv_head():
     """As without groups, with keys, values and key networks repeated for every query head."""
     networks = draw(2, 3, 16).folded()
-    alone = LayerKernels(
+    alone = LayerFeatures(
         networks.query_in.flatten(0, 1)[:, None],
         networks.query_out.flatten(0, 1)[:, None],
         *(t.repeat_interleave(3, 0) for t in (networks.key_in, networks.key_out, networks.key_mix)),
@@ -250,11 +255,11 @@ def test_grouped_queries_share_the_state_of_their_kv_head():
     repeated = keys.repeat_interleave(3, 1), values.repeat_interleave(3, 1)
     expected = stream(single, query.flatten(1, 2)[:, :, None], *repeated, lengths, options)
     torch.testing.assert_close(found.flatten(1, 2)[:, :, None], expected, atol=1e-5, rtol=0)
-    assert grouped.memory.sums.shape == (2, 2, 4, 16)
-    torch.testing.assert_close(grouped.memory.sums.repeat_interleave(3, 1), single.memory.sums, atol=1e-5, rtol=1e-5)
+    assert grouped.evicted.sums.shape == (2, 2, 4, 16)
+    torch.testing.assert_close(grouped.evicted.sums.repeat_interleave(3, 1), single.evicted.sums, atol=1e-5, rtol=1e-5)
 
 
-# Every policy, mode and family, with a witness behind every layer.
+# Every policy, mode and family, with a checker behind every layer.
 
 
 def step_by_step(model, cache, ids, mask, count):
@@ -268,11 +273,11 @@ def test_every_policy_remembers_each_token_it_evicts_once(policy, evict_every, p
     model = tiny.llama(layers=2)
     networks, (ids, mask) = networks_of(model), batch()
     cache = remembering(model, policy, networks, evict_every=evict_every, page_size=page_size)
-    witnesses = watch(cache, networks)
+    checkers = watch(cache, networks)
     step_by_step(model, cache, ids, mask, 20)
-    for witness in witnesses:
-        witness.check_state()
-        assert witness.effect > 1e-3 or isinstance(policy, headwise.Full) or not witness.core.plan.rungs[0].evicts
+    for checker in checkers:
+        checker.check_state()
+        assert checker.effect > 1e-3 or isinstance(policy, headwise.Full) or not checker.core.plan.rungs[0].evicts
 
 
 # Each with one of the policies, in turn.
@@ -298,7 +303,7 @@ def test_rows_that_are_codes_are_folded_in_as_the_numbers_they_stand_for(outside
         logits(model, ids[:, :40], cache)
         for at in range(40, 90):
             logits(model, ids[:, at : at + 1], cache)
-    assert max(part.pages.longest for part in coded.headwise_layers[0].core.store.packed) > 10
+    assert max(part.pool.longest for part in coded.headwise_layers[0].core.store.coded) > 10
     for one, other in zip(states(exact), states(coded), strict=True):
         for name in ("less_sums", "less_mass"):
             error = (one[name] - other[name]).norm() / one[name].norm()
@@ -312,12 +317,12 @@ def test_every_way_to_generate_agrees_with_the_definition(family, policy, mode):
     networks = networks_of(model, models.full_layers(family))
     prompt_tokens = models.PROMPT if mode == "chunked" else None
     cache = remembering(model, policy, networks, prompt_tokens=prompt_tokens, evict_every=3)
-    witnesses = watch(cache, networks, tolerance=5e-5)
+    checkers = watch(cache, networks, tolerance=5e-5)
     MODES[mode](model, cache)
-    assert len(witnesses) == (models.LAYERS - 1 if family in MIXED else models.LAYERS)
-    for witness in witnesses:
-        witness.check_state()
-        assert witness.effect > 1e-3
+    assert len(checkers) == (models.LAYERS - 1 if family in MIXED else models.LAYERS)
+    for checker in checkers:
+        checker.check_state()
+        assert checker.effect > 1e-3
 
 
 def test_the_models_own_caches_get_no_state():
@@ -332,13 +337,13 @@ def test_a_model_in_half_precision_has_a_state_in_fp32(dtype):
     model = tiny.llama(layers=2, dtype=dtype)
     networks = networks_of(model)
     cache = remembering(model, SCORED, networks)
-    witnesses = watch(cache, networks, tolerance=5e-3 if dtype == torch.float16 else 2e-2)
+    checkers = watch(cache, networks, tolerance=5e-3 if dtype == torch.float16 else 2e-2)
     step_by_step(model, cache, *batch(), 9)
-    for witness, held in zip(witnesses, states(cache), strict=True):
+    for checker, held in zip(checkers, states(cache), strict=True):
         assert {tensor.dtype for tensor in held.values()} == {torch.float32}
         # The keys are known as they were stored, so that nothing but the order of the sums differs.
-        witness.tolerance = 1e-5
-        witness.check_state()
+        checker.tolerance = 1e-5
+        checker.check_state()
 
 
 # The contract of a cache.
@@ -511,9 +516,9 @@ def test_offload_and_prefetch_move_the_state():
     layer = moved.headwise_layers[0]
     layer.device = torch.device("meta")
     layer.prefetch()
-    assert {tensor.device.type for tensor in layer.core.memory.state().values()} == {"meta"}
+    assert {tensor.device.type for tensor in layer.core.evicted.state().values()} == {"meta"}
     # The kernels are not the cache's own.
-    assert layer.core.memory.kernels.key_in.device.type == "cpu"
+    assert layer.core.evicted.features.key_in.device.type == "cpu"
 
 
 # Captured steps.

@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM
 import chatty
 from headwise import HeadwiseCache, InputError, Less, MismatchError, StreamingLLM, load_kernels
 from headwise.cli.main import main
-from headwise.kernels import choose
-from headwise.less.state import Memory
+from headwise.kernels.backends import choose
+from headwise.less.state import EvictedState
 from headwise.policies import H2O, FastGen, KVzip, SnapKV
-from headwise.stages.config import Settings
+from headwise.stages.config import CacheConfig, LayerConfig
 from headwise.stages.layer import LayerCache
-from headwise.stages.token_log import Transcript
+from headwise.stages.token_log import TokenLog
 from headwise.training.less.capture import Captured, WatchedLayer
 from headwise.training.less.one_layer import (
-    TrainableKernels,
+    TrainableFeatures,
     TrainingOptions,
     output_error,
     remembered,
@@ -38,12 +38,12 @@ REFERENCE = choose("reference", torch.device("cpu"))
 
 
 def watched(policy, evict_every=4, kind=WatchedLayer):
-    settings = Settings(4, None, REFERENCE, evict_every)
-    return kind(0, policy, Transcript("kind" in policy.facts), settings)
+    config = CacheConfig(REFERENCE, 4, None, evict_every)
+    return kind(LayerConfig(0, policy, config), TokenLog("kind" in policy.facts))
 
 
 def random_kernels(heads, group, dim, width=12, features=5):
-    kernels = TrainableKernels(heads, group, dim, width, features)
+    kernels = TrainableFeatures(heads, group, dim, width, features)
     with torch.no_grad():
         kernels.scale.uniform_(0.05, 1.05)
         kernels.gain.normal_()
@@ -79,7 +79,7 @@ def test_a_captured_layer_answers_as_the_memory_does_in_use(policy):
     torch.testing.assert_close(captured.target, expected[:, :, :, 30:])
 
     used = watched(policy, kind=LayerCache)
-    used.memory = Memory(kernels)
+    used.evicted = EvictedState(kernels)
     used.reset()
     outputs = feed(used, query, keys, values, 30, 4)[:, :, :, 30:]
     torch.testing.assert_close(remembered(kernels, captured), outputs)
@@ -246,7 +246,7 @@ def test_folded_weights_are_the_networks_as_they_are_defined():
 def test_first_weights_leave_the_output_almost_as_it_is():
     captured = random_captured(5, 7)
     with torch.no_grad():
-        output = remembered(TrainableKernels(2, 2, 6, 12, 5).folded(), captured)
+        output = remembered(TrainableFeatures(2, 2, 6, 12, 5).folded(), captured)
     assert float((output - captured.exact).abs().max()) < 0.05
 
 
@@ -326,7 +326,7 @@ def test_what_is_learnt_beats_the_same_bytes_spent_on_tokens(seed):
         return Captured(**{name: tensor[list(numbers)] for name, tensor in vars(everything).items()})
 
     options = TrainingOptions(features=4, width=32, epochs=2, batch=4, rate=3e-3, halve_every=2, seed=seed)
-    kernels = TrainableKernels(2, 2, 16, 32, 4)
+    kernels = TrainableFeatures(2, 2, 16, 32, 4)
     result = train(kernels, read, range(400), range(400, 416), None, options)
     assert result.shares[0] == pytest.approx(1, rel=0.1)
     assert result.share == min(result.shares)
@@ -387,7 +387,7 @@ def test_the_command_makes_a_folder_that_a_cache_takes(train_less, folder, tmp_p
     cache = HeadwiseCache(model, Less(StreamingLLM(window=9), tmp_path / "out"))
     ids = torch.arange(8, 50)[None]
     model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
-    assert cache.headwise_layers[0].core.memory_bytes > 0
+    assert cache.headwise_layers[0].core.evicted_bytes > 0
 
 
 def test_an_interrupted_command_goes_on_and_gives_the_same(train_less, tmp_path, monkeypatch):

@@ -8,22 +8,28 @@ import pytest
 import torch
 
 import headwise
-from headwise.kernels import choose
 from headwise.kernels.attention import dense_attention, query_blocks
+from headwise.kernels.backends import choose
+from headwise.kernels.interface import AttentionMap
 from headwise.policies.frequent import Frequent
 from headwise.policies.sinks import Sinks
+from headwise.policies.tokens import Tokens
 from headwise.policies.window import Window
-from headwise.stages.plan import distinct_widths, make_plans, weigh
-from headwise.stages.profile import RowWeights, profile, row_weights
-from headwise.types import LogitOptions, Tokens
+from headwise.stages.mass_profile import RowWeights, distinct_widths, profile_mass, row_weights
+from headwise.stages.plan import make_plans, summarise
+from headwise.types import LogitOptions
 
 B, H, G, T, D = 2, 3, 2, 67, 13
 KERNELS = choose("reference", torch.device("cpu"))
 
 
 def plan_of(policy, tokens, found):
-    ((plan, _),) = make_plans(policy, [weigh(policy, tokens, found, None)])
-    return plan
+    (planned,) = make_plans(policy, [summarise(policy, tokens, found, (None, None))])
+    return planned.plan
+
+
+def profile(query, keys, mask, options, weights, positions, widths, kernels):
+    return profile_mass(AttentionMap(query, keys, mask, options), weights, positions, widths, kernels)
 
 
 def attention_map(query, keys, visible, options):
@@ -267,7 +273,9 @@ def test_dense_attention_equals_the_map(rows, options, masked, monkeypatch):
     values = torch.randn(B, H, T, 7)
     mask, real = causal_mask((0, 19) if masked else (0, 0))
     expected = attention_map(query, keys, mask[:, None, None], options)[..., -rows:, :] @ values[:, :, None].double()
-    output = dense_attention(query[..., -rows:, :], keys, values, mask[:, -rows:] if masked else None, options)
+    output = dense_attention(
+        AttentionMap(query[..., -rows:, :], keys, mask[:, -rows:] if masked else None, options), values
+    )
     counted = real[:, -rows:]
     torch.testing.assert_close(
         output.permute(0, 3, 1, 2, 4)[counted].double(),

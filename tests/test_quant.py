@@ -12,22 +12,30 @@ from hypothesis import HealthCheck, given, settings
 import headwise
 import tiny
 from headwise.errors import ConfigurationError
-from headwise.kernels import choose
+from headwise.kernels.backends import choose
 from headwise.policies.words import parse_policy
-from headwise.quant.codes import decode, encode, rotation
+from headwise.quant.codes import decode, encode, hadamard
 from headwise.quant.formats import Precision, RowFormat
-from headwise.store.coded import PackedPages
+from headwise.store.coded import CodedPages
+from headwise.store.row_parts import row_bytes, row_parts
 from headwise.store.rows import Rows
-from headwise.store.store import RowStore, add_on_codes
+from headwise.store.store import RowStore
+from kernel_calls import add_increments, coded_like
 
 KEY_DIM, VALUE_DIM = 12, 8
+
+
+def bytes_of(format, key_dim, value_dim):
+    return row_bytes(row_parts(key_dim, value_dim, torch.float32, format))
+
+
 REFERENCE = choose("reference", torch.device("cpu"))
 FORMATS = (RowFormat(8, 4), RowFormat(4, 4, 4), RowFormat(8, 8))
 
 
 @pytest.mark.parametrize("dim", [1, 2, 6, 7, 12, 64, 80, 96, 128])
 def test_a_rotation_is_orthogonal_and_spreads_one_channel_over_all(dim):
-    turn = rotation(dim, torch.device("cpu"))
+    turn = hadamard(dim, torch.device("cpu"))
     torch.testing.assert_close(turn @ turn.T, torch.eye(dim))
     # Nothing is larger than what a cosine transform of the odd factor has.
     odd = dim // (dim & -dim)
@@ -82,8 +90,8 @@ def test_a_format_that_does_not_suit_the_heads_is_refused():
 
 def test_bytes_of_a_row():
     # 12 and 8 codes, a step and a least number of 2 bytes for each group, and the column.
-    assert RowFormat(8, 8).row_bytes(12, 8) == 12 + 4 + 8 + 4 + 4
-    assert RowFormat(4, 4, 4).row_bytes(12, 8) == 6 + 3 * 4 + 4 + 2 * 4 + 4
+    assert bytes_of(RowFormat(8, 8), 12, 8) == 12 + 4 + 8 + 4 + 4
+    assert bytes_of(RowFormat(4, 4, 4), 12, 8) == 6 + 3 * 4 + 4 + 2 * 4 + 4
 
 
 def content(tokens):
@@ -96,7 +104,7 @@ def content(tokens):
 
 def rows_of(tokens, keep, scored):
     keys, values = content(tokens)
-    return Rows(keys, values, tokens.int(), tokens.float() if scored else None, keep)
+    return Rows.of(keys, values, tokens.int(), tokens.float() if scored else None, keep)
 
 
 def check(store, expected):
@@ -116,18 +124,18 @@ def check(store, expected):
             assert torch.equal(rows.keys[b, h, there][~codes], keys[~codes])
             assert torch.equal(rows.values[b, h, there][~codes], values[~codes])
             if bool(codes.any()):
-                packed = store.packed[int(store.formats[b, h])]
+                coded = store.coded[int(store.formats[b, h])]
                 there_all = torch.ones(1, 1, len(tokens), dtype=torch.bool)
                 columns = rows.columns[b, h, there].view(1, 1, -1)
-                like = Rows(keys[None, None], values[None, None], columns, None, there_all)
-                once = packed.decode(packed.encode(like))
+                like = Rows.of(keys[None, None], values[None, None], columns, None, there_all)
+                once = coded.decode(coded.encode(like))
                 torch.testing.assert_close(rows.keys[b, h, there][codes], once.keys[0, 0][codes], atol=1e-4, rtol=0)
                 torch.testing.assert_close(rows.values[b, h, there][codes], once.values[0, 0][codes], atol=1e-4, rtol=0)
             assert store.formats[b, h] >= 0 or not bool(codes.any())
             # Never more exact rows than asked for and a page, but for heads that have no format.
             if store.formats[b, h] >= 0:
                 assert int((~codes).sum()) < precision.exact + store.page_size + 5
-    if store.exact.scores is not None:
+    if store.kept_scores() is not None:
         scores = store.kept_scores()[store.occupied()]
         assert torch.equal(scores, store.kept_columns()[store.occupied()].float())
 
@@ -187,15 +195,15 @@ def test_only_old_rows_become_codes_and_never_the_first():
     rows = rows_of(torch.arange(12).expand(1, 1, -1), torch.ones(1, 1, 12, dtype=torch.bool), False)
     store = RowStore(rows, page_size=4, scored=False, precision=Precision((RowFormat(8, 8),), recent=3, sinks=2))
     store.fill(rows)
-    assert sorted(store.exact.kept_columns()[0, 0].tolist()) == [0, 1, 9, 10, 11]
-    assert store.packed[0].pages.kept_columns()[0, 0].tolist() == [2, 3, 4, 5, 6, 7, 8]
+    assert sorted(store.exact.kept("columns")[0, 0].tolist()) == [0, 1, 9, 10, 11]
+    assert store.coded[0].pool.kept("columns")[0, 0].tolist() == [2, 3, 4, 5, 6, 7, 8]
     for token in range(12, 16):
         assert store.exact.longest == 5 + token - 12
         new = rows_of(torch.tensor([[[token]]]), torch.ones(1, 1, 1).bool(), False)
         store.append(new.keys, new.values, torch.tensor([token]).int(), None, None, None, REFERENCE)
     # A page's worth has come together.
-    assert sorted(store.exact.kept_columns()[0, 0].tolist()) == [0, 1, 13, 14, 15]
-    assert store.used_bytes == 5 * ((12 + 8) * 4 + 4) + 11 * RowFormat(8, 8).row_bytes(12, 8)
+    assert sorted(store.exact.kept("columns")[0, 0].tolist()) == [0, 1, 13, 14, 15]
+    assert store.used_bytes == 5 * ((12 + 8) * 4 + 4) + 11 * bytes_of(RowFormat(8, 8), 12, 8)
 
 
 def test_rows_after_the_prompt_can_have_a_format_of_their_own():
@@ -207,7 +215,7 @@ def test_rows_after_the_prompt_can_have_a_format_of_their_own():
     for token in range(12, 20):
         new = rows_of(torch.full((1, 2, 1), token), torch.ones(1, 2, 1).bool(), False)
         store.append(new.keys, new.values, torch.tensor([token]).int(), None, None, None, REFERENCE)
-    held = [sorted(part.pages.kept_columns()[0, 0].tolist()) for part in store.packed]
+    held = [sorted(part.pool.kept("columns")[0, 0].tolist()) for part in store.coded]
     # Recent rows of the prompt become old when others have come; from then on they count as later ones.
     assert held == [[9, 10, 11, 12, 13, 14, 15, 16], [], [2, 3, 4, 5, 6, 7, 8]]
     assert store.exact.lengths.tolist() == [[5, 20]]
@@ -220,9 +228,9 @@ def test_a_head_that_stays_exact_does_not_make_the_others_pack_row_by_row(monkey
     store = RowStore(rows, page_size=4, scored=False, precision=Precision(FORMATS, recent=3), formats=formats)
     store.fill(rows)
     packed = []
-    encode_rows = PackedPages.encode
+    encode_rows = CodedPages.encode
     monkeypatch.setattr(
-        PackedPages, "encode", lambda part, new: packed.append(int(new.keep.sum())) or encode_rows(part, new)
+        CodedPages, "encode", lambda part, new: packed.append(int(new.keep.sum())) or encode_rows(part, new)
     )
     for token in range(60, 80):
         new = rows_of(torch.full((1, 2, 1), token), torch.ones(1, 2, 1).bool(), False)
@@ -239,10 +247,12 @@ def test_nothing_becomes_codes_while_the_store_is_frozen():
     for token in range(12, 36):
         new = rows_of(torch.tensor([[[token]]]), torch.ones(1, 1, 1).bool(), False)
         store.append(new.keys, new.values, torch.tensor([token]).int(), None, None, None, REFERENCE)
+        # Whoever replays a captured step counts what it wrote.
+        store.count(1)
     assert store.exact.longest == 5 + 24
     store.freeze(False)
-    store.pack()
-    assert store.exact.longest == 5 and store.packed[0].pages.longest == 31
+    store.encode_old()
+    assert store.exact.longest == 5 and store.coded[0].pool.longest == 31
 
 
 def test_scores_of_codes_are_added_to_where_they_lie():
@@ -253,26 +263,23 @@ def test_scores_of_codes_are_added_to_where_they_lie():
     store.fill(rows)
     increments = torch.rand(1, 2, store.longest)
     before, there = store.kept_scores(), store.occupied()
-    mine = add_on_codes(store.view(), increments, REFERENCE)
-    assert torch.equal(mine, increments[..., : store.exact.longest])
-    change = (store.kept_scores() - before)[there]
-    wanted = torch.cat([torch.zeros_like(mine), increments[..., store.exact.longest :]], -1)[there]
-    torch.testing.assert_close(change, wanted)
+    add_increments(REFERENCE, store.view(), increments)
+    torch.testing.assert_close((store.kept_scores() - before)[there], increments[there])
 
 
 def test_encoding_takes_rows_block_by_block_and_gives_the_same():
-    many = Rows(
+    many = Rows.of(
         torch.randn(1, 1, 2500, KEY_DIM),
         torch.randn(1, 1, 2500, VALUE_DIM),
         torch.arange(2500)[None, None],
         None,
         torch.ones(1, 1, 2500, dtype=torch.bool),
     )
-    packed = PackedPages(many, RowFormat(4, 8), page_size=4, scored=False)
+    packed = coded_like(many, RowFormat(4, 8), page_size=4, scored=False)
     whole = packed.encode(many)
     part = packed.encode(many.cut(slice(1200, 1300)))
     assert torch.equal(whole.keys[:, :, 1200:1300], part.keys)
-    assert torch.equal(whole.value_steps[:, :, 1200:1300], part.value_steps)
+    assert torch.equal(whole.parts["value_steps"][:, :, 1200:1300], part.parts["value_steps"])
 
 
 # The cache.
@@ -306,7 +313,7 @@ def test_a_cache_of_codes_takes_the_bytes_it_says():
     cache = headwise.HeadwiseCache(model, headwise.Quantized(headwise.Full(), 4, recent=8, sinks=2))
     model(ids, past_key_values=cache)
     heads = 3 * 2
-    exact, packed = 10 * (2 * 14 * 4 + 4), 40 * RowFormat(4, 4).row_bytes(14, 14)
+    exact, packed = 10 * (2 * 14 * 4 + 4), 40 * bytes_of(RowFormat(4, 4), 14, 14)
     assert cache.report().used_bytes == heads * (exact + packed)
     report = cache.report()
     assert report.kept_ratio == 1
@@ -364,7 +371,7 @@ def test_generate_works_with_codes(options):
     cache = headwise.HeadwiseCache(model, headwise.Quantized(headwise.Full(), 8, recent=8))
     out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=30, **options)
     assert out.shape[1] == ids.shape[1] + 30
-    assert max(part.pages.longest for layer in cache.headwise_layers for part in layer.core.store.packed) > 20
+    assert max(part.pool.longest for layer in cache.headwise_layers for part in layer.core.store.coded) > 20
 
 
 def test_words_for_bits():

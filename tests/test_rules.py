@@ -19,8 +19,9 @@ from headwise.policies.random import Lottery
 from headwise.policies.sinks import Sinks
 from headwise.policies.size import quota_tokens, window_tokens
 from headwise.policies.special import Special
+from headwise.policies.tokens import Tokens
 from headwise.policies.window import Window
-from headwise.types import Kind, Tokens
+from headwise.types import Kind
 
 
 def facts(*, positions, seen=None, prompt=10, kinds=None, scores=None, valid=None, heads=1, layer=0):

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import headwise
 import tiny
-from headwise.hosts.transformers import repetition as reconstruction
+from headwise.hosts.transformers import repetition
 from headwise.policies.scored import Scored, across, highest
 from oracle import rows_of
 from test_rules import facts
@@ -38,8 +38,8 @@ SMALL = [
     headwise.AdaKV(0.3, over="expected-attention", safeguard=0.0),
     headwise.KVzip(0.3),
     headwise.KVzip(11, sinks=1),
-    headwise.Recite(keep=0.4, window=5),
-    headwise.Recite(0.7, window=3, sinks=2),
+    headwise.PeakAttention(keep=0.4, window=5),
+    headwise.PeakAttention(0.7, window=3, sinks=2),
 ]
 
 
@@ -231,7 +231,7 @@ def expect_repeated(policy, ids, chunk):
     worth, heads = {}, 2
     for start in range(0, ids.shape[1], chunk):
         part = list(range(start, min(start + chunk, ids.shape[1])))
-        text = reconstruction._NEXT if start else reconstruction._FIRST
+        text = repetition._NEXT if start else repetition._FIRST
         asked = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
         again = torch.cat([ids, asked, ids[:, max(0, start - 8) : start], ids[:, part]], 1)
         columns = [*range(min(4, start)), *part]
@@ -244,7 +244,7 @@ def expect_repeated(policy, ids, chunk):
                         for j, weight in zip(seen, weights.tolist(), strict=True):
                             if j in part:
                                 worth[index, head, j] = max(worth.get((index, head, j), 0.0), weight)
-    if policy.name == "recite":
+    if policy.name == "peak-attention":
         for index, (*_, attention) in enumerate(Whole(ids).layers):
             for head in range(heads):
                 last = attention[head * GROUP : (head + 1) * GROUP, -policy.window :].amax((0, 1)).tolist()
@@ -262,7 +262,7 @@ def expect_repeated(policy, ids, chunk):
 
 def expect(policy, ids, chunk=2048):
     """Of every layer and head."""
-    if policy.name in ("kvzip", "recite"):
+    if policy.name in ("kvzip", "peak-attention"):
         return expect_repeated(policy, ids, chunk)
     whole = Whole(ids)
     if policy.name == "adakv":
@@ -280,9 +280,9 @@ def test_keeps_what_the_formula_says(policy):
 
 
 @pytest.mark.parametrize("chunk", [11, 46])
-@pytest.mark.parametrize("policy", [headwise.KVzip(0.25), headwise.Recite(keep=0.4, window=5)], ids=str)
+@pytest.mark.parametrize("policy", [headwise.KVzip(0.25), headwise.PeakAttention(keep=0.4, window=5)], ids=str)
 def test_repeats_in_several_chunks(policy, chunk, monkeypatch):
-    monkeypatch.setattr(reconstruction, "_CHUNK", chunk)
+    monkeypatch.setattr(repetition, "_CHUNK", chunk)
     ids = words(TOKENS, seed=4)
     assert [layer[0] for layer in kept(read(policy, ids))] == expect(policy, ids, chunk)
 

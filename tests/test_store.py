@@ -9,23 +9,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from headwise.store.pages import PagedStore
 from headwise.store.rows import Rows
+from kernel_calls import new_pool, pool_like
 
 KEY_DIM, VALUE_DIM = 3, 5
 
 
 def new_store(batch, heads, page_size, scored=True):
-    return PagedStore(
-        batch=batch,
-        heads=heads,
-        key_dim=KEY_DIM,
-        value_dim=VALUE_DIM,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        page_size=page_size,
-        scored=scored,
-    )
+    sizes = {"batch": batch, "heads": heads, "key_dim": KEY_DIM, "value_dim": VALUE_DIM}
+    return new_pool(**sizes, dtype=torch.float32, page_size=page_size, scored=scored)
 
 
 def rows_with_ids(ids, keep, scored=True):
@@ -33,7 +25,7 @@ def rows_with_ids(ids, keep, scored=True):
     number = ids.float()
     keys = number[..., None] + torch.arange(KEY_DIM) / 10
     values = -number[..., None] - torch.arange(VALUE_DIM) / 10
-    return Rows(keys, values, ids, number / 7 if scored else None, keep)
+    return Rows.of(keys, values, ids, number / 7 if scored else None, keep)
 
 
 def contents(store):
@@ -57,13 +49,13 @@ def contents(store):
 
 def check_pages(store):
     """Every page has one owner or is free, heads own no more than they need, and slack is small."""
-    owned = store.table[store.table >= 0].tolist()
+    owned = store.pages.entries[store.pages.entries >= 0].tolist()
     assert len(set(owned)) == len(owned)
-    assert not set(owned) & set(store._free)
-    assert sorted([*owned, *store._free]) == list(range(len(store.keys)))
+    assert not set(owned) & set(store.pages._free)
+    assert sorted([*owned, *store.pages._free]) == list(range(len(store.pools["keys"])))
     needed = [math.ceil(n / store.page_size) for n in store.lengths.flatten().tolist()]
-    assert (store.table >= 0).sum(-1).flatten().tolist() == needed
-    assert len(store.keys) <= sum(needed) + 2 * math.ceil(sum(needed) / 48)
+    assert (store.pages.entries >= 0).sum(-1).flatten().tolist() == needed
+    assert len(store.pools["keys"]) <= sum(needed) + 2 * math.ceil(sum(needed) / 48)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -83,7 +75,7 @@ def test_the_store_holds_what_was_put_in(data):
             keep = torch.rand(batch, heads, store.longest, generator=generator) < share
             ids = torch.arange(token, token + count).expand(batch, heads, -1)
             new = rows_with_ids(ids, torch.rand(batch, heads, count, generator=generator) < 0.7)
-            columns, named = store.kept_columns(), keep & store.occupied()
+            columns, named = store.kept("columns"), keep & store.occupied()
             for lane, mine in enumerate(model):
                 b, h = divmod(lane, heads)
                 survivors = {int(c) for c, k in zip(columns[b, h], named[b, h], strict=True) if k}
@@ -96,7 +88,7 @@ def test_the_store_holds_what_was_put_in(data):
             token += count
         elif action == "score":
             increments = torch.rand(batch, heads, store.longest, generator=generator)
-            columns, occupied = store.kept_columns(), store.occupied()
+            columns, occupied = store.kept("columns"), store.occupied()
             for lane, mine in enumerate(model):
                 b, h = divmod(lane, heads)
                 for c, o, more in zip(columns[b, h], occupied[b, h], increments[b, h], strict=True):
@@ -147,23 +139,23 @@ def test_evicting_gives_memory_back():
 def test_a_sliding_window_moves_one_row_and_allocates_nothing():
     store = new_store(1, 1, page_size=4)
     store.commit(store.occupied(), everything(1, 1, 8))
-    address = store.keys.data_ptr()
+    address = store.pools["keys"].data_ptr()
     for token in range(8, 40):
-        keep = store.kept_columns() > token - 8
-        before = store.columns.clone()
+        keep = store.kept("columns") > token - 8
+        before = store.pools["columns"].clone()
         store.commit(keep, everything(1, 1, 1, start=token))
-        assert store.keys.data_ptr() == address
-        assert int((store.columns != before).sum()) == 1
+        assert store.pools["keys"].data_ptr() == address
+        assert int((store.pools["columns"] != before).sum()) == 1
     assert set(contents(store)[0]) == set(range(32, 40))
 
 
 def test_selecting_a_permutation_copies_no_page():
     store = new_store(3, 2, page_size=4)
     store.commit(store.occupied(), everything(3, 2, 9))
-    address, pages = store.keys.data_ptr(), store.table.clone()
+    address, pages = store.pools["keys"].data_ptr(), store.pages.entries.clone()
     store.select(torch.tensor([2, 0, 1]))
-    assert store.keys.data_ptr() == address
-    assert torch.equal(store.table, pages[[2, 0, 1]])
+    assert store.pools["keys"].data_ptr() == address
+    assert torch.equal(store.pages.entries, pages[[2, 0, 1]])
 
 
 def test_an_empty_head_costs_no_page():
@@ -172,7 +164,7 @@ def test_an_empty_head_costs_no_page():
     new.keep[0, 1] = False
     store.commit(store.occupied(), new)
     assert store.lengths.tolist() == [[5, 0]]
-    assert (store.table[0, 1] >= 0).sum() == 0
+    assert (store.pages.entries[0, 1] >= 0).sum() == 0
     check_pages(store)
 
 
@@ -192,7 +184,7 @@ def test_the_first_filling_equals_a_commit(share, page_size, scored):
     assert filled.longest == committed.longest
     check_pages(filled)
     # It goes on like any other store.
-    filled.commit(filled.occupied() & (filled.kept_columns() % 2 == 0), everything(3, 2, 5, start=100))
+    filled.commit(filled.occupied() & (filled.kept("columns") % 2 == 0), everything(3, 2, 5, start=100))
     for head, before in zip(contents(filled), contents(committed), strict=True):
         assert set(head) == {c for c in before if c % 2 == 0} | set(range(100, 105))
     check_pages(filled)
@@ -202,8 +194,8 @@ def test_the_first_filling_needs_no_second_copy():
     """Beside the store and what is put in there is next to nothing."""
     keep = torch.rand(2, 4, 1000) < 0.9
     rows = torch.randn(2, 4, 1000, 64)
-    new = Rows(rows, rows, torch.arange(1000).expand(2, 4, -1), None, keep)
-    store = PagedStore.like(new, page_size=16, scored=False)
+    new = Rows.of(rows, rows, torch.arange(1000).expand(2, 4, -1), None, keep)
+    store = pool_like(new, page_size=16, scored=False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watched:
         store.fill(new)
     held = sum(tensor.nbytes for tensor in store.tensors())

@@ -6,16 +6,20 @@ import os
 import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from headwise.kernels import reference
-from headwise.kernels.triton import pages as kernels
-from headwise.store.pages import PagedStore
+from headwise.kernels.triton import backend, tiles
+from headwise.kernels.triton import map as kernel_map
+from headwise.kernels.triton import pages as page_launches
+from headwise.kernels.triton.backend import KERNELS as kernels
 from headwise.store.rows import Rows
 from headwise.types import LogitOptions
+from kernel_calls import append, attention_and_peaks, column_mass, column_max, new_pool, ragged_decode
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
 triton = pytest.importorskip("triton")
@@ -37,21 +41,13 @@ def filled(lengths, key_dim, value_dim, dtype=torch.float32, page_size=16, score
     batch, heads = lengths.shape
     longest = max(1, int(lengths.max()))
     keep = torch.arange(longest) < lengths[:, :, None]
-    store = PagedStore(
-        batch=batch,
-        heads=heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        dtype=dtype,
-        device=CPU,
-        page_size=page_size,
-        scored=scored,
-    )
+    sizes = {"batch": batch, "heads": heads, "key_dim": key_dim, "value_dim": value_dim}
+    store = new_pool(**sizes, dtype=dtype, page_size=page_size, scored=scored)
     keys, values = torch.randn(batch, heads, longest, key_dim), torch.randn(batch, heads, longest, value_dim)
     columns = (torch.randperm(longest) * 2).expand(batch, heads, -1)
     scores = torch.rand(batch, heads, longest) if scored else None
-    store.commit(store.occupied(), Rows(keys.to(dtype), values.to(dtype), columns, scores, keep), spare=page_size)
-    store.lengths = store.lengths.T.contiguous().T
+    store.commit(store.occupied(), Rows.of(keys.to(dtype), values.to(dtype), columns, scores, keep), spare=page_size)
+    store.pages.lengths = store.lengths.T.contiguous().T
     return store
 
 
@@ -73,7 +69,11 @@ def assert_same(found, expected, tolerance, logits=1e-5):
 def both(store, group, queries, fresh, *, coded=(), masked=False, options=None, with_mass=True):
     """What the two kernels make of the same random queries and fresh rows."""
     batch, heads = store.lengths.shape
-    dtype, key_dim, value_dim = store.keys.dtype, store.keys.shape[-1], store.values.shape[-1]
+    dtype, key_dim, value_dim = (
+        store.pools["keys"].dtype,
+        store.pools["keys"].shape[-1],
+        store.pools["values"].shape[-1],
+    )
     options = options or LogitOptions(key_dim**-0.5)
     views = [store.view(), *coded]
     query = strided(batch, heads, group, queries, key_dim, dtype=dtype)
@@ -85,13 +85,13 @@ def both(store, group, queries, fresh, *, coded=(), masked=False, options=None, 
         mask = torch.rand(batch, queries + 1, 2 * max(view.longest for view in views) + fresh)[:, 1:] < 0.6
         mask[0, 0] = False  # sees nothing at all
     arguments = (query, views, fresh_keys, fresh_values, mask, options)
-    return tuple(one.ragged_decode(*arguments, with_mass=with_mass) for one in (kernels, reference))
+    return tuple(ragged_decode(one, *arguments, with_mass=with_mass) for one in (kernels, reference))
 
 
 @pytest.fixture(params=["one split", "many splits"])
 def splits(request, monkeypatch):
     """All kept rows in one split, and splits of one block each."""
-    monkeypatch.setattr(kernels, "_PROGRAMS", 0 if request.param == "one split" else 1000)
+    monkeypatch.setattr(tiles, "_PROGRAMS", 0 if request.param == "one split" else 1000)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_more_query_rows_than_a_program_takes(dtype):
 
 
 def test_more_splits_than_are_merged_at_once(monkeypatch):
-    monkeypatch.setattr(kernels, "_PROGRAMS", 1000)
+    monkeypatch.setattr(tiles, "_PROGRAMS", 1000)
     found, expected = both(filled([[1200, 40]], 8, 8), 2, 1, 1, options=LogitOptions(2.0))
     assert_same(found, expected, TOLERANCE[torch.float32])
 
@@ -169,7 +169,7 @@ def test_a_query_of_another_dtype_than_the_pages():
     store = filled([[3, 40]], 16, 16, torch.float16)
     query, fresh = torch.randn(1, 2, 2, 1, 16), torch.randn(1, 2, 1, 16).half()
     arguments = (query, [store.view()], fresh, fresh, None, LogitOptions(0.25))
-    found, expected = (one.ragged_decode(*arguments, with_mass=True) for one in (kernels, reference))
+    found, expected = (ragged_decode(one, *arguments, with_mass=True) for one in (kernels, reference))
     assert_same(found, expected, TOLERANCE[torch.float16])
 
 
@@ -211,9 +211,9 @@ def test_append(fresh, page_size, scored, increments, real, dtype, monkeypatch):
     for one in (kernels, reference):
         torch.manual_seed(1)
         store = filled(before, 11, 7, dtype, page_size, scored)
-        store._fit(store.lengths, fresh)
-        assert one.append(store.view(), *arguments, more if increments else None) is None
-        store.longest += fresh
+        store.pages.reserve(fresh)
+        assert append(one, store.view(), *arguments, more if increments else None) is None
+        store.pages.longest += fresh
         results.append(rows_of(store))
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
@@ -227,8 +227,15 @@ def test_increments_take_several_programs():
     for one in (kernels, reference):
         torch.manual_seed(1)
         store = filled(lengths, 2, 2, scored=True)
-        one.append(
-            store.view(), poison(1, 2, 0, 2), poison(1, 2, 0, 2), torch.zeros(0).long(), None, poison(1, 2, 0), more
+        append(
+            one,
+            store.view(),
+            poison(1, 2, 0, 2),
+            poison(1, 2, 0, 2),
+            torch.zeros(0).long(),
+            None,
+            poison(1, 2, 0),
+            more,
         )
         results.append(rows_of(store))
     for found, expected in zip(*results, strict=True):
@@ -244,13 +251,20 @@ def test_append_and_decode_take_turns():
         scores = torch.zeros(2, 2, 1)
         for column in range(60, 64):
             query, keys, values = torch.randn(2, 2, 2, 1, 8), torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8)
-            result = one.ragged_decode(query, [store.view()], keys, values, None, LogitOptions(0.3), with_mass=True)
-            store._fit(store.lengths, 1)
+            result = ragged_decode(one, query, [store.view()], keys, values, None, LogitOptions(0.3), with_mass=True)
+            store.pages.reserve(1)
             on_kept = result.on_kept[:, :, 0]
-            one.append(
-                store.view(), keys, values, torch.tensor([column]), None, scores + result.on_fresh[:, :, 0], on_kept
+            append(
+                one,
+                store.view(),
+                keys,
+                values,
+                torch.tensor([column]),
+                None,
+                scores + result.on_fresh[:, :, 0],
+                on_kept,
             )
-            store.longest += 1
+            store.pages.longest += 1
         stores.append(rows_of(store))
     for found, expected in zip(*stores, strict=True):
         torch.testing.assert_close(found, expected)
@@ -290,11 +304,11 @@ def test_column_mass(dtype, heads, group, key_dim, masked, bands, sampled, softc
     )
     widths = torch.tensor([[20, 7], [1, 60], [100, 33]])[:bands]
     arguments = (query, keys.to(dtype), columns, mask, options, weights, positions, widths)
-    (mass, band), (expected_mass, expected_band) = (one.column_mass(*arguments) for one in (kernels, reference))
+    (mass, band), (expected_mass, expected_band) = (column_mass(one, *arguments) for one in (kernels, reference))
     assert expected_mass.sum() > 1
     torch.testing.assert_close(mass, expected_mass, atol=2e-5, rtol=2e-4)
     torch.testing.assert_close(band, expected_band, atol=2e-5, rtol=2e-4)
-    best, expected_best = (one.column_max(*arguments[:5]) for one in (kernels, reference))
+    best, expected_best = (column_max(one, *arguments[:5]) for one in (kernel_map, reference))
     assert expected_best.shape == best.shape == (batch, heads, total)
     torch.testing.assert_close(best, expected_best, atol=2e-5, rtol=2e-4)
 
@@ -305,20 +319,20 @@ def test_rows_that_see_nothing_give_nothing():
     mask[:, 1] = False
     weights = torch.ones(1, 4)
     rest = (columns, positions, widths) = torch.arange(2, 6), torch.arange(6)[None], torch.tensor([[3]])
-    mass, band = kernels.column_mass(query, keys, columns, mask, LogitOptions(1.0), weights, positions, widths)
+    mass, band = column_mass(kernels, query, keys, columns, mask, LogitOptions(1.0), weights, positions, widths)
     weights[0, 1] = 0
-    expected, inside = reference.column_mass(query, keys, rest[0], mask, LogitOptions(1.0), weights, *rest[1:])
+    expected, inside = column_mass(reference, query, keys, rest[0], mask, LogitOptions(1.0), weights, *rest[1:])
     torch.testing.assert_close(mass, expected)
     torch.testing.assert_close(band, inside)
-    best = kernels.column_max(query, keys, columns, mask, LogitOptions(1.0))
-    torch.testing.assert_close(best, reference.column_max(query, keys, columns, mask, LogitOptions(1.0)))
+    best = column_max(kernel_map, query, keys, columns, mask, LogitOptions(1.0))
+    torch.testing.assert_close(best, column_max(reference, query, keys, columns, mask, LogitOptions(1.0)))
 
 
 def test_attention_and_peaks():
     query, keys, values = strided(2, 2, 3, 30, 20), strided(2, 2, 100, 20), strided(2, 2, 100, 9)
     arguments = (query, keys, values, None, LogitOptions(0.4), [slice(0, 4), slice(20, 50), slice(70, 100)])
     for found, expected in zip(
-        kernels.attention_and_peaks(*arguments), reference.attention_and_peaks(*arguments), strict=True
+        attention_and_peaks(kernels, *arguments), attention_and_peaks(reference, *arguments), strict=True
     ):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
@@ -340,7 +354,7 @@ class Unlaunched:
 def launches(monkeypatch):
     launched = []
     code = SimpleNamespace(**{name: Unlaunched(name, launched) for name in ("attend", "combine", "weigh", "write")})
-    monkeypatch.setattr(kernels, "device_code", lambda: code)
+    monkeypatch.setattr(page_launches, "device_code", lambda: code)
     return launched
 
 
@@ -364,7 +378,7 @@ def test_decode_never_waits(masked, launches):
     mask = torch.ones(2, 1, 99, dtype=torch.bool, device="meta") if masked else None
     rows = [strided(*shape).to("meta") for shape in [(2, 2, 3, 1, 11), (2, 2, 1, 11), (2, 2, 1, 7)]]
     for with_mass in (False, True):
-        kernels.ragged_decode(rows[0], [absent(store.view())], *rows[1:], mask, options, with_mass=with_mass)
+        ragged_decode(kernels, rows[0], [absent(store.view())], *rows[1:], mask, options, with_mass=with_mass)
     assert launches == ["attend", "combine", "attend", "combine", "weigh"]
 
 
@@ -374,16 +388,16 @@ def test_append_never_waits(launches):
         keys, values, columns = torch.ones(2, 2, 20, 11), torch.ones(2, 2, 20, 7), torch.ones(20, dtype=torch.long)
         real, scores, more = torch.ones(2, 20, dtype=torch.bool), torch.ones(2, 2, 20), torch.ones(2, 2, 40)
     one = keys[:, :, :1], values[:, :, :1], columns[:1]
-    kernels.append(pages, *one, None, scores[:, :, :1], None)
-    kernels.append(pages, *one, None, scores[:, :, :1], more)
-    kernels.append(pages, keys, values, columns, real, scores, more)
+    append(kernels, pages, *one, None, scores[:, :, :1], None)
+    append(kernels, pages, *one, None, scores[:, :, :1], more)
+    append(kernels, pages, keys, values, columns, real, scores, more)
     assert launches == ["write"] * 3
 
 
 def test_splits_fill_the_device(monkeypatch):
-    monkeypatch.setattr(kernels, "_processors", lambda device: 132)
+    monkeypatch.setattr(tiles, "_processors", lambda device: 132)
     for longest, programs in [(0, 8), (1, 8), (257, 8), (5000, 8), (131072, 8), (131072, 64), (131072, 5000)]:
-        splits, rows = kernels._splits(longest, programs, 64, CPU)
+        splits, rows = tiles.cut_into_splits(longest, programs, 64, CPU)
         assert rows % 64 == 0
         assert (splits - 1) * rows < longest <= splits * rows or splits == longest == 0
         assert rows == 64 or programs * splits >= 2 * 132
@@ -391,17 +405,21 @@ def test_splits_fill_the_device(monkeypatch):
 
 
 def test_obstacle(monkeypatch):
-    assert kernels.obstacle(CPU) is None
-    assert kernels.obstacle(torch.device("cuda")) is None
-    assert "'mps'" in kernels.obstacle(torch.device("mps"))
+    assert backend.obstacle(CPU) is None
+    assert backend.obstacle(torch.device("cuda")) is None
+    assert "'mps'" in backend.obstacle(torch.device("mps"))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "TRITON_INTERPRET=1" in kernels.obstacle(CPU)
-    assert kernels.obstacle(torch.device("cuda")) is None
+    assert "TRITON_INTERPRET=1" in backend.obstacle(CPU)
+    assert backend.obstacle(torch.device("cuda")) is None
 
 
 def run(program, **environment):
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, env=os.environ | environment
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -411,8 +429,8 @@ def test_without_triton_the_obstacle_says_so():
     program = """
 import sys, torch
 sys.modules["triton"] = None
-from headwise.kernels.triton import pages
-print(pages.obstacle(torch.device("cuda")))
+from headwise.kernels.triton import backend
+print(backend.obstacle(torch.device("cuda")))
 """
     assert run(program).startswith("Triton cannot be imported")
 
@@ -421,8 +439,11 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-from headwise.kernels.triton import pages as kernels
-from headwise.types import LogitOptions, PageView
+from headwise.kernels.interface import PageView
+from headwise.kernels.triton import map as kernel_map
+from headwise.kernels.triton.backend import KERNELS as kernels
+from headwise.types import LogitOptions
+from kernel_calls import append, column_mass, column_max, ragged_decode
 
 class Hopper:
     get_current_device = staticmethod(lambda: 0)
@@ -449,17 +470,17 @@ def token(dtype, dim, longest, rich):
     mask = torch.ones(1, 3, longest + 40).bool() if rich else None
     options = LogitOptions(0.1, 5.0, torch.zeros(2, 4)) if rich else LogitOptions(0.1)
     now = None if mask is None else mask[:, 1:2]
-    found = kernels.ragged_decode(query, [pages], fresh, fresh, now, options, with_mass=rich)
+    found = ragged_decode(kernels, query, [pages], fresh, fresh, now, options, with_mass=rich)
     rest = (None, None, None)
     if rich:
         rest = (mask.diagonal(longest, -2, -1)[:, :1], found.on_fresh[:, :, 0], found.on_kept[:, :, 0])
-    kernels.append(pages, fresh, fresh, torch.arange(99)[longest % 9 :][:1], *rest)
+    append(kernels, pages, fresh, fresh, torch.arange(99)[longest % 9 :][:1], *rest)
 
 def profile(dtype, dim, bands):
     query, keys = torch.zeros(1, 2, 4, 99, dim, dtype=dtype), torch.zeros(1, 2, 99, dim, dtype=dtype)
     positions, widths = torch.arange(99), torch.ones(bands, 1).long()
-    kernels.column_mass(query, keys, positions, None, LogitOptions(0.1), torch.ones(1, 99), positions[None], widths)
-    kernels.column_max(query, keys, positions, None, LogitOptions(0.1))
+    column_mass(kernels, query, keys, positions, None, LogitOptions(0.1), torch.ones(1, 99), positions[None], widths)
+    column_max(kernel_map, query, keys, positions, None, LogitOptions(0.1))
 
 for longest in (1, 61, 62, 64, 75):
     token(torch.bfloat16, 64, longest, True)

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from headwise.kernels import choose
-from headwise.kernels.triton import codes as triton_packed
-from headwise.kernels.triton import pages as kernels
+from headwise.kernels.backends import choose
+from headwise.kernels.triton import codes as triton_codes
+from headwise.kernels.triton import pages as launches
+from headwise.kernels.triton import tiles
+from headwise.kernels.triton.backend import KERNELS as kernels
 from headwise.quant.formats import RowFormat
-from headwise.store.coded import PackedPages
 from headwise.store.rows import Rows
-from headwise.store.store import add_on_codes
 from headwise.types import LogitOptions
+from kernel_calls import add_increments, coded_like, ragged_decode
 from test_triton import COMPILE, CPU, Unlaunched, absent, both, filled, poison, run, strided
 from test_triton import assert_same as assert_close
 
@@ -23,7 +24,7 @@ from test_triton import assert_same as assert_close
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 2e-3), torch.float16: (3e-3, 2e-3)}
 
 
-def packed(lengths, format, key_dim, value_dim, dtype=torch.float32, page_size=16, scored=False):
+def coded_pages(lengths, format, key_dim, value_dim, dtype=torch.float32, page_size=16, scored=False):
     """Pages of codes with those lengths; the columns have gaps and are not in order, and not all pages are full."""
     lengths = torch.tensor(lengths)
     longest = max(1, int(lengths.max()))
@@ -34,10 +35,10 @@ def packed(lengths, format, key_dim, value_dim, dtype=torch.float32, page_size=1
     )
     columns = (torch.randperm(longest) * 2).expand(*lengths.shape, -1)
     scores = torch.rand(columns.shape) if scored else None
-    rows = Rows(keys.to(dtype), values.to(dtype), columns, scores, torch.arange(longest) < lengths[:, :, None])
-    part = PackedPages(rows, format, page_size=page_size, scored=scored)
-    part.pages.commit(part.pages.occupied(), part.encode(rows), spare=page_size)
-    part.pages.lengths = part.pages.lengths.T.contiguous().T
+    rows = Rows.of(keys.to(dtype), values.to(dtype), columns, scores, torch.arange(longest) < lengths[:, :, None])
+    part = coded_like(rows, format, page_size=page_size, scored=scored)
+    part.pool.commit(part.pool.occupied(), part.encode(rows), spare=page_size)
+    part.pool.pages.lengths = part.pool.lengths.T.contiguous().T
     return part
 
 
@@ -48,7 +49,7 @@ def assert_same(found, expected, dtype):
 @pytest.fixture(params=["one split", "many splits"])
 def splits(request, monkeypatch):
     """All rows of a view in one split, and splits of one block each."""
-    monkeypatch.setattr(kernels, "_PROGRAMS", 0 if request.param == "one split" else 1000)
+    monkeypatch.setattr(tiles, "_PROGRAMS", 0 if request.param == "one split" else 1000)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def splits(request, monkeypatch):
 def test_decode(dtype, bits, group, members, fresh, masked, key_dim, value_dim, page_size, splits):
     # Each head has rows of both kinds, of one, or of none.
     store = filled([[0, 1, 17], [9, 0, 33]], key_dim, value_dim, dtype, page_size)
-    coded = packed([[0, 40, 3], [70, 64, 0]], RowFormat(*bits, group), key_dim, value_dim, dtype, page_size).view()
+    coded = coded_pages([[0, 40, 3], [70, 64, 0]], RowFormat(*bits, group), key_dim, value_dim, dtype, page_size).view()
     found, expected = both(store, *members, fresh, coded=[coded], masked=masked)
     assert_same(found, expected, dtype)
     assert found.output.dtype == dtype
@@ -86,7 +87,7 @@ def test_heads_spread_over_formats(kind, dtype, splits):
     store = filled([[3, 0, 30]], 16, 24, dtype)
     lengths = [[[50, 0, 0]], [[0, 0, 0]], [[0, 20, 0]], [[0, 0, 37]]]
     formats = RowFormat(8, 8), RowFormat(8, 8, 2), RowFormat(4, 4, 8), RowFormat(8, 4)
-    coded = [packed(own, format, 16, 24, dtype).view() for own, format in zip(lengths, formats, strict=True)]
+    coded = [coded_pages(own, format, 16, 24, dtype).view() for own, format in zip(lengths, formats, strict=True)]
     options = LogitOptions(0.4, 2.0) if kind == "soft cap" else LogitOptions(0.3, None, torch.randn(3, 2))
     found, expected = both(store, 2, 2, 3, coded=coded, masked=True, options=options)
     assert_same(found, expected, dtype)
@@ -98,7 +99,10 @@ def test_heads_spread_over_formats(kind, dtype, splits):
 def test_empty_views(longest, with_mass):
     """No exact row at all, and codes or none."""
     store = filled([[0, 0]], 16, 8)
-    parts = packed([[0, 0]], RowFormat(8, 8), 16, 8), packed([[longest, longest // 2]], RowFormat(4, 4), 16, 8)
+    parts = (
+        coded_pages([[0, 0]], RowFormat(8, 8), 16, 8),
+        coded_pages([[longest, longest // 2]], RowFormat(4, 4), 16, 8),
+    )
     coded = [part.view() for part in parts]
     assert store.longest == coded[0].longest == 0
     coded[0] = replace(coded[0], table=coded[0].table[:, :, :0])
@@ -108,7 +112,7 @@ def test_empty_views(longest, with_mass):
 
 def test_as_long_as_the_pages_have_room():
     """A captured step does not know the lengths: every view is as long as its pages, and most of that is undefined."""
-    store, part = filled([[5, 20]], 16, 16), packed([[33, 0]], RowFormat(8, 4), 16, 16, page_size=3)
+    store, part = filled([[5, 20]], 16, 16), coded_pages([[33, 0]], RowFormat(8, 4), 16, 16, page_size=3)
     coded = replace(part.view(), longest=part.view().capacity)
     assert coded.longest > 33
     found, expected = both(store, 2, 1, 1, coded=[coded])
@@ -123,20 +127,20 @@ def test_as_long_as_the_pages_have_room():
     ids=str,
 )
 def test_large_heads(group, key_dim, value_dim, dtype):
-    coded = [packed([[5, 70]], RowFormat(*bits), key_dim, value_dim, dtype).view() for bits in ((8, 4), (4, 8))]
+    coded = [coded_pages([[5, 70]], RowFormat(*bits), key_dim, value_dim, dtype).view() for bits in ((8, 4), (4, 8))]
     found, expected = both(filled([[5, 0]], key_dim, value_dim, dtype), group, 1, 1, coded=coded)
     assert_same(found, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_more_query_rows_than_a_program_takes(dtype):
-    coded = [packed([[9, 40]], RowFormat(4, 8), 16, 16, dtype).view()]
+    coded = [coded_pages([[9, 40]], RowFormat(4, 8), 16, 16, dtype).view()]
     found, expected = both(filled([[9, 0]], 16, 16, dtype), 2, 17, 18, coded=coded)
     assert_same(found, expected, dtype)
 
 
 def test_large_logits_stay_finite():
-    coded = [packed([[3, 40]], RowFormat(8, 8), 16, 16).view()]
+    coded = [coded_pages([[3, 40]], RowFormat(8, 8), 16, 16).view()]
     found, expected = both(filled([[3, 4]], 16, 16), 2, 1, 1, coded=coded, options=LogitOptions(90.0))
     assert_close(found, expected, 1e-3, 1e-3)
     assert found.lse.max() > 300
@@ -155,14 +159,17 @@ def test_increments_of_rows_that_are_codes():
     results = []
     for name in ("triton", "reference"):
         torch.manual_seed(1)
-        store, part = filled([[7, 7], [7, 7]], 4, 4, scored=True), packed(lengths, RowFormat(4, 8), 4, 4, scored=True)
-        before = [pool.clone() for pool in part.pages.pools()]
-        mine = add_on_codes([store.view(), part.view()], increments, choose(name, CPU))
-        assert torch.equal(mine, increments[:, :, :7])
-        assert torch.equal(part.pages.lengths, torch.tensor(lengths))
-        for pool, old in zip(part.pages.pools(), before, strict=True):
-            assert pool is part.pages.scores or torch.equal(pool.nan_to_num(), old.nan_to_num())
-        results.append(part.pages.kept_scores()[there])
+        store, part = (
+            filled([[7, 7], [7, 7]], 4, 4, scored=True),
+            coded_pages(lengths, RowFormat(4, 8), 4, 4, scored=True),
+        )
+        before, scores = {name: pool.clone() for name, pool in part.pool.pools.items()}, store.kept("scores").clone()
+        add_increments(choose(name, CPU), [store.view(), part.view()], increments)
+        torch.testing.assert_close(store.kept("scores") - scores, increments[:, :, :7])
+        assert torch.equal(part.pool.lengths, torch.tensor(lengths))
+        for name, pool in part.pool.pools.items():
+            assert name == "scores" or torch.equal(pool.nan_to_num(), before[name].nan_to_num())
+        results.append(part.pool.kept("scores")[there])
     assert torch.equal(*results)
     assert results[0].max() > 1
 
@@ -179,37 +186,37 @@ def test_decode_never_waits_and_reads_codes_where_they_lie(monkeypatch):
 
     names = ("attend", "attend_codes", "combine", "turn", "weigh")
     code = SimpleNamespace(**{name: Launched(name) for name in names})
-    monkeypatch.setattr(kernels, "device_code", lambda: code)
-    monkeypatch.setattr(triton_packed, "device_code", lambda: code)
+    monkeypatch.setattr(launches, "device_code", lambda: code)
+    monkeypatch.setattr(triton_codes, "device_code", lambda: code)
     formats = RowFormat(8, 8), RowFormat(4, 4), RowFormat(4, 8)
     lengths = [[3, 0]], [[0, 0]], [[40, 3]]
-    coded = [packed(own, format, 16, 16).view() for own, format in zip(lengths, formats, strict=True)]
-    rotation = torch.empty(16, 16, device="meta")
+    coded = [coded_pages(own, format, 16, 16).view() for own, format in zip(lengths, formats, strict=True)]
+    matrix = torch.empty(16, 16, device="meta")
     for index, view in enumerate(coded):
-        packing = replace(absent(view.packing), key_rotation=rotation, value_rotation=rotation)
-        coded[index] = replace(absent(view), packing=packing)
+        coding = replace(absent(view.coding), key_hadamard=matrix, value_hadamard=matrix)
+        coded[index] = replace(absent(view), coding=coding)
     views = [absent(filled([[0, 3]], 16, 16).view()), *coded]
     rows = [strided(*shape).to("meta") for shape in [(1, 2, 3, 1, 16), (1, 2, 1, 16), (1, 2, 1, 16)]]
     for with_mass in (False, True):
-        kernels.ragged_decode(rows[0], views, *rows[1:], None, LogitOptions(0.3), with_mass=with_mass)
+        ragged_decode(kernels, rows[0], views, *rows[1:], None, LogitOptions(0.3), with_mass=with_mass)
     step = ["attend", "turn", "attend_codes", "attend_codes", "combine"]
     assert [name for name, _ in launched] == [*step, *step, "weigh"]
     for (_, arguments), view in zip(launched[2:4], (coded[0], coded[2]), strict=True):
         assert arguments[1] is view.keys and arguments[2] is view.values
     launched.clear()
-    kernels.ragged_decode(rows[0], [views[0], coded[1]], *rows[1:], None, LogitOptions(0.3), with_mass=True)
+    ragged_decode(kernels, rows[0], [views[0], coded[1]], *rows[1:], None, LogitOptions(0.3), with_mass=True)
     assert [name for name, _ in launched] == ["attend", "combine", "weigh"]
 
 
 CODES = """
-from headwise.types import Packing
+from headwise.kernels.interface import Coding
 
 def coded(dim, longest, key_bits, value_bits, groups, rotation):
     steps, table = torch.zeros(8, 16, 2 * groups).half(), torch.zeros(1, 2, longest // 16 + 1).int()
-    packing = Packing(key_bits, value_bits, steps, steps, rotation, rotation)
+    coding = Coding(key_bits, value_bits, steps, steps, rotation, rotation)
     keys, values = (torch.zeros(8, 16, dim * bits // 8).byte() for bits in (key_bits, value_bits))
     columns, lengths = torch.zeros(8, 16).int(), torch.zeros(1, 2).long()
-    return PageView(keys, values, columns, torch.zeros(8, 16), table, lengths, longest, packing)
+    return PageView(keys, values, columns, torch.zeros(8, 16), table, lengths, longest, coding)
 
 def token(dtype, dim, group, longest, kinds, rich):
     pool, table = torch.zeros(8, 16, dim, dtype=dtype), torch.zeros(1, 2, 4).int()
@@ -219,9 +226,9 @@ def token(dtype, dim, group, longest, kinds, rich):
     query, fresh = torch.zeros(1, 2, group, 1, dim, dtype=dtype), torch.zeros(1, 2, 1, dim, dtype=dtype)
     mask = torch.ones(1, 1, 2 * longest + 99).bool() if rich else None
     options = LogitOptions(0.1, 5.0, torch.zeros(2, group)) if rich else LogitOptions(0.1)
-    found = kernels.ragged_decode(query, views, fresh, fresh, mask, options, with_mass=rich)
+    found = ragged_decode(kernels, query, views, fresh, fresh, mask, options, with_mass=rich)
     if rich:
-        add_on_codes(views, found.on_kept[:, :, 0], Kernels("triton", *[kernels.append] * 4))
+        add_increments(kernels, views[1:], found.on_kept[:, :, 0, 36:])
 
 for longest in (1, 61, 62, 64, 75):
     token(torch.bfloat16, 64, 3, longest, [(8, 8, 1)], True)
@@ -235,7 +242,7 @@ token(torch.float32, 32, 2, 60, [(8, 8, 2), (4, 4, 1)], False)
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
     """What the interpreter takes, the compiler may refuse; it needs no GPU. And a longer cache compiles nothing new."""
     program = COMPILE[: COMPILE.index("def token(")] + CODES
-    program = "from headwise.kernels import Kernels\nfrom headwise.store.store import add_on_codes\n" + program
+    program = "from kernel_calls import add_increments\n" + program
     found = run(program, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     names = ["attend", "attend_codes", "combine", "turn", "weigh", "write"]
     assert found == str([(name, 1) for name in names])

@@ -5,6 +5,7 @@ Names are imported from their modules at first use: importing headwise costs not
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,14 @@ if TYPE_CHECKING:
         CacheStateError,
         ConfigurationError,
         HeadwiseError,
+        HeadwiseWarning,
         InputError,
         MismatchError,
         ModelNotFoundError,
         UnknownPolicyError,
         UnsupportedModelError,
     )
-    from headwise.hosts.transformers.cache import HeadwiseCache, HeadwiseWarning
+    from headwise.hosts.transformers.cache import HeadwiseCache
     from headwise.hosts.transformers.graph import DecodeGraph
     from headwise.hosts.transformers.models import load_default_model, load_model
     from headwise.less.checkpoint import load_kernels
@@ -36,10 +38,12 @@ if TYPE_CHECKING:
         KeyDiff,
         KeyNorm,
         KVzip,
+        Less,
+        PeakAttention,
         Policy,
         PyramidKV,
+        Quantized,
         Random,
-        Recite,
         Rule,
         Scissorhands,
         Scored,
@@ -50,8 +54,6 @@ if TYPE_CHECKING:
         list_policies,
         register,
     )
-    from headwise.policies.less import Less
-    from headwise.policies.quantized import Quantized
     from headwise.report.report import Report
 
 __version__ = "0.1.0"
@@ -79,11 +81,11 @@ __all__ = [
     "LessKernels",
     "MismatchError",
     "ModelNotFoundError",
+    "PeakAttention",
     "Policy",
     "PyramidKV",
     "Quantized",
     "Random",
-    "Recite",
     "Report",
     "Rule",
     "Scissorhands",
@@ -109,13 +111,11 @@ _HOMES = {
     "DecodeGraph": "headwise.hosts.transformers.graph",
     "HeadwiseCache": "headwise.hosts.transformers.cache",
     "HeadwiseError": "headwise.errors",
-    "HeadwiseWarning": "headwise.hosts.transformers.cache",
+    "HeadwiseWarning": "headwise.errors",
     "InputError": "headwise.errors",
-    "Less": "headwise.policies.less",
     "LessKernels": "headwise.less.features",
     "MismatchError": "headwise.errors",
     "ModelNotFoundError": "headwise.errors",
-    "Quantized": "headwise.policies.quantized",
     "Report": "headwise.report.report",
     "UnknownPolicyError": "headwise.errors",
     "UnsupportedModelError": "headwise.errors",
@@ -126,6 +126,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    policies = import_module("headwise.policies")
+    if name in policies.FORMER_CLASSES:
+        current = policies.FORMER_CLASSES[name]
+        warnings.warn(f"headwise.{name} is now headwise.{current}", DeprecationWarning, stacklevel=2)
+        return getattr(policies, current)
     if name not in __all__:
         raise AttributeError(f"module 'headwise' has no attribute {name!r}")
     value = getattr(import_module(_HOMES.get(name, "headwise.policies")), name)

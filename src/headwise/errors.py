@@ -8,6 +8,8 @@ HeadwiseError
 ├── CacheStateError         the cache cannot do this in the state it is in
 ├── MismatchError           a cache, file or model does not belong to the other
 └── ModelNotFoundError      a model could not be found or fetched
+
+HeadwiseWarning             something works, but perhaps not as meant
 """
 
 from __future__ import annotations
@@ -43,3 +45,7 @@ class MismatchError(HeadwiseError, ValueError):
 
 class ModelNotFoundError(HeadwiseError, OSError):
     """A model could not be found or fetched."""
+
+
+class HeadwiseWarning(UserWarning):
+    """Something works, but perhaps not as meant."""

@@ -1,4 +1,4 @@
-"""Trained: weights of every layer that were trained for a model -> a folder with safetensors and JSON, and back.
+"""Weights: what was trained for a model's layers -> a folder with safetensors and JSON, and back; a model's identity.
 
 A model is known by a few numbers of each of its parameters. They may differ as far as precision and quantization make
 them: another model is refused, the same one in 16 or 4 bits is not.
@@ -24,7 +24,7 @@ from headwise.types import Float, Tensor
 
 CONFIG = "config.json"
 
-# Of every parameter of the model.
+# Of every parameter of the model: enough numbers to tell two trainings of one architecture apart.
 _SAMPLED = 16
 
 # How far those numbers may be off, relative to their size. 4-bit weights are off by 0.1, other trainings by about 1.
@@ -44,7 +44,7 @@ Layer = TypeVar("Layer", bound=LayerWeights)
 
 
 @dataclass(frozen=True, eq=False)
-class Trained(Generic[Layer]):
+class ModelWeights(Generic[Layer]):
     """The weights of a whole model.
 
     Attributes:
@@ -69,11 +69,11 @@ class Trained(Generic[Layer]):
         return digest.hexdigest()[:16]
 
 
-Whole = TypeVar("Whole", bound=Trained[Any])
+Whole = TypeVar("Whole", bound=ModelWeights[Any])
 
 
 @dataclass(frozen=True)
-class Folder(Generic[Whole]):
+class WeightsFolder(Generic[Whole]):
     """One kind of trained weights, and how its folders look.
 
     Attributes:
@@ -164,10 +164,20 @@ class Folder(Generic[Whole]):
 
 
 def sample_weights(model: nn.Module) -> dict[str, Float[Tensor, " n"]]:
-    """A few numbers of every parameter, by name."""
-    sample = {}
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        step = max(1, len(flat) // _SAMPLED)
-        sample[name] = flat[::step][:_SAMPLED].float().cpu().clone()
-    return sample
+    """A few numbers of every parameter, by name: what a model is known by where it may have been rounded."""
+    samples = ((name, _sampled(parameter)) for name, parameter in model.named_parameters())
+    return {name: sample.float().cpu().clone() for name, sample in samples}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of a model's shapes and of a few numbers of every parameter; the same on every device."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(_sampled(parameter).double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sampled(parameter: Tensor) -> Tensor:
+    flat = parameter.detach().flatten()
+    return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED]

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from headwise.types import LogitOptions, PageView, Tensor
+from headwise.kernels.interface import DecodeRequest, PageView
+from headwise.store.store import RowStore
+from headwise.types import LogitOptions, Tensor
 from headwise.units import clock
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def measure_kernel(cache: HeadwiseCache, group: int, size_of_cache: int | None) 
         store = layer.core.store
         if store is None:
             continue
-        calls.append(_decode_call(store, layer.core.settings.kernels.ragged_decode, group))
+        calls.append(_decode_call(store, layer.core.config.cache.kernels.ragged_decode, group))
         moved += sum(_read_bytes(view) for view in store.view())
     if not moved:
         return None
@@ -116,12 +118,12 @@ def last_level_cache(device: torch.device) -> int | None:
 def _read_bytes(view: PageView) -> int:
     """What a decode kernel reads of the rows: keys, values and steps."""
     pools = [view.keys, view.values]
-    if view.packing is not None:
-        pools += [view.packing.key_steps, view.packing.value_steps]
+    if view.coding is not None:
+        pools += [view.coding.key_steps, view.coding.value_steps]
     return int(view.lengths.sum()) * sum(pool.shape[-1] * pool.element_size() for pool in pools)
 
 
-def _decode_call(store: Any, kernel: Callable[..., object], group: int) -> Callable[[], object]:
+def _decode_call(store: RowStore, kernel: Callable[[DecodeRequest], object], group: int) -> Callable[[], object]:
     pages = store.view()
     batch, heads = store.lengths.shape
     exact = pages[0]
@@ -132,19 +134,20 @@ def _decode_call(store: Any, kernel: Callable[..., object], group: int) -> Calla
 
     query, key, value = row(group, 1, key_dim), row(1, key_dim), row(1, value_dim)
     options = LogitOptions(scaling=key_dim**-0.5)
-    return lambda: kernel(query, pages, key, value, None, options, with_mass=False)
+    request = DecodeRequest(query, pages, key, value, None, options)
+    return lambda: kernel(request)
 
 
 def _own_reader(buffer: Tensor) -> dict[str, Callable[[], object]]:
     """The compiled library's own loop, where the package has one."""
     try:
-        from headwise.kernels.cpu import calls as cpu
+        from headwise.kernels.cpu import backend as cpu
     except ImportError:
         return {}
     read = getattr(cpu, "read", None)
     if read is None or cpu.obstacle(buffer.device) is not None:
         return {}
-    return {"headwise.kernels.cpu.calls.read": lambda: read(buffer)}
+    return {"headwise.kernels.cpu.read": lambda: read(buffer)}
 
 
 def _timed(action: Callable[[], object], device: torch.device) -> float:

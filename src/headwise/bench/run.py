@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from headwise.bench.record import Measurement, ProfileCost, Record, Result
 from headwise.bench.shapes import Shape, available_bytes
 from headwise.bench.workload import random_ids, text_ids
 from headwise.errors import InputError
+from headwise.hosts.transformers.model_facts import read_facts
 from headwise.policies import FastGen
-from headwise.policies.budget import row_bytes
 from headwise.types import Int, Tensor
 from headwise.units import format_bytes
 
@@ -92,7 +91,7 @@ def run(
         subject = subject_of(dtype)
         config = subject.model.config.get_text_config(decoder=True)
         plan.check_positions(getattr(config, "max_position_embeddings", None))
-        check_memory(plan, subject.model.device, partial(row_bytes, config))
+        check_memory(plan, subject.model.device, read_facts(subject.model)[0].token_bytes)
         record.model = subject.describe(name)
         peer = None if python is None else Peer(python)
         try:

@@ -160,7 +160,7 @@ def bench(
     from headwise.bench.run import run
     from headwise.bench.stock import find_backend
     from headwise.hosts.transformers.models import default_device
-    from headwise.kernels import choose
+    from headwise.kernels.backends import choose
 
     where = parse_device(device) or default_device()
     choose(kernel, where)

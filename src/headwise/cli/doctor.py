@@ -56,7 +56,7 @@ def _kernels(device: str) -> dict[str, Any]:
     """Which kernels would run on that device, and why the others would not."""
     import torch
 
-    from headwise.kernels import AUTO, NAMES, choose, obstacle
+    from headwise.kernels.backends import AUTO, NAMES, choose, obstacle
 
     where = torch.device(device)
     return {"default": choose(AUTO, where).name, "obstacles": {name: obstacle(name, where) for name in NAMES}}

@@ -41,7 +41,7 @@ def check_kernel(name: str) -> None:
     Raises:
         ConfigurationError: with the names there are.
     """
-    from headwise.kernels import check_name
+    from headwise.kernels.backends import check_name
 
     check_name(name)
 

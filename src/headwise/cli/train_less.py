@@ -92,14 +92,14 @@ def train_less(
     from headwise.eval.text import read_documents
     from headwise.less.checkpoint import load_kernels, save_kernels
     from headwise.policies.words import parse_policy
-    from headwise.training.less.jointly import TogetherOptions
+    from headwise.training.less.jointly import JointOptions
     from headwise.training.less.one_layer import TrainingOptions
     from headwise.training.less.run import Recipe, TrainingRun
     from headwise.units import parse_bytes
 
     check_lengths(shortest, longest)
     training = TrainingOptions(features, width, epochs, batch, rate, halve_every, seed)
-    jointly = TogetherOptions(together, rate=together_rate, seed=seed)
+    jointly = JointOptions(together, rate=together_rate, seed=seed)
     recipe = Recipe(sequences, shortest, longest, rows, parse_bytes(store_limit), training, jointly)
     policies = [(spec, parse_policy(spec)) for spec in policy or _POLICIES]
     texts = read_documents(text or ())

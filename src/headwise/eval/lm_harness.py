@@ -21,7 +21,7 @@ from headwise.eval.likelihood import Stretch, cut, score
 from headwise.eval.task import Subject
 from headwise.hosts.transformers.cache import HeadwiseCache
 from headwise.hosts.transformers.models import default_device, find_default_model
-from headwise.kernels import AUTO
+from headwise.kernels.backends import AUTO
 from headwise.policies.words import describe_policy, parse_policy
 from headwise.report.report import Report
 from headwise.types import Tensor

@@ -10,7 +10,7 @@ import torch
 
 from headwise.eval.task import Subject
 from headwise.hosts.transformers.models import DEFAULT_MODEL, load_default_model, load_model
-from headwise.kernels import AUTO
+from headwise.kernels.backends import AUTO
 
 
 @dataclass(frozen=True)

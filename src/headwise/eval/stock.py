@@ -10,8 +10,8 @@ from transformers import Cache, PreTrainedModel
 
 from headwise.bench.stock import quantized_cache, tensors_of
 from headwise.errors import ConfigurationError
+from headwise.hosts.transformers.model_facts import read_facts
 from headwise.policies.base import Policy, Rule
-from headwise.policies.budget import row_bytes
 from headwise.report.report import LayerReport, Report
 
 _PREFIX = "transformers:"
@@ -59,7 +59,7 @@ class StockQuantized(Policy):
     def report(self, model: PreTrainedModel, cache: Cache, tokens: int) -> Report:
         """What the cache of one sequence of so many tokens holds; all layers are one here, and times are not known."""
         held = LayerReport.of_stock(tensors_of(cache))
-        full = tokens * row_bytes(model.config.get_text_config(decoder=True), model.dtype)
+        full = tokens * read_facts(model)[0].token_bytes(model.dtype)
         return Report(str(self), tokens, [replace(held, full_bytes=full)], 0, "", 0.0, 0.0)
 
 

@@ -7,17 +7,13 @@ from hidden states. Here keys are enough, so that nothing has to be kept for it 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
 from headwise.gate.inputs import gate_inputs
-from headwise.types import Float, Int, Tensor
-from headwise.weights import LayerWeights, Trained
-
-if TYPE_CHECKING:
-    from headwise.policies.scored import Rotation
+from headwise.types import Float, Int, Rotation, Tensor
+from headwise.weights import LayerWeights, ModelWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +58,7 @@ class LayerGate(LayerWeights):
         return found.clamp(max=0).exp().transpose(1, 2)
 
 
-class Gates(Trained[LayerGate]):
+class Gates(ModelWeights[LayerGate]):
     """The networks of a whole model."""
 
     def __repr__(self) -> str:

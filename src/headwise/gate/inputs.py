@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from headwise.types import Float, Int, Tensor
-
-if TYPE_CHECKING:
-    from headwise.policies.scored import Rotation
+from headwise.types import Float, Int, Rotation, Tensor
 
 # Numbers that say where a token stands.
 PLACE = 4

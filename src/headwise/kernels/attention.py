@@ -1,7 +1,6 @@
-"""1/7 prefill: queries, keys and values of the prompt -> its attention output, as usual.
+"""Attention: queries, keys and values of whole columns -> logits, probabilities and output, as usual.
 
-Torch's fused attention, and plain blocks for what it cannot do (a soft cap, sink logits). Here also stand the
-logits and probabilities that the profile sums up and the reference kernel weighs values with.
+Torch's fused attention, and plain blocks for what it cannot do (a soft cap, sink logits).
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
+from headwise.kernels.interface import AttentionMap
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 # Logits in flight at a time: in fp32 they take 4 MiB, which bounds the memory and stays near the processor.
@@ -69,22 +69,13 @@ def causal(query_columns: Int[Tensor, " q"], keys: int) -> Bool[Tensor, "q t"]:
     return torch.arange(keys, device=query_columns.device)[None, :] <= query_columns[:, None]
 
 
-def dense_attention(
-    query: Float[Tensor, "b h g q d"],
-    keys: Float[Tensor, "b h t d"],
-    values: Float[Tensor, "b h t e"],
-    mask: Bool[Tensor, "b q t"] | None,
-    options: LogitOptions,
-) -> Float[Tensor, "b h g q e"]:
-    """Attention of the newest q tokens over all t.
-
-    Args:
-        mask: True where a query may see a key; None means causal.
-    """
+def dense_attention(map: AttentionMap, values: Float[Tensor, "b h t e"]) -> Float[Tensor, "b h g q e"]:
+    """Attention of the newest q tokens over all t."""
+    query, keys, mask, options = map.query, map.keys, map.mask, map.options
     if options.softcap is None and options.sinks is None:
         return _fused_attention(query, keys, values, mask, options.scaling)
     batch, heads, group, rows, _ = query.shape
-    columns = torch.arange(keys.shape[2] - rows, keys.shape[2], device=keys.device)
+    columns = map.own_columns()
     output = torch.empty(batch, heads, group, rows, values.shape[-1], dtype=values.dtype, device=values.device)
     for block in query_blocks(query, keys.shape[2]):
         visible = causal(columns[block], keys.shape[2])[None] if mask is None else mask[:, block]

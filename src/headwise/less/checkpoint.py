@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from headwise.less.features import LayerKernels, LessKernels
-from headwise.weights import Folder
+from headwise.less.features import LayerFeatures, LessKernels
+from headwise.weights import WeightsFolder
 
-_FOLDER = Folder(
-    LessKernels, LayerKernels, "kernels of LESS", "kernels.safetensors", "headwise-less-1", "headwise train-less"
+_FOLDER = WeightsFolder(
+    LessKernels, LayerFeatures, "kernels of LESS", "kernels.safetensors", "headwise-less-1", "headwise train-less"
 )
 save_kernels, load_kernels, check_kernels = _FOLDER.save, _FOLDER.load, _FOLDER.check
 

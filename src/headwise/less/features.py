@@ -1,7 +1,7 @@
-"""Kernels of LESS: queries and keys -> non-negative features whose product stands for the exponential of their logit.
+"""Features: queries and keys -> non-negative features whose product stands for the exponential of their logit.
 
 Dong et al., ICML 2024 (arXiv 2402.09398), section 3: one small network per query head for queries, one per KV head for
-keys. Here they are in the form that inference needs; what training adds is in `training`.
+keys. Here they are in the form that inference needs; what training adds is in `headwise.training.less`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch.nn import functional
 
 from headwise.types import Float, Tensor
-from headwise.weights import LayerWeights, Trained
+from headwise.weights import LayerWeights, ModelWeights
 
 
 @dataclass(frozen=True, eq=False)
-class LayerKernels(LayerWeights):
+class LayerFeatures(LayerWeights):
     """The two networks of one layer. `w` is the hidden width, `r` the number of features.
 
     Attributes:
@@ -33,7 +33,7 @@ class LayerKernels(LayerWeights):
     key_mix: Float[Tensor, "h r r"]
 
     @property
-    def features(self) -> int:
+    def count(self) -> int:
         """Features of a query or key."""
         return int(self.key_mix.shape[-1])
 
@@ -42,17 +42,17 @@ class LayerKernels(LayerWeights):
         """Bytes of the weights."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
-    def to(self, device: torch.device) -> LayerKernels:
+    def to(self, device: torch.device) -> LayerFeatures:
         """The same on another device; copied there once, for all caches."""
         if device == self.key_mix.device:
             return self
         if device not in self._elsewhere:
             moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-            self._elsewhere[device] = LayerKernels(**moved)
+            self._elsewhere[device] = LayerFeatures(**moved)
         return self._elsewhere[device]
 
     @cached_property
-    def _elsewhere(self) -> dict[torch.device, LayerKernels]:
+    def _elsewhere(self) -> dict[torch.device, LayerFeatures]:
         return {}
 
     def of_queries(self, query: Float[Tensor, "b h g q d"]) -> Float[Tensor, "b h g q r"]:
@@ -65,7 +65,7 @@ class LayerKernels(LayerWeights):
         return per_head(two_layers(keys, self.key_in, self.key_out), self.key_mix).abs()
 
 
-class LessKernels(Trained[LayerKernels]):
+class LessKernels(ModelWeights[LayerFeatures]):
     """The networks of a whole model."""
 
     def __repr__(self) -> str:

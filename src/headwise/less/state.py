@@ -1,4 +1,4 @@
-"""Memory of LESS: rows that a head lets go of -> a state of constant size, and every later query's read from it.
+"""State: rows that a head lets go of -> a state of constant size, and every later query's read from it.
 
 Dong et al., ICML 2024 (arXiv 2402.09398), section 3.1: the state is a sum of outer products, so the order in which rows
 come in does not matter, and nothing of it ever fades.
@@ -8,32 +8,32 @@ from __future__ import annotations
 
 import torch
 
-from headwise.less.features import LayerKernels
+from headwise.less.features import LayerFeatures
 from headwise.types import Bool, Float, Int, Tensor
 
 # Rows whose features are computed at a time.
 _BLOCK = 1024
 
 
-class Memory:
+class EvictedState:
     """What one layer remembers of evicted rows. There is nothing until the first is folded in.
 
     Args:
-        kernels: of the layer; None for a layer that forgets, as it does without LESS.
+        features: of the layer; None for a layer that forgets, as it does without LESS.
 
     Attributes:
         sums: features times values, summed over the folded rows, in fp32; None before the first.
         mass: the features alone, summed likewise.
     """
 
-    def __init__(self, kernels: LayerKernels | None) -> None:
-        self.kernels = kernels
+    def __init__(self, features: LayerFeatures | None) -> None:
+        self.features = features
         self.reset()
 
     @property
     def remembers(self) -> bool:
         """Whether it takes anything in."""
-        return self.kernels is not None
+        return self.features is not None
 
     def reset(self) -> None:
         """Forget everything."""
@@ -46,18 +46,18 @@ class Memory:
         Args:
             heads: sequences, and KV heads.
         """
-        if self.sums is None and self.kernels is not None:
+        if self.sums is None and self.features is not None:
             # Another layer than the last may be on another device.
-            self.kernels = self.kernels.to(device)
-            features = self.kernels.features
-            self.sums = torch.zeros(*heads, features, value_dim, device=device)
-            self.mass = torch.zeros(*heads, features, device=device)
+            self.features = self.features.to(device)
+            count = self.features.count
+            self.sums = torch.zeros(*heads, count, value_dim, device=device)
+            self.mass = torch.zeros(*heads, count, device=device)
 
     def fold(
         self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n e"], dropped: Bool[Tensor, "b h n"]
     ) -> None:
         """Add the rows named by `dropped`; each must come once."""
-        if self.kernels is None or not bool(dropped.any()):
+        if self.features is None or not bool(dropped.any()):
             return
         self.allocate(keys.shape[:2], values.shape[-1], keys.device)
         assert self.sums is not None and self.mass is not None
@@ -65,7 +65,7 @@ class Memory:
             rows = slice(start, start + _BLOCK)
             gone = dropped[:, :, rows, None]
             # What is not named is undefined, and 0 times a value that is NaN would still be NaN.
-            features = self.kernels.of_keys(keys[:, :, rows]).masked_fill(~gone, 0)
+            features = self.features.of_keys(keys[:, :, rows]).masked_fill(~gone, 0)
             self.sums += features.transpose(-1, -2) @ values[:, :, rows].float().masked_fill(~gone, 0)
             self.mass += features.sum(dim=2)
 
@@ -81,9 +81,9 @@ class Memory:
             output: of attention over the kept rows alone.
             lse: logarithm of its softmax's denominator.
         """
-        if self.kernels is None or self.sums is None or self.mass is None:
+        if self.features is None or self.sums is None or self.mass is None:
             return output
-        features = self.kernels.of_queries(query)
+        features = self.features.of_queries(query)
         mass = torch.einsum("bhgqr,bhr->bhgq", features, self.mass)
         sums = torch.einsum("bhgqr,bhre->bhgqe", features, self.sums)
         return blend(output.float(), lse, sums, mass).to(output.dtype)
@@ -95,7 +95,7 @@ class Memory:
             self.sums, self.mass = self.sums[indices], self.mass[indices]
 
     def to(self, device: torch.device) -> None:
-        """Move the state to another device; the kernels stay, they are shared by all caches."""
+        """Move the state to another device; the features stay, they are shared by all caches."""
         if self.sums is not None and self.mass is not None:
             self.sums, self.mass = self.sums.to(device), self.mass.to(device)
 
@@ -109,7 +109,7 @@ class Memory:
         """Take back what `state` gave."""
         if "less_sums" in state:
             self.sums, self.mass = state["less_sums"], state["less_mass"]
-            self.kernels = None if self.kernels is None else self.kernels.to(self.sums.device)
+            self.features = None if self.features is None else self.features.to(self.sums.device)
 
 
 def blend(

@@ -1,25 +1,71 @@
-"""Policies: one small file per rule or policy, found by the registry; a new one is one new file here."""
+"""Policies: one small file per rule or policy, found by the registry; a new one is one new file here.
 
-from headwise.policies.adakv import AdaKV
-from headwise.policies.auto import Auto
-from headwise.policies.base import Policy, Rule, Union
-from headwise.policies.expected_attention import ExpectedAttention
-from headwise.policies.fastgen import FastGen
-from headwise.policies.full import Full
-from headwise.policies.h2o import H2O
-from headwise.policies.keydiff import KeyDiff
-from headwise.policies.keynorm import KeyNorm
-from headwise.policies.kvzip import KVzip
-from headwise.policies.pyramidkv import PyramidKV
-from headwise.policies.random import Random
-from headwise.policies.recite import Recite
-from headwise.policies.registry import create_policy, list_policies, register
-from headwise.policies.scissorhands import Scissorhands
-from headwise.policies.scored import Evidence, Scored
-from headwise.policies.snapkv import SnapKV
-from headwise.policies.streamingllm import StreamingLLM
-from headwise.policies.tova import TOVA
-from headwise.policies.window import Window
+Names are imported from their modules at first use, so that words for policies can be looked at without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headwise.policies.adakv import AdaKV
+    from headwise.policies.auto import Auto
+    from headwise.policies.base import Policy, Rule, Union
+    from headwise.policies.evidence import Evidence
+    from headwise.policies.expected_attention import ExpectedAttention
+    from headwise.policies.fastgen import FastGen
+    from headwise.policies.full import Full
+    from headwise.policies.h2o import H2O
+    from headwise.policies.keydiff import KeyDiff
+    from headwise.policies.keynorm import KeyNorm
+    from headwise.policies.kvzip import KVzip
+    from headwise.policies.less import Less
+    from headwise.policies.peak_attention import PeakAttention
+    from headwise.policies.pyramidkv import PyramidKV
+    from headwise.policies.quantized import Quantized
+    from headwise.policies.random import Random
+    from headwise.policies.registry import create_policy, list_policies, register
+    from headwise.policies.scissorhands import Scissorhands
+    from headwise.policies.scored import Scored
+    from headwise.policies.snapkv import SnapKV
+    from headwise.policies.streamingllm import StreamingLLM
+    from headwise.policies.tova import TOVA
+    from headwise.policies.window import Window
+
+# Where each name is defined.
+HOMES = {
+    "AdaKV": "adakv",
+    "Auto": "auto",
+    "Evidence": "evidence",
+    "ExpectedAttention": "expected_attention",
+    "FastGen": "fastgen",
+    "Full": "full",
+    "H2O": "h2o",
+    "KVzip": "kvzip",
+    "KeyDiff": "keydiff",
+    "KeyNorm": "keynorm",
+    "Less": "less",
+    "PeakAttention": "peak_attention",
+    "Policy": "base",
+    "PyramidKV": "pyramidkv",
+    "Quantized": "quantized",
+    "Random": "random",
+    "Rule": "base",
+    "Scissorhands": "scissorhands",
+    "Scored": "scored",
+    "SnapKV": "snapkv",
+    "StreamingLLM": "streamingllm",
+    "TOVA": "tova",
+    "Union": "base",
+    "Window": "window",
+    "create_policy": "registry",
+    "list_policies": "registry",
+    "register": "registry",
+}
+
+# What classes were once called, in programs and in saved caches.
+FORMER_CLASSES = {"Recite": "PeakAttention"}
 
 __all__ = [
     "H2O",
@@ -33,10 +79,12 @@ __all__ = [
     "KVzip",
     "KeyDiff",
     "KeyNorm",
+    "Less",
+    "PeakAttention",
     "Policy",
     "PyramidKV",
+    "Quantized",
     "Random",
-    "Recite",
     "Rule",
     "Scissorhands",
     "Scored",
@@ -48,3 +96,11 @@ __all__ = [
     "list_policies",
     "register",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'headwise.policies' has no attribute {name!r}")
+    value = getattr(import_module(f"headwise.policies.{HOMES[name]}"), name)
+    globals()[name] = value
+    return value

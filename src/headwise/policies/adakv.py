@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from headwise.errors import ConfigurationError
+from headwise.policies.evidence import Evidence
 from headwise.policies.registry import create_policy, register
-from headwise.policies.scored import Evidence, Scored, across, highest
+from headwise.policies.scored import Scored, across, highest
 from headwise.policies.size import Size, check_size
-from headwise.types import Bool, Float, Tensor, Tokens
+from headwise.policies.tokens import Tokens
+from headwise.types import Bool, Float, Tensor
 
 
 @register("adakv")
@@ -38,7 +40,7 @@ class AdaKV(Scored):
     @cached_property
     def _scorer(self) -> Scored:
         scorer = create_policy(self.over, keep=self.keep) if isinstance(self.over, str) else self.over
-        if not isinstance(scorer, Scored) or scorer.deferred:
+        if not isinstance(scorer, Scored) or scorer.needs_all_layers:
             raise ConfigurationError(f"adakv needs a policy that scores the tokens of one layer, got {self.over!r}")
         return scorer
 

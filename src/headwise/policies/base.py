@@ -7,41 +7,40 @@ them. A rule alone is a policy that leaves nothing to choose; `a | b` keeps what
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
 import torch
 
 from headwise.errors import ConfigurationError
+from headwise.policies.choice import Choice, FormatLoss, PromptSummary, Selection, cheapest_rungs
+from headwise.policies.evidence import Evidence
 from headwise.policies.size import Size, check_size
+from headwise.policies.tokens import Tokens
 from headwise.quant.formats import Precision
-from headwise.types import Bool, Int, Tensor, Tokens
+from headwise.types import Bool, Float, Int, Tensor
 
 Fact = Literal["kind", "score"]
 
-
-@dataclass(frozen=True)
-class Selection:
-    """How the rule of a head is chosen from its profile (FastGen, equation 1; readings named in `FastGen`)."""
-
-    recovery: int | float | None
-    keep: Size | None
-    last_rows: int | None
-    fold: Literal["min", "mean"]
-    criterion: Literal["mass", "l1"]
-
-    @property
-    def threshold(self) -> float:
-        """Retained mass that is enough, where it is given."""
-        recovery = float(self.recovery or 0)
-        return (1 + recovery) / 2 if self.criterion == "l1" else recovery
+# What policies override, by former names.
+_RENAMED_HOOKS = {"deferred": "needs_all_layers", "reconstructs": "needs_repetition", "damage": "format_loss"}
 
 
 class Policy(ABC):
     """What may be kept, by which KV head. Subclasses are frozen dataclasses: configuration, never state."""
 
     name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **options: object) -> None:
+        """Let a policy that was written with former names of its hooks be called by their new ones."""
+        super().__init_subclass__(**options)
+        for former, name in _RENAMED_HOOKS.items():
+            if former in vars(cls):
+                warnings.warn(f"{cls.__name__}.{former} is now {name}", DeprecationWarning, stacklevel=2)
+                setattr(cls, name, vars(cls)[former])
 
     @property
     @abstractmethod
@@ -69,14 +68,49 @@ class Policy(ABC):
         return self
 
     @property
-    def deferred(self) -> bool:
+    def needs_all_layers(self) -> bool:
         """Whether a layer waits for all the others before it is compacted; the peak is then the full cache."""
         return False
+
+    @property
+    def needs_evidence(self) -> bool:
+        """Whether `assess` looks at what a layer holds at the end of the prompt."""
+        return False
+
+    @property
+    def needs_repetition(self) -> bool:
+        """Whether the model is to repeat the prompt before anything is chosen."""
+        return False
+
+    @property
+    def gates(self) -> bool | str:
+        """Gates that predict the repetition: False for none, True for those that come with headwise, or a folder."""
+        return False
+
+    @property
+    def query_rows(self) -> int | None:
+        """How many of the newest queries the evidence must have; None for all of them."""
+        return 0
 
     @property
     def precision(self) -> Precision | None:
         """How older rows are stored; None where all of them stay exact."""
         return None
+
+    def assess(self, evidence: Evidence) -> tuple[Float[Tensor, "b h t"] | None, FormatLoss | None]:
+        """What each token is worth, and what formats cost; None where the policy does not choose by that.
+
+        Called where it `needs_evidence`.
+        """
+        return None, None
+
+    def choose(self, layers: Sequence[PromptSummary]) -> list[Choice]:
+        """The rule of every head, and the tokens that stay where they are chosen by score.
+
+        Args:
+            layers: one, or all of them where the policy `needs_all_layers`.
+        """
+        return cheapest_rungs(self.selection, layers)
 
     def with_keep(self, keep: Size) -> Policy:
         """The same policy with room for so many tokens per KV head: a count, or a fraction of the prompt.
@@ -138,6 +172,16 @@ class Rule(Policy):
     def evicts(self) -> bool:
         """Whether the rule may drop tokens after the prompt."""
         return True
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether it never drops anything: enough by definition, not by a sum of floats."""
+        return False
+
+    @property
+    def chosen_once(self) -> bool:
+        """Whether it keeps what was chosen of the prompt by other means than its formula."""
+        return False
 
     @abstractmethod
     def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:

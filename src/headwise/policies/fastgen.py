@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import Literal
 
 from headwise.errors import ConfigurationError
-from headwise.policies.base import Policy, Rule, Selection, check_choice, check_switch, check_target
+from headwise.policies.base import Policy, Rule, check_choice, check_switch, check_target
+from headwise.policies.choice import Selection
 from headwise.policies.frequent import Frequent
 from headwise.policies.full import Full
 from headwise.policies.punctuation import Punctuation
@@ -88,7 +89,7 @@ class FastGen(Policy):
         check_choice("rows", self.rows, ("mean", "last"))
         check_choice("fold", self.fold, ("min", "mean"))
         check_choice("criterion", self.criterion, ("mass", "l1"))
-        if not any(isinstance(rung, Full) for rung in self.rungs):
+        if not any(rung.keeps_all for rung in self.rungs):
             raise ConfigurationError('the ladder must have "full" for heads that no cheaper rung serves')
 
     @cached_property
@@ -103,7 +104,7 @@ class FastGen(Policy):
         return Selection(self.recovery, self.keep, last_rows, self.fold, self.criterion)
 
     @property
-    def deferred(self) -> bool:
+    def needs_all_layers(self) -> bool:
         """A budget is the model's."""
         return self.keep is not None
 

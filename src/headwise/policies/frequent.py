@@ -8,7 +8,8 @@ from typing import Literal
 from headwise.policies.base import Fact, Rule, check_choice, check_switch
 from headwise.policies.registry import register
 from headwise.policies.size import Size, check_size, quota_tokens
-from headwise.types import Bool, Tensor, Tokens
+from headwise.policies.tokens import Tokens
+from headwise.types import Bool, Tensor
 
 
 @register("frequent")

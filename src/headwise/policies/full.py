@@ -8,7 +8,8 @@ import torch
 
 from headwise.policies.base import Rule
 from headwise.policies.registry import register
-from headwise.types import Bool, Tensor, Tokens
+from headwise.policies.tokens import Tokens
+from headwise.types import Bool, Tensor
 
 
 @register("full")
@@ -20,6 +21,11 @@ class Full(Rule):
     def evicts(self) -> bool:
         """Never."""
         return False
+
+    @property
+    def keeps_all(self) -> bool:
+        """Always."""
+        return True
 
     def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
         """Everything."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from headwise.policies.evidence import Evidence
 from headwise.policies.registry import register
-from headwise.policies.scored import Evidence, Scored
+from headwise.policies.scored import Scored
 from headwise.policies.size import Size
 from headwise.types import Float, Tensor
 

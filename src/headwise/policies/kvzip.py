@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+from headwise.policies.evidence import Evidence
 from headwise.policies.registry import register
-from headwise.policies.scored import Evidence, Repeated, check_gate
+from headwise.policies.scored import RepetitionScored, check_gate
 from headwise.policies.size import Size, check_count
 from headwise.types import Float, Tensor
 
 
 @register("kvzip")
 @dataclass(frozen=True)
-class KVzip(Repeated):
+class KVzip(RepetitionScored):
     """Keeps what was looked at while the model repeated the prompt (Kim et al., NeurIPS 2025, section 3).
 
     arXiv 2505.23416. A token's score is the largest attention it received from any query of its group; the budget
@@ -39,6 +40,6 @@ class KVzip(Repeated):
 
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """Largest attention while repeating."""
-        assert evidence.reconstruction is not None
+        assert evidence.repetition_peaks is not None
         sinks = evidence.position < self.sinks
-        return torch.where(sinks, torch.inf, evidence.reconstruction)
+        return torch.where(sinks, torch.inf, evidence.repetition_peaks)

@@ -10,8 +10,7 @@ from typing import ClassVar
 from torch import nn
 
 from headwise.less.checkpoint import check_kernels, load_kernels, shipped_kernels
-from headwise.less.features import LayerKernels, LessKernels
-from headwise.policies.base import Policy
+from headwise.less.features import LayerFeatures, LessKernels
 from headwise.policies.wrapper import Wrapper
 
 
@@ -68,7 +67,7 @@ class Less(Wrapper):
         return loaded
 
     @property
-    def layers(self) -> Mapping[int, LayerKernels]:
+    def layers(self) -> Mapping[int, LayerFeatures]:
         """The kernels by layer, once they are loaded."""
         return self.kernels.layers if isinstance(self.kernels, LessKernels) else {}
 
@@ -77,18 +76,3 @@ class Less(Wrapper):
         """Whether the kernels, once loaded, have seen what a policy of this kind evicts."""
         known = self.kernels.about.get("policies", ()) if isinstance(self.kernels, LessKernels) else ()
         return any(spec.partition(":")[0] == self.chooser.name for spec in known)
-
-
-def load_less(policy: Policy, model: nn.Module) -> tuple[Policy, Less | None]:
-    """A policy with its kernels read, wherever among its wrappers LESS stands, and LESS itself.
-
-    Raises:
-        InputError, MismatchError: as `Less.load`.
-    """
-    if isinstance(policy, Less):
-        loaded = policy.load(model)
-        return loaded, loaded
-    if not isinstance(policy, Wrapper):
-        return policy, None
-    inner, less = load_less(policy.policy, model)
-    return (policy if less is None else replace(policy, policy=inner)), less

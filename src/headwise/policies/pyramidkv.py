@@ -9,7 +9,8 @@ import torch
 from headwise.policies.registry import register
 from headwise.policies.size import check_count, quota_tokens
 from headwise.policies.snapkv import SnapKV
-from headwise.types import Int, Tensor, Tokens
+from headwise.policies.tokens import Tokens
+from headwise.types import Int, Tensor
 
 
 @register("pyramidkv")

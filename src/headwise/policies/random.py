@@ -10,7 +10,8 @@ from headwise.errors import ConfigurationError
 from headwise.policies.base import Policy, Rule
 from headwise.policies.registry import register
 from headwise.policies.size import Size, check_size, quota_tokens
-from headwise.types import Bool, Float, Int, Tensor, Tokens
+from headwise.policies.tokens import Tokens
+from headwise.types import Bool, Float, Int, Tensor
 
 # Odd constants of the SplitMix64 and golden-ratio families, as signed 64-bit integers.
 _MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import cache
@@ -15,11 +16,17 @@ from headwise.policies.base import Policy
 
 _POLICIES: dict[str, type[Policy]] = {}
 
+# What policies were once called -> what they are called now.
+_FORMER_NAMES: dict[str, str] = {}
+
 P = TypeVar("P", bound=type[Policy])
 
 
-def register(name: str) -> Callable[[P], P]:
+def register(name: str, *, former: str | None = None) -> Callable[[P], P]:
     """Class decorator that makes a policy known under `name`.
+
+    Args:
+        former: a name that it had, under which it can still be created.
 
     Raises:
         ConfigurationError: when another class has that name.
@@ -30,6 +37,8 @@ def register(name: str) -> Callable[[P], P]:
             raise ConfigurationError(f"policy {name!r} is registered twice: {_POLICIES[name]} and {policy}")
         policy.name = name
         _POLICIES[name] = policy
+        if former is not None:
+            _FORMER_NAMES[former] = name
         return policy
 
     return add
@@ -44,6 +53,15 @@ def list_policies() -> dict[str, type[Policy]]:
     return dict(sorted(_POLICIES.items()))
 
 
+def current_name(name: str) -> str:
+    """The name that a policy has now, where it once had another."""
+    list_policies()
+    if name not in _FORMER_NAMES:
+        return name
+    warnings.warn(f"policy {name!r} is now called {_FORMER_NAMES[name]!r}", DeprecationWarning, stacklevel=3)
+    return _FORMER_NAMES[name]
+
+
 def create_policy(name: str, **parameters: object) -> Policy:
     """The policy of that name.
 
@@ -51,7 +69,7 @@ def create_policy(name: str, **parameters: object) -> Policy:
         UnknownPolicyError: when there is none; the message names the nearest.
         ConfigurationError: when a parameter is unknown, missing or out of range.
     """
-    known = list_policies()
+    known, name = list_policies(), current_name(name)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
         raise UnknownPolicyError(f"unknown policy {name!r}; did you mean {' or '.join(near)}?")

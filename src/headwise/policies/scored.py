@@ -6,102 +6,18 @@ A policy of this kind is one method, `score`. It looks at the prompt once; what 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from headwise.errors import ConfigurationError
-from headwise.kernels.attention import causal, logits_of, probabilities, query_blocks
 from headwise.policies.base import Policy, Rule
+from headwise.policies.choice import Choice, FormatLoss, PromptSummary, first_rung
+from headwise.policies.evidence import Evidence
 from headwise.policies.size import Size, check_size, quota_tokens
-from headwise.types import Bool, Float, Int, LogitOptions, Tensor, Tokens
-
-# Rotates vectors `[b, h, n, d]` to the positions `[b, n]`, or back from them where the last argument is True.
-Rotation = Callable[[Tensor, Tensor, bool], Tensor]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What one layer holds at the end of the prompt.
-
-    Attributes:
-        query: of the newest q columns; as many as the policy asked for, or more.
-        mask: True where such a query sees a column; None means causal and no padding.
-        positions, real: of every column.
-        rotation: the model's rotary embedding; None where it has none that is known.
-        reconstruction: the largest attention that each token received while the model repeated the prompt, or what a
-            gate predicts of it; None where the policy did not ask for it.
-        row_bytes: of a row that is stored exactly.
-    """
-
-    query: Float[Tensor, "b h g q d"]
-    keys: Float[Tensor, "b h t d"]
-    values: Float[Tensor, "b h t e"]
-    mask: Bool[Tensor, "b q t"] | None
-    options: LogitOptions
-    positions: Int[Tensor, "b t"]
-    real: Bool[Tensor, "b t"]
-    rotation: Rotation | None
-    reconstruction: Float[Tensor, "b h t"] | None
-    row_bytes: int = 0
-
-    @property
-    def length(self) -> Int[Tensor, "b 1 1"]:
-        """Real tokens of each sequence."""
-        return self.real.sum(dim=1)[:, None, None]
-
-    @property
-    def position(self) -> Int[Tensor, "b 1 t"]:
-        """Of every column, for all heads."""
-        return self.positions[:, None, :]
-
-    def attention(self, rows: int) -> Iterator[Float[Tensor, "b h g r t"]]:
-        """Attention of the last real tokens over all columns, a few rows at a time; 0 for rows there are none of.
-
-        Args:
-            rows: how many in all; there are fewer where the prompt is shorter.
-        """
-        at, there = self._newest(rows)
-        group, dim = self.query.shape[2], self.query.shape[-1]
-        heads = self.keys.shape[1]
-        index = at[:, None, None, :, None].expand(-1, heads, group, -1, dim)
-        query, columns = self.query.gather(3, index), at + self.keys.shape[2] - self.query.shape[3]
-        for block in query_blocks(query, self.keys.shape[2]):
-            weights = logits_of(query[:, :, :, block], self.keys, self.options)
-            if self.mask is None:
-                visible = causal(columns[0, block], self.keys.shape[2])[None].expand(len(at), -1, -1)
-            else:
-                width = self.mask.shape[-1]
-                visible = self.mask.gather(1, at[:, block, None].expand(-1, -1, width))
-            visible = (visible & there[:, block, None])[:, None, None]
-            yield probabilities(weights, visible, self.options)
-
-    def mean_attention(self, rows: int) -> Float[Tensor, "b h g t"]:
-        """The mean over the last real tokens, or over as many as there are."""
-        total = sum(block.sum(dim=3) for block in self.attention(rows))
-        assert isinstance(total, Tensor)
-        return total / self.length.clamp(max=rows)[..., None]
-
-    def _newest(self, rows: int) -> tuple[Int[Tensor, "b r"], Bool[Tensor, "b r"]]:
-        """Index of the last real query rows of each sequence, in order, and whether there is one."""
-        real = self.real[:, -self.query.shape[3] :]
-        order = torch.arange(1, real.shape[1] + 1, device=real.device) * real
-        newest = order.topk(min(rows, real.shape[1]), dim=1).values.sort(dim=1).values
-        return (newest - 1).clamp(min=0), newest > 0
-
-
-@dataclass(frozen=True)
-class Damage:
-    """What it costs the heads of a layer to be stored in each of some formats, exact rows first.
-
-    Attributes:
-        losses: of accuracy, in the unit of the scores.
-        row_bytes: of a row.
-    """
-
-    losses: Float[Tensor, "formats b h"]
-    row_bytes: tuple[int, ...]
+from headwise.policies.tokens import Tokens
+from headwise.types import Bool, Float, Int, Tensor
 
 
 class Scored(Policy):
@@ -121,43 +37,43 @@ class Scored(Policy):
         return 0
 
     @property
-    def reconstructs(self) -> bool:
-        """Whether the model is to repeat the prompt before it is scored."""
-        return False
-
-    @property
     def rungs(self) -> tuple[Rule, ...]:
         """One rule for every head: what was chosen by score."""
         return (Chosen(),)
+
+    @property
+    def needs_evidence(self) -> bool:
+        """To score by."""
+        return True
 
     @abstractmethod
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """What a token is worth to its KV head, in fp32; of padding columns it may be anything but NaN."""
 
-    def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
-        """Which tokens stay, for each of the layers given: all of them where the policy is `deferred`, else one."""
-        return [highest(score, facts, self.quota(facts)) for score, facts in zip(scores, tokens, strict=True)]
-
-    def damage(self, evidence: Evidence) -> Damage | None:
+    def format_loss(self, evidence: Evidence) -> FormatLoss | None:
         """What formats cost, where the policy chooses among several for every head."""
         return None
 
-    def choose(
-        self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens], damages: Sequence[Damage]
-    ) -> tuple[list[Bool[Tensor, "b h t"]], list[Int[Tensor, "b h"]] | list[None]]:
-        """Which tokens stay, and the format of every head; None for the first that there is.
+    def assess(self, evidence: Evidence) -> tuple[Float[Tensor, "b h t"], FormatLoss | None]:
+        """Score and loss."""
+        return self.score(evidence).float(), self.format_loss(evidence)
 
-        Args:
-            damages: of the layers, where the policy gave them.
-        """
-        return self.select(scores, tokens), [None] * len(scores)
+    def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
+        """Which tokens stay, for each of the layers given: all where the policy `needs_all_layers`, else one."""
+        return [highest(score, facts, self.quota(facts)) for score, facts in zip(scores, tokens, strict=True)]
+
+    def choose(self, layers: Sequence[PromptSummary]) -> list[Choice]:
+        """What `select` names, under the one rule there is."""
+        scores = [layer.score for layer in layers if layer.score is not None]
+        chosen = self.select(scores, [layer.tokens for layer in layers])
+        return [Choice(first_rung(layer), tokens=tokens) for layer, tokens in zip(layers, chosen, strict=True)]
 
     def quota(self, tokens: Tokens) -> Int[Tensor, "b 1 1"]:
         """Tokens that a head of that layer may keep."""
         return quota_tokens(self.keep, tokens.prompt)
 
 
-class Repeated(Scored):
+class RepetitionScored(Scored):
     """Scores tokens by a repetition of the prompt, and keeps the best of the whole model.
 
     A gate, trained for the model, predicts what the repetition would find, and is almost free. Subclasses that offer it
@@ -167,14 +83,19 @@ class Repeated(Scored):
     gate: bool | str = False
 
     @property
-    def deferred(self) -> bool:
+    def needs_all_layers(self) -> bool:
         """The choice is made over all layers, and the prompt is repeated once they have it."""
         return True
 
     @property
-    def reconstructs(self) -> bool:
+    def needs_repetition(self) -> bool:
         """Unless a gate predicts what would be found."""
         return self.gate is False
+
+    @property
+    def gates(self) -> bool | str:
+        """As the field says."""
+        return self.gate
 
     def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
         """The best of the model."""
@@ -205,6 +126,11 @@ class Chosen(Rule):
     def evicts(self) -> bool:
         """Only from the prompt."""
         return False
+
+    @property
+    def chosen_once(self) -> bool:
+        """By the scores of the prompt."""
+        return True
 
     def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
         """What was chosen, where there was a choice."""

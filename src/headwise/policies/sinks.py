@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from headwise.policies.base import Rule
 from headwise.policies.registry import register
 from headwise.policies.size import check_count
-from headwise.types import Bool, Tensor, Tokens
+from headwise.policies.tokens import Tokens
+from headwise.types import Bool, Tensor
 
 
 @register("sinks")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from headwise.policies.base import Fact, Rule
 from headwise.policies.registry import register
-from headwise.types import Bool, Kind, Tensor, Tokens
+from headwise.policies.tokens import Tokens
+from headwise.types import Bool, Kind, Tensor
 
 
 @register("special")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headwise.policies.evidence import Evidence
 from headwise.policies.registry import register
-from headwise.policies.scored import Evidence, Scored, newest_first
+from headwise.policies.scored import Scored, newest_first
 from headwise.policies.size import Size
 from headwise.types import Float, Tensor
 

@@ -9,7 +9,8 @@ import torch
 from headwise.policies.base import Rule
 from headwise.policies.registry import register
 from headwise.policies.size import Size, check_count, check_size, window_tokens
-from headwise.types import Bool, Int, Tensor, Tokens
+from headwise.policies.tokens import Tokens
+from headwise.types import Bool, Int, Tensor
 
 
 @register("window")

@@ -1,4 +1,4 @@
-"""Spec: a policy as words, such as `h2o:heavy=0.25,recent=0.25` -> the policy; and back to plain values for JSON.
+"""Words: a policy as words, such as `h2o:heavy=0.25,recent=0.25` -> the policy; and back to plain values for JSON.
 
 Policies are imported when one is asked for: the command line answers `--help` without torch.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from headwise.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from headwise.policies import Policy
+    from headwise.policies.base import Policy
     from headwise.policies.less import Less
     from headwise.policies.quantized import Quantized
 
@@ -96,8 +96,9 @@ def build_policy(
         UnknownPolicyError: when there is none; the message names the nearest.
         ConfigurationError: for an unknown, missing, repeated or unreadable parameter, or one out of range.
     """
-    from headwise.policies import create_policy, list_policies
+    from headwise.policies.registry import create_policy, current_name, list_policies
 
+    name = current_name(name)
     known = list_policies().get(name)
     hints = get_type_hints(known) if known is not None else {}
     accepted = {field.name: field for field in fields(known) if field.init} if known is not None else {}  # type: ignore[arg-type]  # policies are dataclasses
@@ -140,7 +141,7 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
 
 def plain(value: object) -> Any:
     """A parameter's value as JSON can hold it: rules become their labels."""
-    from headwise.policies import Policy, Rule
+    from headwise.policies.base import Policy, Rule
 
     if isinstance(value, Rule):
         return value.label

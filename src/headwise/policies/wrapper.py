@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from headwise.errors import ConfigurationError
-from headwise.policies.base import Fact, Policy, Rule, Selection
+from headwise.policies.base import Policy, Rule
 from headwise.policies.size import Size
 from headwise.quant.formats import Precision
 
@@ -38,28 +38,8 @@ class Wrapper(Policy):
 
     @property
     def rungs(self) -> tuple[Rule, ...]:
-        """Those of the policy."""
+        """Those of the policy. All else that is asked of a policy that chooses is asked of `chooser`."""
         return self.policy.rungs
-
-    @property
-    def selection(self) -> Selection | None:
-        """That of the policy."""
-        return self.policy.selection
-
-    @property
-    def profile_rows(self) -> Size:
-        """Those of the policy."""
-        return self.policy.profile_rows
-
-    @property
-    def deferred(self) -> bool:
-        """As the policy is."""
-        return self.policy.deferred
-
-    @property
-    def facts(self) -> frozenset[Fact]:
-        """What the policy looks at."""
-        return self.policy.facts
 
     def with_keep(self, keep: Size) -> Policy:
         """With another budget for the rows.

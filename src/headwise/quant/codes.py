@@ -7,12 +7,14 @@ from functools import lru_cache
 
 import torch
 
-from headwise.store.rows import STEP_DTYPE
 from headwise.types import Float, Tensor, UInt8
+
+# Of what codes are read by.
+STEP_DTYPE = torch.float16
 
 
 @lru_cache(maxsize=64)
-def rotation(dim: int, device: torch.device) -> Float[Tensor, "dim dim"]:
+def hadamard(dim: int, device: torch.device) -> Float[Tensor, "dim dim"]:
     """An orthogonal matrix, in fp32, with which a few large channels are spread over all of them.
 
     Rows of keys have channels many times larger than the others, which would set the step for all of them. After a
@@ -41,7 +43,7 @@ def encode(
         group: channels in a group; divides d.
 
     Returns:
-        the bytes, and the steps and least numbers of the groups; see `Packing`.
+        the bytes, and the steps and least numbers of the groups; see `headwise.kernels.interface.Coding`.
     """
     grouped = rows.float().unflatten(-1, (-1, group))
     low, high = grouped.aminmax(dim=-1)
@@ -51,11 +53,11 @@ def encode(
     # Where there is nothing to tell apart, every code reads as the least number.
     spread = step.where(step > 0, 1).float()[..., None]
     codes = ((grouped - low.float()[..., None]) / spread).round().clamp(0, 2**bits - 1)
-    packed = codes.flatten(-2).to(torch.uint8)
+    coded = codes.flatten(-2).to(torch.uint8)
     if bits == 4:
-        first, second = packed.chunk(2, dim=-1)
-        packed = first | (second << 4)
-    return packed, torch.cat([step, low], dim=-1)
+        first, second = coded.chunk(2, dim=-1)
+        coded = first | (second << 4)
+    return coded, torch.cat([step, low], dim=-1)
 
 
 def decode(codes: UInt8[Tensor, "*n c"], steps: Float[Tensor, "*n steps"], bits: int) -> Float[Tensor, "*n d"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headwise.errors import ConfigurationError
-from headwise.store.rows import COLUMN_BYTES, STEP_DTYPE
 
 _BITS = (4, 8)
 
@@ -52,13 +51,6 @@ class RowFormat:
         if dim % 2 and 4 in (self.key_bits, self.value_bits):
             raise ConfigurationError(f"codes of 4 bits come in pairs, and a head has {dim} channels; take 8 bits")
         return group
-
-    def row_bytes(self, key_dim: int, value_dim: int) -> int:
-        """Bytes of a row: codes, steps and its column."""
-        total = COLUMN_BYTES
-        for bits, dim in ((self.key_bits, key_dim), (self.value_bits, value_dim)):
-            total += dim * bits // 8 + 2 * dim // self.group_of(dim) * STEP_DTYPE.itemsize
-        return total
 
 
 @dataclass(frozen=True)

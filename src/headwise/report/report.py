@@ -55,27 +55,28 @@ class LayerReport:
     @classmethod
     def of(cls, layer: LayerCache) -> LayerReport:
         """A compressed layer."""
-        kept, kernels = layer.kept_tokens, layer.memory.kernels
-        weight_bytes = 0 if kernels is None else kernels.nbytes
+        kept, features = layer.kept_tokens, layer.evicted.features
+        weight_bytes = 0 if features is None else features.nbytes
         if kept is None:
             return cls(0, 0, 0, weight_bytes=weight_bytes)
         plan = layer.plan
         labels = (_UNCHOSEN,) if plan is None else tuple(rung.label for rung in plan.rungs)
         choice = np.zeros(tuple(kept.shape), dtype=int) if plan is None else plan.choice.cpu().numpy()
-        selection = layer.policy.selection
+        selection = layer.config.policy.selection
         budgeted = plan is not None and selection is not None and selection.keep is not None
-        profiled = plan is not None and layer.prompt.rows_read and plan.prompt.numel()
+        rows_read = layer.prompt.observations.rows_read
+        profiled = plan is not None and rows_read and plan.prompt.numel()
         return cls(
             used_bytes=layer.used_bytes,
             allocated_bytes=storage_bytes(layer.tensors()),
-            full_bytes=kept.numel() * layer.seen * layer.row_bytes,
+            full_bytes=kept.numel() * layer.seen * layer.full_row_bytes,
             kept_tokens=kept.cpu(),
             rules=np.array(labels)[choice],
             rungs=labels,
             recovered=None if plan is None or plan.recovered is None else plan.recovered.cpu(),
-            sampled=min(1.0, layer.prompt.rows_read / max(1, int(plan.prompt.max()))) if plan and profiled else None,
+            sampled=min(1.0, rows_read / max(1, int(plan.prompt.max()))) if plan and profiled else None,
             found=plan.threshold.clamp(max=1).cpu() if plan and budgeted and plan.threshold is not None else None,
-            memory_bytes=layer.memory_bytes,
+            memory_bytes=layer.evicted_bytes,
             weight_bytes=weight_bytes,
             formats=None if layer.store is None else layer.store.format_names(),
         )

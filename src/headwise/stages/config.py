@@ -1,40 +1,57 @@
-"""Settings: the options of a cache, as all of its layers share them."""
+"""Config: how a cache works, whatever its policy -> the options that its layers share, and those of each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from headwise.gate.gate import LayerGate
-from headwise.kernels import Kernels
-from headwise.policies.scored import Rotation
+from headwise.kernels.interface import Kernels
+from headwise.less.features import LayerFeatures
+from headwise.policies.base import Policy
 from headwise.quant.formats import Precision
+from headwise.types import Rotation
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a cache works, whatever its policy.
+class CacheConfig:
+    """What all layers of a cache have in common.
 
     Attributes:
+        kernels: what reads and writes the pages.
         page_size: rows in a page.
         prompt_columns: columns of the prompt, where it arrives in several passes; None: the first pass is all.
-        kernels: what reads and writes the pages.
         evict_every: new columns between two evictions; 1 applies the rules after every token.
         layers: of the model.
-        rotation: its rotary embedding, for policies that look through it; None where it is not known.
         dtype: of exact rows; None for what the model computes in.
-        gates: by layer, for policies whose scores are predicted.
         precision: how older rows are stored; None keeps all of them exact.
     """
 
-    page_size: int
-    prompt_columns: int | None
     kernels: Kernels
-    evict_every: int
+    page_size: int = 16
+    prompt_columns: int | None = None
+    evict_every: int = 16
     layers: int = 1
-    rotation: Rotation | None = None
-    gates: Mapping[int, LayerGate] = field(default_factory=dict)
     dtype: torch.dtype | None = None
     precision: Precision | None = None
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What one compressed layer does.
+
+    Attributes:
+        index: of the layer, among all layers of the model.
+        policy: what each head may keep: one that chooses, not a wrapper.
+        rotation: the layer's rotary embedding, for policies that look through it; None where it is not known.
+        gate: of the layer, where scores are predicted.
+        features: of LESS, where what is evicted is remembered.
+    """
+
+    index: int
+    policy: Policy
+    cache: CacheConfig
+    rotation: Rotation | None = None
+    gate: LayerGate | None = None
+    features: LayerFeatures | None = None

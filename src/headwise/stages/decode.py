@@ -2,12 +2,87 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
-from headwise.kernels import Kernels
 from headwise.kernels.attention import query_blocks
+from headwise.kernels.interface import Decoded, DecodeRequest, Kernels
+from headwise.less.state import EvictedState
+from headwise.store.rows import Rows
 from headwise.store.store import RowStore
-from headwise.types import Bool, Decoded, Float, LogitOptions, Tensor
+from headwise.types import Bool, Float, Int, LogitOptions, Tensor
+
+
+@dataclass
+class Pass:
+    """Tokens of one forward pass.
+
+    Attributes:
+        mask: True where a query may see a column; None means causal and no padding.
+        mass: on the kept rows and on one another, where a rule ranks by it and they were decoded over a store.
+    """
+
+    query: Float[Tensor, "b h g q d"]
+    keys: Float[Tensor, "b h q d"]
+    values: Float[Tensor, "b h q e"]
+    mask: Bool[Tensor, "b q t"] | None
+    options: LogitOptions
+    mass: tuple[Float[Tensor, "b h q n"], Float[Tensor, "b h q f"]] | None = None
+
+    def cut(self, kept: int) -> None:
+        """Leave out all but the first tokens."""
+        self.query = self.query[:, :, :, :kept]
+        self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor it holds on to, but for the mask, which all layers share."""
+        return [self.keys, self.values, self.query, *(self.mass or ())]
+
+    def received(self, real: Bool[Tensor, "b q"] | None) -> tuple[Tensor | None, Tensor | None]:
+        """What its tokens add to the scores of kept rows, and give one another; None where nothing is scored."""
+        if self.mass is None:
+            return None, None
+        (on_kept, on_fresh), kept = self.mass, self.keys.shape[2]
+        return received(on_kept[:, :, :kept], real), received(on_fresh[:, :, :kept, :kept], real)
+
+
+def decode_pass(
+    current: Pass, store: RowStore, evicted: EvictedState, *, with_mass: bool, kernels: Kernels
+) -> Float[Tensor, "b h g q e"]:
+    """Attend with new tokens over the store, what is remembered of evicted rows, and themselves.
+
+    The same in a pass of any kind and in a step that is captured.
+    """
+    current.keys, current.values = store.stored(current.keys, current.values)
+    rows = current.keys, current.values
+    decoded = decode(current.query, store, *rows, current.mask, current.options, with_mass=with_mass, kernels=kernels)
+    if decoded.on_kept is not None and decoded.on_fresh is not None:
+        current.mass = decoded.on_kept, decoded.on_fresh
+    return evicted.merge(current.query, decoded.output.to(current.query.dtype), decoded.lse)
+
+
+def append_pass(
+    current: Pass, columns: Int[Tensor, " q"], real: Bool[Tensor, "b q"] | None, store: RowStore, kernels: Kernels
+) -> None:
+    """Take the rows of a pass into the store, and what its tokens looked at into the scores.
+
+    Args:
+        columns: of its tokens.
+        real: which of them are no padding; None where all are.
+    """
+    increments, scores = current.received(real)
+    store.append(current.keys, current.values, columns, real, scores, increments, kernels)
+
+
+def fresh_rows(current: Pass, columns: Int[Tensor, " q"], real: Bool[Tensor, "b q"] | None, store: RowStore) -> Rows:
+    """The rows of a pass beside the store, where it is to be seen first which of them stay; scores as `append_pass`."""
+    increments, scores = current.received(real)
+    if increments is not None:
+        store.add_scores(increments)
+    spread = columns.expand(*current.keys.shape[:2], -1)
+    written = torch.ones_like(spread, dtype=torch.bool) if real is None else real[:, None].expand_as(spread)
+    return Rows.of(current.keys, current.values, spread, scores, written)
 
 
 def decode(
@@ -28,25 +103,22 @@ def decode(
         with_mass: whether to return the probabilities; they take q x (n + f) numbers per KV head.
     """
     queries, fresh = query.shape[3], fresh_keys.shape[2]
-    pages = store.view()
+    request = DecodeRequest(query, store.view(), fresh_keys, fresh_values, mask, options, with_mass)
     blocks = list(query_blocks(query, store.longest + fresh))
     if len(blocks) == 1:
-        return kernels.ragged_decode(query, pages, fresh_keys, fresh_values, mask, options, with_mass=with_mass)
+        return kernels.ragged_decode(request)
     parts = []
     for block in blocks:
         # Without a mask a query sees the fresh rows up to its own, which is the last that its block is given.
         upto = fresh if mask is not None else fresh - queries + block.stop
-        parts.append(
-            kernels.ragged_decode(
-                query[:, :, :, block],
-                pages,
-                fresh_keys[:, :, :upto],
-                fresh_values[:, :, :upto],
-                None if mask is None else mask[:, block],
-                options,
-                with_mass=with_mass,
-            )
+        part = replace(
+            request,
+            query=query[:, :, :, block],
+            fresh_keys=fresh_keys[:, :, :upto],
+            fresh_values=fresh_values[:, :, :upto],
+            mask=None if mask is None else mask[:, block],
         )
+        parts.append(kernels.ragged_decode(part))
     return _joined(parts, fresh)
 
 

@@ -1,88 +1,66 @@
-"""Layer: queries, keys and values of one attention layer, pass by pass -> its attention output.
+"""Layer: queries, keys and values of one attention layer, pass by pass -> its attention output; runs stages 1/7 to 6/7.
 
-Runs the stages for one layer: prefill, profile, plan and store for the prompt; decode and evict for what follows.
-Knows nothing of transformers.
+Prefill, profile, plan and store for the prompt; decode and evict for what follows. Knows nothing of who runs the model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 
+from headwise.contract import LayerShape
 from headwise.errors import CacheStateError
-from headwise.kernels.attention import dense_attention
-from headwise.less.features import LayerKernels
-from headwise.less.state import Memory
-from headwise.policies.base import Policy
-from headwise.stages.config import Settings
-from headwise.stages.decode import decode, received
+from headwise.less.state import EvictedState
+from headwise.stages.compact import Prompt, compact
+from headwise.stages.config import LayerConfig
+from headwise.stages.decode import Pass, append_pass, decode_pass, fresh_rows
 from headwise.stages.evict import evict
 from headwise.stages.plan import Plan
-from headwise.stages.prompt import Prompt, compact
-from headwise.stages.token_log import Transcript
+from headwise.stages.token_log import TokenLog
 from headwise.store.rows import Rows
-from headwise.store.store import RowStore, add_on_codes
+from headwise.store.store import RowStore
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
-
-
-@dataclass
-class _Pass:
-    """Tokens of one forward pass that are attended to but not settled: a part of them may be taken back."""
-
-    query: Float[Tensor, "b h g q d"]
-    keys: Float[Tensor, "b h q d"]
-    values: Float[Tensor, "b h q e"]
-    mask: Bool[Tensor, "b q t"] | None
-    options: LogitOptions
-    # Mass on the kept rows and on the fresh ones, where a rule ranks by it.
-    mass: tuple[Float[Tensor, "b h q n"], Float[Tensor, "b h q f"]] | None = None
 
 
 class LayerCache:
     """The compressed cache of one attention layer.
 
     Args:
-        index: of the layer.
-        policy: what each head may keep.
-        transcript: shared by the layers of a cache.
-        settings: shared by the layers of a cache.
-        kernels: of LESS, for what is evicted to be remembered; None for forgetting it.
+        config: of the layer.
+        log: of the tokens, shared by the layers of a cache.
+
+    Attributes:
+        prompt: on its way; what it has taken of time stays there.
+        plan, store: None until the prompt is in.
+        evicted: what LESS remembers of rows that went.
+        full_row_bytes: bytes of a key and its value, what a full cache holds per token and head.
+        repetition_chunk: columns of the prompt that the model is repeating, while it does.
+        captured_column: of the new token, while a step is captured and replayed (`stages/capture.py`).
     """
 
-    def __init__(
-        self,
-        index: int,
-        policy: Policy,
-        transcript: Transcript,
-        settings: Settings,
-        kernels: LayerKernels | None = None,
-    ) -> None:
-        self.index = index
-        self.policy = policy
-        self.transcript = transcript
-        self.settings = settings
-        self.memory = Memory(kernels)
+    def __init__(self, config: LayerConfig, log: TokenLog) -> None:
+        self.config, self.log = config, log
+        self.evicted = EvictedState(config.features)
         self.recording = False
-        # Columns of the prompt that the model is repeating, while it does.
-        self.repeated: slice | None = None
-        self._device = torch.device("cpu")
-        # Bytes of a key and its value, what a full cache holds per token and head.
-        self.row_bytes = 0
+        self.repetition_chunk: slice | None = None
+        self.full_row_bytes = 0
         self.reset()
+
+    @property
+    def index(self) -> int:
+        """Of the layer, among all layers of the model."""
+        return self.config.index
 
     def reset(self) -> None:
         """Forget everything, ready for another prompt."""
         self.seen = 0
-        self.prompt = Prompt(self.index, self.policy, self.transcript, self.settings, self.memory)
-        self.memory.reset()
+        self.prompt = Prompt(self.config, self.log, self.evicted)
+        self.evicted.reset()
         self.plan: Plan | None = None
         self.store: RowStore | None = None
         # Columns seen when the rules were last applied.
         self._evicted_at = 0
-        self._unsettled: _Pass | None = None
-        # Column of the new token, where the step is captured and replayed.
-        self._captured: Int[Tensor, " 1"] | None = None
+        self._pending: Pass | None = None
+        self.captured_column: Int[Tensor, " 1"] | None = None
 
     def attend(
         self,
@@ -101,80 +79,39 @@ class LayerCache:
         Raises:
             InputError: when the policy needs the kinds of tokens and has not been given them.
         """
-        if self._captured is not None:
-            return self._attend_captured(query, keys, values, options, self._captured)
-        if self.repeated is not None:
-            return self.prompt.repeat(query, keys, values, mask, options, self.repeated)
-        if self._unsettled is not None:
-            self._settle(0)
+        if self.captured_column is not None and self.store is not None:
+            # Nothing here may depend on a number that the host would have to know: what is kept is real.
+            step = Pass(query, keys, values, None, options)
+            output = self._decode(step)
+            append_pass(step, self.captured_column, None, self.store, self.config.cache.kernels)
+            return output
+        if self.repetition_chunk is not None:
+            return self.prompt.repeat(query, keys, values, mask, options, self.repetition_chunk)
+        self.accept()
         batch, _, count, _ = keys.shape
-        self._device = keys.device
-        self.row_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
-        if self.transcript.columns == self.seen:
+        self.full_row_bytes = LayerShape(1, keys.shape[-1], values.shape[-1]).token_bytes(keys.dtype)
+        if self.log.columns == self.seen:
             real = None if mask is None else mask.diagonal(self.seen, -2, -1)
-            self.transcript.extend(batch, count, real, keys.device)
+            self.log.extend(batch, count, real, keys.device)
         self.seen += count
-        keys, values = keys.detach(), values.detach()
-        current = _Pass(query.detach(), keys, values, mask, options)
-        if self.store is None or self.plan is None:
-            keys, values = self.prompt.with_earlier(keys, values)
-            output = dense_attention(query, keys, values, mask, options)
+        current = Pass(query.detach(), keys.detach(), values.detach(), mask, options)
+        if self.store is None:
+            output = self.prompt.rows.attend(query, current.keys, current.values, mask, options)
         else:
-            scored, kernels = self.plan.scored, self.settings.kernels
-            keys, values = self.store.stored(keys, values)
-            current.keys, current.values = keys, values
-            decoded = decode(query, self.store, keys, values, mask, options, with_mass=scored, kernels=kernels)
-            output = self.memory.merge(query, decoded.output.to(query.dtype), decoded.lse)
-            if decoded.on_kept is not None and decoded.on_fresh is not None:
-                current.mass = decoded.on_kept, decoded.on_fresh
+            output = self._decode(current)
             # The mask is shared by all layers and needed no more.
             current.mask = None
-        self._unsettled = current
+        self._pending = current
         if not self.recording:
-            self._settle(0)
+            self.accept()
         return output
 
-    def take(self, plan: Plan, store: RowStore) -> None:
-        """Go on with what was chosen from the prompt."""
+    def go_on_with(self, plan: Plan, store: RowStore) -> None:
+        """Take over what was chosen from the prompt."""
         self.plan, self.store = plan, store
         self._evicted_at = self.seen
 
-    def begin_capture(self, column: Int[Tensor, " 1"], room: int) -> None:
-        """From now on every pass is one token, and its work the same operations on the same memory.
-
-        Args:
-            column: of the new token; on the device, because it differs from step to step.
-            room: tokens until `end_capture`.
-
-        Raises:
-            CacheStateError: before the whole prompt is in.
-        """
-        self.settle()
-        if self.store is None:
-            raise CacheStateError("a step can be captured once the prompt is in")
-        self.store.reserve(room)
-        self.store.freeze(True)
-        # What is folded in between two replays must be read by the next.
-        self.memory.allocate(self.store.lengths.shape, self.store.value_dim, self.store.device)
-        self._captured = column
-
-    def end_capture(self) -> None:
-        """Back to passes of any kind."""
-        self._captured = None
-        if self.store is not None:
-            self.store.freeze(False)
-
-    def advance(self, spare: int) -> None:
-        """Take note that a captured step was replayed, and apply the rules where that is due.
-
-        Args:
-            spare: tokens until `end_capture`.
-        """
-        assert self.store is not None and self.plan is not None
-        self.seen += 1
-        self.store.count(1)
-        if self.plan.evicts and self.seen - self._evicted_at >= self.settings.evict_every:
-            self._evict(None, spare)
+    # Taking back.
 
     def take_back(self, count: int) -> None:
         """Remove the newest tokens.
@@ -185,8 +122,8 @@ class LayerCache:
             CacheStateError: when the state without those tokens is no longer known.
         """
         self.check_take_back(count)
-        if self._unsettled is not None:
-            self._settle(count)
+        if self._pending is not None:
+            self.accept(but=count)
         elif count:
             self.seen -= count
             if self.store is not None:
@@ -199,19 +136,18 @@ class LayerCache:
         Raises:
             CacheStateError: when the state without those tokens is no longer known.
         """
-        if self._unsettled is not None:
-            if count > self._unsettled.keys.shape[2]:
-                raise CacheStateError(
-                    f"cannot remove {count} tokens: only the {self._unsettled.keys.shape[2]} of the last pass can go"
-                )
+        if self._pending is not None:
+            there = self._pending.keys.shape[2]
+            if count > there:
+                raise CacheStateError(f"cannot remove {count} tokens: only the {there} of the last pass can go")
             return
         if count == 0:
             return
         if count > self.seen:
             raise CacheStateError(f"cannot remove {count} tokens from a cache that has seen {self.seen}")
-        if self.prompt.begun:
+        if self.prompt.rows.begun:
             raise CacheStateError("cannot remove tokens while the prompt is still coming in")
-        beyond = self.plan is not None and self.plan.settled and self.seen - count < self._evicted_at
+        beyond = self.plan is not None and self.plan.chosen_once and self.seen - count < self._evicted_at
         if beyond or not self.restorable:
             raise CacheStateError(
                 f"cannot remove {count} tokens: rules have evicted or ranked tokens with them in view, and what is "
@@ -221,12 +157,26 @@ class LayerCache:
     @property
     def restorable(self) -> bool:
         """Whether `take_back` restores the exact state: true until a prompt comes in parts, a rule evicts or ranks."""
-        return not self.prompt.begun and (self.plan is None or not (self.plan.evicts or self.plan.scored))
+        return not self.prompt.rows.begun and (self.plan is None or not (self.plan.evicts or self.plan.scored))
 
-    def settle(self) -> None:
-        """Accept every token of the last pass."""
-        if self._unsettled is not None:
-            self._settle(0)
+    def accept(self, but: int = 0) -> None:
+        """Take the tokens of the last pass in for good, but for so many of the newest."""
+        last, self._pending = self._pending, None
+        if last is None:
+            return
+        kept = last.keys.shape[2] - but
+        self.seen -= but
+        if but:
+            last.cut(kept)
+        if self.store is not None:
+            self._take_in(last)
+            return
+        mask = None if last.mask is None else last.mask[:, :kept, : self.seen]
+        self.prompt.add(last.query, last.keys, last.values, mask, last.options)
+        if self.prompt.complete and not self.config.policy.needs_all_layers:
+            self.go_on_with(*next(compact(self.config.policy, [self.prompt])))
+
+    # What happens to all that it holds.
 
     def select(self, indices: Int[Tensor, " new"]) -> None:
         """Keep the sequences at `indices`, in that order; one may be taken several times.
@@ -234,27 +184,27 @@ class LayerCache:
         Raises:
             CacheStateError: while the prompt is still coming in.
         """
-        self.settle()
-        if self.prompt.begun:
+        self.accept()
+        if self.prompt.rows.begun:
             raise CacheStateError("cannot select sequences while the prompt is still coming in")
         if self.store is not None and self.plan is not None:
             self.store.select(indices)
             self.plan.select(indices)
-            self.memory.select(indices)
+            self.evicted.select(indices)
 
     def to(self, device: torch.device) -> None:
         """Move what is stored to another device."""
         if self.store is not None:
             self.store.to(device)
-        self.memory.to(device)
+        self.evicted.to(device)
 
     @property
     def kept_tokens(self) -> Int[Tensor, "b h"] | None:
         """Stored rows of every head; None before the first pass."""
-        waiting = 0 if self._unsettled is None else self._unsettled.keys.shape[2]
+        pending = 0 if self._pending is None else self._pending.keys.shape[2]
         if self.store is not None:
-            return self.store.lengths + waiting
-        held = self._waiting()
+            return self.store.lengths + pending
+        held = self._not_stored()
         if not held:
             return None
         return torch.full(held[0].shape[:2], self.seen, dtype=torch.long, device=held[0].device)
@@ -263,124 +213,76 @@ class LayerCache:
     def used_bytes(self) -> int:
         """Bytes of the rows it keeps, and of what it remembers of the others."""
         rows = 0 if self.store is None else self.store.used_bytes
-        return rows + self.memory_bytes + sum(t.nbytes for t in self._waiting())
+        return rows + self.evicted_bytes + sum(tensor.nbytes for tensor in self._not_stored())
 
     @property
-    def memory_bytes(self) -> int:
+    def evicted_bytes(self) -> int:
         """Bytes of what it remembers of evicted rows."""
-        return sum(tensor.nbytes for tensor in self.memory.state().values())
+        return sum(tensor.nbytes for tensor in self.evicted.state().values())
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to."""
-        held = [*self._waiting(), *self.memory.state().values()]
-        if self.store is not None:
-            held += self.store.tensors()
-        if self.plan is not None:
-            held += [self.plan.choice, self.plan.prompt]
-            held += [t for t in (self.plan.recovered, self.plan.threshold) if t is not None]
-        return held
+        parts = [part.tensors() for part in (self.store, self.plan) if part is not None]
+        return [*self._not_stored(), *self.evicted.state().values(), *(tensor for part in parts for tensor in part)]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that `restore` needs, without page slack; empty before the first pass. Call `settle` first.
+        """Everything that `restore` needs, without page slack; empty before the first pass. Call `accept` first.
 
         Raises:
             CacheStateError: when the prompt is still coming in.
         """
-        if self.prompt.begun:
+        if self.prompt.rows.begun:
             raise CacheStateError("cannot save before the whole prompt is in")
         if self.store is None or self.plan is None:
             return {}
-        state = {
-            "choice": self.plan.choice,
-            "prompt": self.plan.prompt,
-            "counters": torch.tensor([self.seen, self._evicted_at, self.prompt.rows_read]),
-        }
-        optional = {"recovered": self.plan.recovered, "threshold": self.plan.threshold}
-        state |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-        return state | self.store.state() | self.memory.state()
+        counters = torch.tensor([self.seen, self._evicted_at, self.prompt.observations.rows_read])
+        return self.plan.state() | {"counters": counters} | self.store.state() | self.evicted.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave, into an empty layer."""
-        keys, values = state["keys"], state["values"]
-        self.seen, self._evicted_at, self.prompt.rows_read = state["counters"].tolist()
-        self._device = keys.device
-        self.row_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
-        self.memory.restore(state)
-        self.plan = Plan(
-            self.policy.rungs, state["choice"], state.get("recovered"), state["prompt"], state.get("threshold")
-        )
-        settings = self.settings
-        self.store = RowStore.restore(state, page_size=settings.page_size, precision=settings.precision)
+        keys, values, cache = state["keys"], state["values"], self.config.cache
+        self.seen, self._evicted_at, self.prompt.observations.rows_read = state["counters"].tolist()
+        self.full_row_bytes = LayerShape(1, keys.shape[-1], values.shape[-1]).token_bytes(keys.dtype)
+        self.evicted.restore(state)
+        self.plan = Plan.restore(self.config.policy.rungs, state)
+        self.store = RowStore.restore(state, page_size=cache.page_size, precision=cache.precision)
 
-    def _waiting(self) -> list[Tensor]:
-        last = self._unsettled
-        held = [] if last is None else [last.keys, last.values, last.query, *(last.mass or ())]
-        return held + self.prompt.tensors()
+    def _not_stored(self) -> list[Tensor]:
+        return ([] if self._pending is None else self._pending.tensors()) + self.prompt.tensors()
 
-    def _settle(self, removed: int) -> None:
-        """Accept the tokens of the last pass but for the newest `removed`."""
-        last, self._unsettled = self._unsettled, None
-        assert last is not None
-        kept = last.keys.shape[2] - removed
-        self.seen -= removed
-        if removed:
-            last.query = last.query[:, :, :, :kept]
-            last.keys, last.values = last.keys[:, :, :kept], last.values[:, :, :kept]
-        if self.store is None or self.plan is None:
-            mask = None if last.mask is None else last.mask[:, :kept, : self.seen]
-            self.prompt.add(last.query, last.keys, last.values, mask, last.options, self.seen)
-            if self.prompt.complete and not self.policy.deferred:
-                self.take(*next(compact(self.policy, [self.prompt])))
-        else:
-            self._settle_step(last, kept)
-
-    def _settle_step(self, last: _Pass, kept: int) -> None:
+    def _decode(self, current: Pass) -> Float[Tensor, "b h g q e"]:
         assert self.store is not None and self.plan is not None
+        kernels = self.config.cache.kernels
+        return decode_pass(current, self.store, self.evicted, with_mass=self.plan.scored, kernels=kernels)
+
+    def evict_if_due(self, spare: int) -> None:
+        """Apply the rules, where enough columns have come since they were last applied.
+
+        Args:
+            spare: rows that are going to be appended before the next time.
+        """
+        if self._due:
+            self._evict(None, spare)
+
+    @property
+    def _due(self) -> bool:
+        assert self.plan is not None
+        return self.plan.evicts and self.seen - self._evicted_at >= self.config.cache.evict_every
+
+    def _take_in(self, last: Pass) -> None:
+        assert self.store is not None
+        kept, every = last.keys.shape[2], self.config.cache.evict_every
         newest = torch.arange(self.seen - kept, self.seen, dtype=torch.int32, device=last.keys.device)
-        real = self.transcript.real_at(newest)
-        increments = scores = None
-        if self.plan.scored:
-            assert last.mass is not None
-            increments = received(last.mass[0][:, :, :kept], real)
-            scores = received(last.mass[1][:, :, :kept, :kept], real)
-        every = self.settings.evict_every
-        due = self.plan.evicts and self.seen - self._evicted_at >= every
-        if not due or kept < every:
-            self.store.append(last.keys, last.values, newest, real, scores, increments, self.settings.kernels)
-            if due:
-                self._evict(None, every)
+        real, due = self.log.real_at(newest), self._due
+        if due and kept >= every:
+            # As many rows as that are looked at first, and only those that stay are taken in.
+            self._evict(fresh_rows(last, newest, real, self.store), every)
             return
-        # As many rows as that are looked at first, and only those that stay are taken in.
-        if increments is not None:
-            self.store.add_scores(increments)
-        heads = last.keys.shape[1]
-        columns = newest.expand(len(last.keys), heads, -1)
-        written = torch.ones_like(columns, dtype=torch.bool) if real is None else real[:, None].expand(-1, heads, -1)
-        self._evict(Rows(last.keys, last.values, columns, scores, written), every)
+        append_pass(last, newest, real, self.store, self.config.cache.kernels)
+        if due:
+            self._evict(None, every)
 
     def _evict(self, fresh: Rows | None, spare: int) -> None:
         assert self.store is not None and self.plan is not None
-        layers = self.settings.layers
-        evict(self.plan, self.store, fresh, self.transcript, self.seen, self.index, layers, spare, self.memory)
+        evict(self.config, self.plan, self.store, fresh, self.log, self.seen, spare, self.evicted)
         self._evicted_at = self.seen
-
-    def _attend_captured(
-        self,
-        query: Float[Tensor, "b h g 1 d"],
-        keys: Float[Tensor, "b h 1 d"],
-        values: Float[Tensor, "b h 1 e"],
-        options: LogitOptions,
-        column: Int[Tensor, " 1"],
-    ) -> Float[Tensor, "b h g 1 e"]:
-        """One step without any number that the host would have to know: what is kept is real, so there is no mask."""
-        assert self.store is not None and self.plan is not None
-        kernels = self.settings.kernels
-        keys, values = self.store.stored(keys, values)
-        pages = [replace(view, longest=view.capacity) for view in self.store.view()]
-        decoded = kernels.ragged_decode(query, pages, keys, values, None, options, with_mass=self.plan.scored)
-        increments = scores = None
-        if decoded.on_kept is not None and decoded.on_fresh is not None:
-            increments, scores = received(decoded.on_kept, None), received(decoded.on_fresh, None)
-            increments = add_on_codes(pages, increments, kernels)
-        kernels.append(pages[0], keys, values, column, None, scores, increments)
-        return self.memory.merge(query, decoded.output.to(query.dtype), decoded.lse)

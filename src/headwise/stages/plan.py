@@ -1,6 +1,6 @@
-"""3/7 plan: policy and profile -> one rule per (sequence, KV head), the cheapest that retains enough.
+"""3/7 plan: evidence and facts about tokens -> one rule per (sequence, KV head), and the tokens of the prompt it keeps.
 
-FastGen, equation 1: the argmin of the kept tokens over the rungs whose retained mass reaches the target.
+The policy chooses; the plan then holds for the life of the cache.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headwise.policies.base import Policy, Rule, Selection
-from headwise.policies.full import Full
-from headwise.policies.scored import Chosen, Damage, Scored
-from headwise.policies.size import quota_tokens
-from headwise.stages.profile import Profile
-from headwise.types import Bool, Float, Int, Tensor, Tokens
+from headwise.policies.base import Policy, Rule
+from headwise.policies.choice import Choice, FormatLoss, PromptSummary
+from headwise.policies.tokens import Tokens
+from headwise.stages.mass_profile import MassProfile, retained_mass
+from headwise.types import Bool, Float, Int, Tensor
 
 
 @dataclass
 class Plan:
-    """The rule of every head of a layer, fixed for the life of the cache.
+    """The rule of every head of a layer.
 
     Attributes:
         rungs: the rules to choose from.
@@ -28,8 +27,6 @@ class Plan:
         recovered: mass each rung retains, folded over the group; None where nothing had to be chosen.
         prompt: real tokens of the prompt, to which fractions refer.
         threshold: mass that was enough, infinite where only all of it was; None where nothing had to be chosen.
-        formats: of the older rows, by index into the policy's precision, -1 for exact ones; None where no head has
-            another than the first. Only until the store is filled, which knows them from then on.
     """
 
     rungs: tuple[Rule, ...]
@@ -37,7 +34,6 @@ class Plan:
     recovered: Float[Tensor, "rungs b h"] | None
     prompt: Int[Tensor, " b"]
     threshold: Float[Tensor, " b"] | None = None
-    formats: Int[Tensor, "b h"] | None = None
 
     def __post_init__(self) -> None:
         self._refresh()
@@ -46,7 +42,7 @@ class Plan:
         self.chosen = [(index, self.rungs[index]) for index in self.choice.unique().tolist()]
         self.evicts = any(rule.evicts for _, rule in self.chosen)
         # Whether tokens of the prompt were dropped by a choice that was made once.
-        self.settled = any(isinstance(rule, Chosen) for _, rule in self.chosen)
+        self.chosen_once = any(rule.chosen_once for _, rule in self.chosen)
         self.scored = any("score" in rule.reads for _, rule in self.chosen)
 
     def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
@@ -67,131 +63,76 @@ class Plan:
             self.threshold = self.threshold[indices]
         self._refresh()
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor it holds on to."""
+        return list(self.state().values())
 
-def distinct_widths(policy: Policy, prompt: Int[Tensor, " b"]) -> list[Int[Tensor, " b"]]:
-    """Every window width the rungs use, once each; the profile needs a band for each of them."""
-    widths: list[Tensor] = []
-    for rung in policy.rungs:
-        width = rung.width(prompt)
-        if bool((width > 0).any()) and not any(torch.equal(width, other) for other in widths):
-            widths.append(width)
-    return widths
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` needs, by name."""
+        named = {
+            "choice": self.choice,
+            "prompt": self.prompt,
+            "recovered": self.recovered,
+            "threshold": self.threshold,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @classmethod
+    def restore(cls, rungs: tuple[Rule, ...], state: dict[str, Tensor]) -> Plan:
+        """A plan as `state` described it."""
+        return cls(rungs, state["choice"], state.get("recovered"), state["prompt"], state.get("threshold"))
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """What is known of a layer at the end of its prompt, to choose by.
+class Planned:
+    """What comes of the choice for one layer.
 
     Attributes:
-        tokens: the facts, as the last query row sees them.
-        score: what each token is worth, where the policy scores them.
-        recovered: mass each rung retains, folded over the group, and
-        kept: tokens it keeps; both where a rung has to be chosen.
-        damage: of the formats a head may get, where the policy chooses them.
+        keep: tokens of the prompt that stay.
+        formats: of the older rows of each head; None for the first that there is.
     """
 
-    tokens: Tokens
-    score: Float[Tensor, "b h t"] | None = None
-    recovered: Float[Tensor, "rungs b h"] | None = None
-    kept: Int[Tensor, "rungs b h"] | None = None
-    damage: Damage | None = None
+    plan: Plan
+    keep: Bool[Tensor, "b h t"]
+    formats: Int[Tensor, "b h"] | None
 
 
-def weigh(policy: Policy, tokens: Tokens, profile: Profile | None, score: Float[Tensor, "b h t"] | None) -> Weighed:
-    """What each rung would retain, and at what size.
+def summarise(
+    policy: Policy,
+    tokens: Tokens,
+    mass: MassProfile | None,
+    assessed: tuple[Float[Tensor, "b h t"] | None, FormatLoss | None],
+) -> PromptSummary:
+    """What is known of a layer, to choose by: what each rung would retain and at what size, and what tokens are worth.
 
     Args:
-        profile: None where the policy has nothing to choose.
+        mass: None where the policy has nothing to choose by it.
+        assessed: scores and losses, as the policy assessed the evidence.
     """
+    score, loss = assessed
     selection = policy.selection
-    if selection is None or profile is None:
-        return Weighed(tokens, score)
-    recovered = _recovered(policy.rungs, tokens, profile)
+    if selection is None or mass is None:
+        return PromptSummary(tokens, score, loss)
+    recovered = retained_mass(policy.rungs, tokens, mass)
     recovered = recovered.amin(dim=-1) if selection.fold == "min" else recovered.mean(dim=-1)
     for index, rung in enumerate(policy.rungs):
         # Full is enough by definition, not by a sum of floats.
-        if isinstance(rung, Full):
+        if rung.keeps_all:
             recovered[index] = torch.inf
     kept = torch.stack([(rung.keep(tokens) & tokens.valid).sum(dim=-1) for rung in policy.rungs])
-    return Weighed(tokens, score, recovered, kept)
+    return PromptSummary(tokens, score, loss, recovered, kept)
 
 
-def make_plans(policy: Policy, layers: Sequence[Weighed]) -> list[tuple[Plan, Bool[Tensor, "b h t"]]]:
-    """Choose the rule of every head, and the tokens of the prompt that it keeps.
+def make_plans(policy: Policy, layers: Sequence[PromptSummary]) -> list[Planned]:
+    """Let the policy choose, and apply each head's rule to the prompt.
 
     Args:
-        layers: one, or all of them where the policy is `deferred`.
+        layers: one, or all of them where the policy `needs_all_layers`.
     """
-    chosen: list[Bool[Tensor, "b h t"]] | list[None] = [None] * len(layers)
-    formats: list[Int[Tensor, "b h"]] | list[None] = [None] * len(layers)
-    if isinstance(policy, Scored):
-        scores = [layer.score for layer in layers if layer.score is not None]
-        damages = [layer.damage for layer in layers if layer.damage is not None]
-        chosen, formats = policy.choose(scores, [layer.tokens for layer in layers], damages)
-    threshold = None if policy.selection is None else _threshold(policy.selection, layers)
-    made = []
-    for layer, named, format in zip(layers, chosen, formats, strict=True):
-        plan = _plan(policy, layer, threshold)
-        plan.formats = format
-        made.append((plan, plan.keep(replace(layer.tokens, chosen=named))))
-    return made
+    return [_planned(policy, layer, choice) for layer, choice in zip(layers, policy.choose(layers), strict=True)]
 
 
-def _plan(policy: Policy, layer: Weighed, threshold: Float[Tensor, " b"] | None) -> Plan:
-    batch, heads, _ = layer.tokens.valid.shape
+def _planned(policy: Policy, layer: PromptSummary, choice: Choice) -> Planned:
     prompt = layer.tokens.prompt[:, 0, 0]
-    if layer.recovered is None or layer.kept is None or threshold is None:
-        choice = torch.zeros(batch, heads, dtype=torch.long, device=prompt.device)
-        return Plan(policy.rungs, choice, None, prompt)
-    choice = _cheapest(layer.recovered, layer.kept, threshold).indices
-    return Plan(policy.rungs, choice, layer.recovered.clamp(max=1), prompt, threshold)
-
-
-def _cheapest(
-    recovered: Float[Tensor, "rungs b h"], kept: Int[Tensor, "rungs b h"], threshold: Float[Tensor, " b"]
-) -> torch.return_types.min:
-    """Tokens and index of the rung that keeps the least of those that retain enough."""
-    enough = recovered >= threshold[:, None]
-    return kept.masked_fill(~enough, torch.iinfo(kept.dtype).max).min(dim=0)
-
-
-def _threshold(selection: Selection, layers: Sequence[Weighed]) -> Float[Tensor, " b"]:
-    """Mass that is enough in each sequence: as asked for, or the most that the budget allows."""
-    tokens = layers[0].tokens
-    if selection.keep is None:
-        # Nothing less than full recovers everything, whatever a sum of floats says.
-        enough = torch.inf if selection.recovery is not None and selection.recovery >= 1 else selection.threshold
-        return torch.full((len(tokens.prompt),), enough, device=tokens.prompt.device)
-    recovered = torch.cat([layer.recovered for layer in layers if layer.recovered is not None], dim=-1)
-    kept = torch.cat([layer.kept for layer in layers if layer.kept is not None], dim=-1)
-    budget = quota_tokens(selection.keep, tokens.prompt)[:, 0, 0] * recovered.shape[-1]
-    # What is kept grows with the threshold, and changes only where a rung stops being enough.
-    candidates = torch.cat([recovered.transpose(0, 1).flatten(1), recovered.new_zeros(recovered.shape[1], 1)], dim=1)
-    candidates = candidates.sort(dim=1).values
-    low = torch.zeros_like(budget)
-    high = torch.full_like(budget, candidates.shape[1])
-    while bool((high - low > 1).any()):
-        middle = (low + high) // 2
-        at = candidates.gather(1, middle.clamp(max=candidates.shape[1] - 1)[:, None])[:, 0]
-        fits = _cheapest(recovered, kept, at).values.sum(dim=-1) <= budget
-        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-    return candidates.gather(1, low[:, None])[:, 0]
-
-
-def _recovered(rungs: tuple[Rule, ...], tokens: Tokens, profile: Profile) -> Float[Tensor, "rungs b h g"]:
-    """Share of the attention mass that each rule retains, per query head: 1 minus what it drops.
-
-    What is dropped is the mass outside the band on keys that the rule does not keep for every row. Counting the
-    dropped mass keeps the sum exact for a rule that drops nothing, and leaves a sink logit's share with the kept.
-    """
-    prompt = tokens.prompt[:, 0, 0]
-    dropped = []
-    for rung in rungs:
-        width = rung.width(prompt)
-        outside = profile.mass
-        for known, band in zip(profile.widths, profile.band, strict=True):
-            if torch.equal(width, known):
-                outside = profile.mass - band
-        leaves = (~rung.static(tokens)).to(outside.dtype)
-        dropped.append(outside @ leaves[..., None])
-    return (1 - torch.stack(dropped)[..., 0] / profile.rows.clamp(min=1)[:, None, None]).clamp(0, 1)
+    plan = Plan(policy.rungs, choice.rung, choice.recovered, prompt, choice.threshold)
+    return Planned(plan, plan.keep(replace(layer.tokens, chosen=choice.tokens)), choice.formats)

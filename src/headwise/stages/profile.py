@@ -1,116 +1,127 @@
-"""2/7 profile: queries and keys of the prompt -> the attention mass each head puts on each token.
+"""2/7 profile: queries and keys of the prompt, pass by pass -> observations -> the evidence that policies choose by.
 
-Blockwise, in fp32, in memory that grows with t and not with t × t. Retained mass of any rule follows from two
-column sums per query head, in total and inside the local band (FastGen, section 4.1; specification 9.1).
+Observations own no keys and values: whoever holds the rows shows them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch.nn import functional
 
-from headwise.kernels import Kernels
-from headwise.policies.base import Policy
-from headwise.policies.size import quota_tokens
+from headwise.kernels.attention import causal
+from headwise.kernels.interface import AttentionMap
+from headwise.policies.evidence import Evidence
+from headwise.stages.config import LayerConfig
+from headwise.stages.mass_profile import MassProfile, distinct_widths, profile_mass, row_weights
+from headwise.stages.repetition import attend_repetition
+from headwise.stages.token_log import TokenLog
+from headwise.store.row_parts import row_bytes, row_parts
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 
-@dataclass
-class Profile:
-    """Weighted column sums of the attention map of one layer; profiles of two chunks of queries can be added.
-
-    Attributes:
-        score: mass each key received from all query rows, summed over the group; what heavy hitters rank by.
-        mass: mass each key received from the rows that the recovery test looks at, per query head.
-        band: the same inside the local band, for each of `widths`.
-        rows: total weight of the rows that the recovery test looks at.
-        widths: the window widths asked for.
-    """
-
-    score: Float[Tensor, "b h t"]
-    mass: Float[Tensor, "b h g t"]
-    band: list[Float[Tensor, "b h g t"]]
-    rows: Float[Tensor, " b"]
-    widths: list[Int[Tensor, " b"]]
-
-    def __add__(self, later: Profile) -> Profile:
-        longer = later.score.shape[-1] - self.score.shape[-1]
-
-        def grown(sums: Tensor) -> Tensor:
-            return functional.pad(sums, (0, longer))
-
-        return Profile(
-            grown(self.score) + later.score,
-            grown(self.mass) + later.mass,
-            [grown(mine) + its for mine, its in zip(self.band, later.band, strict=True)],
-            self.rows + later.rows,
-            self.widths,
-        )
-
-
-@dataclass(frozen=True)
-class RowWeights:
-    """How much each query row counts: in the scores that rank tokens, and in the recovery test."""
-
-    score: Float[Tensor, "b q"]
-    recovery: Float[Tensor, "b q"]
-
-
-def row_weights(
-    policy: Policy,
-    positions: Int[Tensor, "b q"],
-    real: Bool[Tensor, "b q"],
-    prompt: Int[Tensor, " b"],
-) -> RowWeights:
-    """Weights of the query rows at those positions of a prompt of that many tokens.
-
-    All rows count 1. A profile of m of n rows reads evenly spaced ones, the last included, and each counts n / m.
-    """
-    length = prompt.clamp(min=1)[:, None]
-    rows = quota_tokens(policy.profile_rows, length).clamp(min=1).minimum(length)
-    sampled = (positions + 1) * rows // length > positions * rows // length
-    score = (sampled & real) * (length / rows).float()
-    selection = policy.selection
-    if selection is None or selection.last_rows is None:
-        return RowWeights(score, score)
-    last = (positions >= prompt[:, None] - selection.last_rows) & real
-    return RowWeights(score, last.float())
-
-
-def profile(
-    query: Float[Tensor, "b h g q d"],
-    keys: Float[Tensor, "b h t d"],
-    mask: Bool[Tensor, "b q t"] | None,
-    options: LogitOptions,
-    weights: RowWeights,
-    positions: Int[Tensor, "b t"],
-    widths: list[Int[Tensor, " b"]],
-    kernels: Kernels,
-) -> Profile:
-    """Sum the attention of the newest q columns over all t, in total and inside each band.
+class Observations:
+    """What profiling has seen of one layer's prompt.
 
     Args:
-        mask: True where a query may see a key; None means causal.
-        positions: of every column; the band of width w is where the query is less than w positions ahead.
-        widths: one window width per sequence, for every distinct window of the policy.
+        config: of the layer.
+        log: of the tokens, shared by all layers.
+
+    Attributes:
+        rows_read: query rows that the profile has read.
+        mass: attention mass by column; None where the policy does not look at it.
+        repetition_peaks: largest attention that each column got while the model repeated the prompt.
     """
 
-    def sums(counts: Float[Tensor, "b q"], bands: list[Tensor]) -> tuple[Tensor, Tensor]:
-        read = (counts > 0).any(dim=0).nonzero().flatten()
-        everything = len(read) == counts.shape[1]
-        return kernels.column_mass(
-            query if everything else query[:, :, :, read],
-            keys,
-            read + keys.shape[2] - counts.shape[1],
-            mask if mask is None or everything else mask[:, read],
-            options,
-            counts if everything else counts[:, read],
-            positions,
-            torch.stack(bands) if bands else positions.new_zeros(0, len(positions)),
-        )
+    def __init__(self, config: LayerConfig, log: TokenLog) -> None:
+        self._config, self._log = config, log
+        self.rows_read = 0
+        self.clear()
 
-    mass, band = sums(weights.recovery, widths)
-    scoring = mass if weights.recovery is weights.score else sums(weights.score, [])[0]
-    return Profile(scoring.sum(dim=2), mass, list(band), weights.recovery.sum(dim=1), widths)
+    def clear(self) -> None:
+        """Let go of everything but the count of rows."""
+        self.mass: MassProfile | None = None
+        self.repetition_peaks: Float[Tensor, "b h t"] | None = None
+        # The newest queries, their mask and the model's options, as far as the policy looks at them.
+        self._asked: tuple[Tensor, Tensor | None, LogitOptions] | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor it holds on to."""
+        held = [] if self.mass is None else self.mass.tensors()
+        if self._asked is not None:
+            held += [tensor for tensor in self._asked[:2] if tensor is not None]
+        return held if self.repetition_peaks is None else [*held, self.repetition_peaks]
+
+    def observe(self, map: AttentionMap) -> None:
+        """Look at the newest columns of all that have come in."""
+        policy = self._config.policy
+        if policy.selection is not None or "score" in policy.facts:
+            new = self._mass_of(map)
+            self.mass = new if self.mass is None else self.mass + new
+        if policy.needs_evidence:
+            self._remember(map, policy.query_rows)
+
+    def repeat(
+        self, map: AttentionMap, values: Float[Tensor, "b h all e"], prompt: int, chunk: slice
+    ) -> Float[Tensor, "b h g q e"]:
+        """Attend with tokens that repeat a part of the complete prompt, and note only what they look at.
+
+        Args:
+            map: over the columns of the prompt and those of the repetition, all of them.
+            prompt: columns of the prompt.
+            chunk: of them, which are repeated.
+        """
+        if self.repetition_peaks is None:
+            self.repetition_peaks = torch.zeros(*map.keys.shape[:2], prompt, device=map.keys.device)
+        output, found = attend_repetition(map, values, chunk, self._config.cache.kernels)
+        self.repetition_peaks[:, :, chunk] = self.repetition_peaks[:, :, chunk].maximum(found)
+        return output
+
+    def evidence(self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]) -> Evidence:
+        """What the layer holds at the end of the prompt."""
+        assert self._asked is not None
+        query, mask, options = self._asked
+        positions, real = self._positions(keys)
+        rotation, gate, peaks = self._config.rotation, self._config.gate, self.repetition_peaks
+        if gate is not None:
+            peaks = gate.scores(keys, positions, real.sum(dim=1)[:, None, None], rotation)
+        dtype = self._config.cache.dtype or keys.dtype
+        size = row_bytes(row_parts(keys.shape[-1], values.shape[-1], dtype))
+        return Evidence(query, keys, values, mask, options, positions, real, rotation, peaks, size)
+
+    def _positions(self, keys: Float[Tensor, "b h t d"]) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
+        """Position of every column, and whether it holds a real token."""
+        columns = torch.arange(keys.shape[2], device=keys.device).expand(len(keys), 1, -1)
+        return self._log.positions(columns)[:, 0], self._log.real(columns)[:, 0]
+
+    def _mass_of(self, map: AttentionMap) -> MassProfile:
+        count, seen = map.query.shape[3], map.keys.shape[2]
+        policy, cache = self._config.policy, self._config.cache
+        positions, real = self._positions(map.keys)
+        # What has not come in yet is taken to hold no padding.
+        prompt = self._log.real_tokens(len(map.keys), seen, map.keys.device)
+        prompt = prompt + max(0, (cache.prompt_columns or 0) - seen)
+        weights = row_weights(policy, positions[:, -count:], real[:, -count:], prompt)
+        self.rows_read += int(((weights.score > 0) | (weights.recovery > 0)).any(dim=0).sum())
+        return profile_mass(map, weights, positions, distinct_widths(policy, prompt), cache.kernels)
+
+    def _remember(self, map: AttentionMap, rows: int | None) -> None:
+        """Keep the newest queries until the prompt is complete; all of them where it comes in one pass anyway."""
+        query, mask, seen = map.query, map.mask, map.keys.shape[2]
+        if self._asked is not None:
+            earlier, hidden, _ = self._asked
+            if mask is not None or hidden is not None:
+                before = earlier.shape[3]
+                hidden = _causal_mask(earlier, seen - query.shape[3]) if hidden is None else hidden
+                mask = _causal_mask(query, seen) if mask is None else mask
+                mask = torch.cat([functional.pad(hidden, (0, seen - hidden.shape[-1])), mask], dim=1)
+                assert mask.shape[1] == before + query.shape[3]
+            query = torch.cat([earlier, query], dim=3)
+        if self._config.cache.prompt_columns is not None and rows is not None:
+            first = max(0, query.shape[3] - rows)
+            query, mask = query[:, :, :, first:], None if mask is None else mask[:, first:]
+        self._asked = query, mask, map.options
+
+
+def _causal_mask(query: Float[Tensor, "b h g q d"], seen: int) -> Bool[Tensor, "b q t"]:
+    columns = torch.arange(seen - query.shape[3], seen, device=query.device)
+    return causal(columns, seen).expand(len(query), -1, -1)

@@ -1,6 +1,6 @@
-"""Transcript: the columns given to the model -> which are real, their positions and what kind of token they are.
+"""Token log: the columns given to the model -> which are real, where and what they are, the facts that rules look at.
 
-One transcript serves all layers of a cache. It costs a few bytes per column, whatever the number of layers.
+One log serves all layers of a cache. It costs a few bytes per column, whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 
 from headwise.errors import InputError
-from headwise.types import Bool, Int, Tensor, UInt8
+from headwise.policies.tokens import Tokens
+from headwise.types import Bool, Float, Int, Tensor, UInt8
 
 
-class Transcript:
+class TokenLog:
     """What every column of every sequence is.
 
     Args:
@@ -109,6 +110,40 @@ class Transcript:
         if self._real is None:
             return torch.full((batch,), columns, dtype=torch.long, device=device)
         return self._real[:, :columns].sum(dim=1)
+
+    def facts(
+        self,
+        columns: Int[Tensor, "b h n"],
+        valid: Bool[Tensor, "b h n"],
+        scores: Float[Tensor, "b h n"] | None,
+        seen_columns: int,
+        prompt: Int[Tensor, " b"] | None,
+        layer: int,
+        layers: int,
+    ) -> Tokens:
+        """The facts about the tokens in those columns, seen from the newest of `seen_columns`.
+
+        Args:
+            valid: False where `columns` and `scores` are undefined.
+            prompt: real tokens of the prompt; None at its end, when it is all that was seen.
+            layer, layers: index of the layer, and how many there are.
+        """
+        columns = columns.long().masked_fill(~valid, 0)
+        seen = self.real_tokens(len(columns), seen_columns, columns.device)
+        position = self.positions(columns)
+        valid = valid & self.real(columns)
+        return Tokens(
+            position=position,
+            age=seen[:, None, None] - 1 - position,
+            valid=valid,
+            pool=valid,
+            prompt=(seen if prompt is None else prompt)[:, None, None],
+            seen=seen[:, None, None],
+            kind=self.kinds(columns),
+            score=None if scores is None else scores.masked_fill(~valid, 0),
+            layer=layer,
+            layers=layers,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything it holds, by name."""

@@ -1,26 +1,31 @@
-"""Packed: rows of numbers -> pages of codes in one format, and what of them is asked for as numbers again."""
+"""Coded: rows of numbers -> pages of codes in one format, and what of them is asked for as numbers again."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from headwise.quant.codes import decode, encode, rotation
-from headwise.quant.formats import RowFormat
-from headwise.store.pages import PagedStore
+from headwise.kernels.interface import Coding, PageView
+from headwise.quant.codes import decode, encode, hadamard
+from headwise.quant.formats import Precision, RowFormat
+from headwise.store.pages import PagePool
+from headwise.store.row_parts import STEPS, row_parts
 from headwise.store.rows import Rows
-from headwise.types import Packing, PageView, Tensor
+from headwise.types import Bool, Int, Tensor
 
 # Rows that are encoded at a time: their numbers are rotated in fp32.
 _BLOCK = 1024
 
 
-class PackedPages:
+class CodedPages:
     """Rows of one layer that are stored in one format.
 
     Args:
-        like: rows of the kind that will come, as numbers.
+        heads: sequences, and KV heads.
+        key_dim, value_dim: head dimensions.
+        dtype: of the numbers that come and go.
         format: of all rows.
         page_size: rows in a page.
         scored: whether rows carry an accumulated score.
@@ -29,20 +34,31 @@ class PackedPages:
         ConfigurationError: when the format does not suit the head dimensions.
     """
 
-    def __init__(self, like: Rows, format: RowFormat, *, page_size: int, scored: bool) -> None:
-        self.format = format
-        self.key_dim, self.value_dim = like.keys.shape[-1], like.values.shape[-1]
-        self.dtype = like.keys.dtype
-        none = self.encode(like.cut(slice(0, 0)))
-        self.pages = PagedStore.like(none, page_size=page_size, scored=scored)
+    def __init__(
+        self,
+        heads: Sequence[int],
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        format: RowFormat,
+        *,
+        page_size: int,
+        scored: bool,
+        device: torch.device,
+    ) -> None:
+        self.format, self.dtype = format, dtype
+        self.key_dim, self.value_dim = key_dim, value_dim
+        parts = row_parts(key_dim, value_dim, dtype, format, scored=scored)
+        self.pool = PagePool(heads, parts, page_size=page_size, device=device)
 
     def view(self) -> PageView:
-        """What a decode kernel reads."""
-        pages = self.pages
-        assert pages.key_steps is not None and pages.value_steps is not None
-        turns = rotation(self.key_dim, pages.device), rotation(self.value_dim, pages.device)
-        packing = Packing(self.format.key_bits, self.format.value_bits, pages.key_steps, pages.value_steps, *turns)
-        return replace(pages.view(), packing=packing)
+        """What a kernel reads."""
+        key_steps, value_steps = (self.pool.pools[name] for name in STEPS)
+        matrices = hadamard(self.key_dim, self.pool.device), hadamard(self.value_dim, self.pool.device)
+        return replace(
+            self.pool.view(),
+            coding=Coding(self.format.key_bits, self.format.value_bits, key_steps, value_steps, *matrices),
+        )
 
     def encode(self, rows: Rows) -> Rows:
         """The same rows as codes."""
@@ -53,20 +69,40 @@ class PackedPages:
             keys.append(_encoded(rows.keys[:, :, part], format.key_bits, format.group_of(self.key_dim)))
             values.append(_encoded(rows.values[:, :, part], format.value_bits, format.group_of(self.value_dim)))
         (key_codes, key_steps), (value_codes, value_steps) = _joined(keys), _joined(values)
-        return replace(rows, keys=key_codes, values=value_codes, key_steps=key_steps, value_steps=value_steps)
+        return rows.replacing(keys=key_codes, values=value_codes, key_steps=key_steps, value_steps=value_steps)
 
     def decode(self, rows: Rows) -> Rows:
         """Codes as the numbers they stand for."""
-        assert rows.key_steps is not None and rows.value_steps is not None
-        keys = decode(rows.keys, rows.key_steps, self.format.key_bits) @ rotation(self.key_dim, rows.keys.device).T
-        values = decode(rows.values, rows.value_steps, self.format.value_bits)
-        values = values @ rotation(self.value_dim, rows.values.device).T
-        numbers = (keys.to(self.dtype), values.to(self.dtype))
-        return replace(rows, keys=numbers[0], values=numbers[1], key_steps=None, value_steps=None)
+        key_steps, value_steps = (rows.parts[name] for name in STEPS)
+        device = rows.keys.device
+        keys = decode(rows.keys, key_steps, self.format.key_bits) @ hadamard(self.key_dim, device).T
+        values = decode(rows.values, value_steps, self.format.value_bits) @ hadamard(self.value_dim, device).T
+        return rows.without(*STEPS).replacing(keys=keys.to(self.dtype), values=values.to(self.dtype))
+
+
+def old_rows(
+    precision: Precision, formats: Int[Tensor, "b h"], rank: Int[Tensor, "b h n"], lengths: Int[Tensor, "b h 1"]
+) -> Bool[Tensor, "b h n"]:
+    """Rows that are codes or should be, by their order among the rows of their head.
+
+    Args:
+        formats: of each head, -1 for one that stays exact.
+    """
+    inside = (rank >= precision.sinks) & (rank < lengths - precision.recent)
+    return inside & (formats >= 0)[:, :, None]
+
+
+def by_format(
+    rows: Bool[Tensor, "b h n"], formats: Int[Tensor, "b h"], count: int, format: int | None = None
+) -> list[Bool[Tensor, "b h n"]]:
+    """Which of the rows go where: all into one of `count` formats, or each into that of its head."""
+    if format is not None:
+        return [rows if index == format else torch.zeros_like(rows) for index in range(count)]
+    return [rows & (formats == index)[:, :, None] for index in range(count)]
 
 
 def _encoded(numbers: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    return encode(numbers.float() @ rotation(numbers.shape[-1], numbers.device), bits, group)
+    return encode(numbers.float() @ hadamard(numbers.shape[-1], numbers.device), bits, group)
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -2,48 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from headwise.types import Bool, Float, Int, Tensor, UInt8
-
-# Of what codes are read by.
-STEP_DTYPE = torch.float16
-
-# Beside key and value, in any format: the column.
-COLUMN_BYTES = torch.int32.itemsize
+from headwise.types import Bool, Float, Int, Tensor
 
 
 @dataclass
 class Rows:
     """Rows of every head side by side: the kept ones, padded to the longest head, or new ones.
 
-    `keep` says which of them count. Content of the other rows is undefined. Keys and values are numbers, or codes with
-    the steps to read them by.
+    Attributes:
+        parts: `[b, h, n, ...]`, by the names of `headwise.store.row_parts`.
+        keep: which of the rows count; content of the others is undefined.
     """
 
-    keys: Float[Tensor, "b h n d"] | UInt8[Tensor, "b h n kc"]
-    values: Float[Tensor, "b h n e"] | UInt8[Tensor, "b h n vc"]
-    columns: Int[Tensor, "b h n"]
-    scores: Float[Tensor, "b h n"] | None
+    parts: dict[str, Tensor]
     keep: Bool[Tensor, "b h n"]
-    key_steps: Float[Tensor, "b h n ks"] | None = None
-    value_steps: Float[Tensor, "b h n vs"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        keys: Float[Tensor, "b h n d"],
+        values: Float[Tensor, "b h n e"],
+        columns: Int[Tensor, "b h n"],
+        scores: Float[Tensor, "b h n"] | None,
+        keep: Bool[Tensor, "b h n"],
+    ) -> Rows:
+        """Exact rows, as attention gives them."""
+        parts = {"keys": keys, "values": values, "columns": columns}
+        return cls(parts if scores is None else {**parts, "scores": scores}, keep)
+
+    @property
+    def keys(self) -> Tensor:
+        """Numbers `[b, h, n, d]`, or codes."""
+        return self.parts["keys"]
+
+    @property
+    def values(self) -> Tensor:
+        """Numbers `[b, h, n, e]`, or codes."""
+        return self.parts["values"]
+
+    @property
+    def columns(self) -> Int[Tensor, "b h n"]:
+        """Column of every row."""
+        return self.parts["columns"]
+
+    @property
+    def scores(self) -> Float[Tensor, "b h n"] | None:
+        """Accumulated score of every row, where rows carry one."""
+        return self.parts.get("scores")
 
     def cut(self, part: slice) -> Rows:
         """Some of the rows of every head."""
-        scores = None if self.scores is None else self.scores[:, :, part]
-        steps = (None if steps is None else steps[:, :, part] for steps in (self.key_steps, self.value_steps))
-        keys, values, columns = (content[:, :, part] for content in (self.keys, self.values, self.columns))
-        return Rows(keys, values, columns, scores, self.keep[:, :, part], *steps)
+        return Rows({name: content[:, :, part] for name, content in self.parts.items()}, self.keep[:, :, part])
 
-    def contents(self, *, scored: bool = True) -> list[Tensor]:
-        """What there is of them beside `keep`, in the order of a store's pools.
+    def naming(self, keep: Bool[Tensor, "b h n"]) -> Rows:
+        """The same rows, of which others count."""
+        return Rows(self.parts, keep)
 
-        Args:
-            scored: whether the store has a pool for scores.
-        """
-        scores = self.scores if scored else None
-        parts = [self.keys, self.values, self.columns, scores, self.key_steps, self.value_steps]
-        return [part for part in parts if part is not None]
+    def replacing(self, **parts: Tensor) -> Rows:
+        """The same rows with other content of those parts."""
+        return Rows({**self.parts, **parts}, self.keep)
+
+    def without(self, *names: str) -> Rows:
+        """The same rows without those parts."""
+        return Rows({name: content for name, content in self.parts.items() if name not in names}, self.keep)
+
+
+def side_by_side(sets: Sequence[Rows]) -> Rows:
+    """Rows of several sets, of the same parts, as one."""
+    if len(sets) == 1:
+        return sets[0]
+    parts = {name: torch.cat([rows.parts[name] for rows in sets], dim=2) for name in sets[0].parts}
+    return Rows(parts, torch.cat([rows.keep for rows in sets], dim=-1))

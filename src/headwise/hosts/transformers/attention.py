@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from headwise.errors import CacheStateError, UnsupportedModelError
 from headwise.kernels.attention import dense_attention
+from headwise.kernels.interface import AttentionMap
 from headwise.types import Bool, Float, LogitOptions, Tensor
 
 NAME = "headwise"
@@ -92,7 +93,7 @@ def headwise_attention(
     mask = _as_boolean(attention_mask, len(key))
     if mask is None and not kwargs.get("is_causal", getattr(module, "is_causal", True)):
         mask = torch.ones(len(key), query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
-    output = dense_attention(grouped, key, value, mask, options)
+    output = dense_attention(AttentionMap(grouped, key, mask, options), value)
     return output.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 

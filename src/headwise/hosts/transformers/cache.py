@@ -9,32 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, DynamicLayer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import CacheLayerMixin
 
-from headwise.errors import CacheStateError, MismatchError, UnsupportedModelError
-from headwise.gate.checkpoint import gates_of
+from headwise.errors import HeadwiseWarning, MismatchError
 from headwise.hosts.transformers.attachment import attach
-from headwise.hosts.transformers.attention import NAME
-from headwise.hosts.transformers.checks import check_options, doubts
+from headwise.hosts.transformers.checks import check_model, check_options, doubts, keeps_all
 from headwise.hosts.transformers.kinds import KindTable
-from headwise.hosts.transformers.layer import HeadwiseLayer
-from headwise.hosts.transformers.rotation import find_rotation
-from headwise.hosts.transformers.whole_model import Together
-from headwise.kernels import AUTO, choose
+from headwise.hosts.transformers.layer import HeadwiseLayer, held_tensors, layer_report
+from headwise.hosts.transformers.model_facts import read_facts
+from headwise.hosts.transformers.passes import check_pass, chunk_doubt
+from headwise.hosts.transformers.persistence import CacheParts, Owner, collect, fill, load, save
+from headwise.hosts.transformers.repetition import repeat_prompt
+from headwise.hosts.transformers.stock_layers import forget_stock
+from headwise.hosts.transformers.whole_model import WholeModel
+from headwise.kernels.backends import AUTO, choose
 from headwise.policies.base import Policy
 from headwise.policies.budget import with_budget
-from headwise.policies.full import Full
-from headwise.policies.less import load_less
-from headwise.report.report import LayerReport, Report
-from headwise.stages.config import Settings
+from headwise.report.report import Report
+from headwise.stages.assemble import Assembly, assemble
+from headwise.stages.config import LayerConfig
 from headwise.stages.layer import LayerCache
-from headwise.stages.token_log import Transcript
-from headwise.types import Int, Kind, Tensor
+from headwise.stages.token_log import TokenLog
+from headwise.types import Int, Tensor
 from headwise.units import storage_bytes
-
-
-class HeadwiseWarning(UserWarning):
-    """Something works, but perhaps not as meant."""
 
 
 class HeadwiseCache(Cache):
@@ -87,81 +85,57 @@ class HeadwiseCache(Cache):
         budget: int | float | str | None = None,
         cache_dtype: torch.dtype | None = None,
     ) -> None:
+        facts, stock = read_facts(model)
+        dtype = cache_dtype or model.dtype
         if budget is not None and isinstance(policy, Policy):
-            policy = with_budget(policy, budget, model.config.get_text_config(decoder=True), cache_dtype or model.dtype)
+            policy = with_budget(policy, budget, facts.compressed_shapes, dtype)
         check_options(policy, tokenizer, page_size, prompt_tokens, evict_every, cache_dtype)
-        self._options: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "markers": tuple(markers),
-            "prompt_tokens": prompt_tokens,
-            "page_size": page_size,
-            "kernel": kernel,
-            "evict_every": evict_every,
-            "cache_dtype": cache_dtype,
-        }
-        self._set_up(model, policy, **self._options)
-        for doubt in doubts(self.policy, model, kernel, self.kernel):
+        assembly = assemble(
+            policy,
+            facts,
+            choose(kernel, model.device, dtype),
+            page_size=page_size,
+            prompt_columns=prompt_tokens,
+            evict_every=evict_every,
+            dtype=cache_dtype,
+        )
+        check_model(facts, policy, [type(layer).__name__ for layer in stock])
+        needs_kinds = "kind" in policy.chooser.facts and tokenizer is not None
+        self._build(model, assembly, stock, tokenizer, KindTable(tokenizer, markers) if needs_kinds else None)
+        for doubt in doubts(self.policy, facts, kernel, self.kernel):
             warnings.warn(doubt, HeadwiseWarning, stacklevel=2)
 
-    def _set_up(
+    def _build(
         self,
         model: PreTrainedModel,
-        policy: Policy,
-        *,
+        assembly: Assembly,
+        stock: list[CacheLayerMixin],
         tokenizer: PreTrainedTokenizerBase | None,
-        markers: Sequence[str],
-        prompt_tokens: int | None,
-        page_size: int,
-        kernel: str,
-        evict_every: int,
-        cache_dtype: torch.dtype | None,
+        kinds: KindTable | None,
     ) -> None:
-        """Everything but what is checked and said of options, which a copy has in common with what it is made of."""
-        needs_kinds = "kind" in policy.facts
-        policy, remembering = load_less(policy, model)
-        less = {} if remembering is None else remembering.layers
-        self.policy: Policy = policy
-        self.transcript = Transcript(needs_kinds)
-        self.model_name = type(model).__name__
-        self._model = weakref.ref(model)
-        self.kind_table = KindTable(tokenizer, markers) if needs_kinds and tokenizer is not None else None
+        """Everything but what is checked of options, which a copy has in common with what it is made of."""
+        self.policy, self.kernel, self._assembly = assembly.policy, assembly.kernels.name, assembly
+        self.token_log = TokenLog("kind" in self.policy.chooser.facts)
+        self.model_name, self._model, self._tokenizer = type(model).__name__, weakref.ref(model), tokenizer
+        self.kind_table = kinds
         self.passes = 0
         # Set while a step of it is captured: its bookkeeping is then done between the passes, not in them.
         self.captured = False
-        self._together = Together(tokenizer)
-        kernels = choose(kernel, model.device, cache_dtype or model.dtype)
-        self.kernel = kernels.name
-        stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-        # The exact type: its subclasses are layers of other kinds, which stay as they are.
-        mine = [type(layer) is DynamicLayer for layer in stock]
-        if not any(mine) and not isinstance(policy.chooser, Full):
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in stock}))
-            raise UnsupportedModelError(
-                f"{self.model_name} has nothing to compress: all of its {len(stock)} layers are {kinds}; "
-                "headwise compresses full-attention layers"
-            )
-        settings = Settings(
-            page_size,
-            prompt_tokens,
-            kernels,
-            evict_every,
-            layers=len(stock),
-            rotation=find_rotation(model),
-            gates=gates_of(policy.chooser, model),
-            dtype=cache_dtype,
-            precision=policy.precision,
-        )
         cache = weakref.ref(self)
         layers = [
-            HeadwiseLayer(
-                LayerCache(index, policy.chooser, self.transcript, settings, less.get(index)), cache, self.model_name
-            )
-            if compressed
+            HeadwiseLayer(self.make_layer(assembly.layers[index]), layer, cache, self.model_name)
+            if index in assembly.layers
             else layer
-            for index, (layer, compressed) in enumerate(zip(stock, mine, strict=True))
+            for index, layer in enumerate(stock)
         ]
         super().__init__(layers=layers)
+        cores = [layer.core for layer in self.headwise_layers]
+        self._whole_model = WholeModel(self.policy.chooser, cores, weakref.WeakMethod(self._repeat_prompt))
         attach(model, self)
+
+    def make_layer(self, config: LayerConfig) -> LayerCache:
+        """What does the work of one layer; training puts layers that watch in its place."""
+        return LayerCache(config, self.token_log)
 
     @property
     def headwise_layers(self) -> list[HeadwiseLayer]:
@@ -192,43 +166,35 @@ class HeadwiseCache(Cache):
             CacheStateError: when the last pass was broken off, or the model's attention was changed.
         """
         layers = self.headwise_layers
-        if not layers or self.captured or self._together.repeating:
+        if not layers or self.captured or self._whole_model.repeating:
             return
+        check_pass(self.model, self.layers)
         seen = layers[0].core.seen
-        if self.awaits_attention or any(length != seen for length in self._lengths()):
-            raise CacheStateError("the last forward pass was broken off half-way: reset() the cache and start again")
-        if self.model.get_decoder().config._attn_implementation != NAME:
-            raise CacheStateError(
-                f"the model's attention implementation was changed; call model.set_attn_implementation({NAME!r})"
-            )
         if self.kind_table is not None:
             if self.kind_table.ids is not None and self.kind_table.ids.shape[1] > seen:
                 # Left behind by a pass that failed before its first layer.
                 self._truncate()
-            self._announce_kinds(self.kind_table, input_ids)
+            self.kind_table.announce(input_ids, self.token_log)
         # Where a pass was judged only after its end, as drafts are.
-        self._together.compact(self)
-        self._together.take_in(self, input_ids)
-        if self._looks_like_a_chunk(input_ids):
-            warnings.warn(
-                f"the first {seen} tokens were profiled as the whole prompt and more of it seems to follow; with "
-                "chunked prefill make the cache with prompt_tokens=input_ids.shape[1]",
-                HeadwiseWarning,
-                stacklevel=2,
-            )
+        self._whole_model.compact()
+        self._whole_model.take_in(input_ids)
+        if self.passes == 1 and not keeps_all(self.policy):
+            doubt = chunk_doubt(layers[0].core, input_ids)
+            if doubt is not None:
+                warnings.warn(doubt, HeadwiseWarning, stacklevel=2)
         self.passes += 1
 
     def end_pass(self) -> None:
         """Called after every such pass that did not fail."""
-        if not self.captured and not self._together.repeating:
-            self._together.compact(self)
+        if not self.captured and not self._whole_model.repeating:
+            self._whole_model.compact()
 
     def announce(self, input_ids: Int[Tensor, "b q"]) -> None:
         """Take note of tokens that a captured step is going to process; all of them are real."""
         if self.kind_table is not None:
-            self._announce_kinds(self.kind_table, input_ids)
+            self.kind_table.announce(input_ids, self.token_log)
         batch, count = input_ids.shape
-        self.transcript.extend(batch, count, None, input_ids.device)
+        self.token_log.extend(batch, count, None, input_ids.device)
         self.passes += 1
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
@@ -251,13 +217,10 @@ class HeadwiseCache(Cache):
     def reset(self) -> None:
         """Forget everything; the cache can then serve another prompt."""
         super().reset()
-        for layer in self.layers:
-            if isinstance(layer, DynamicLayer):
-                # 5.17 fills the old keys with zeros, and then goes on behind them.
-                layer.keys = layer.values = None
-                layer.is_initialized = False
+        for layer in self._stock_layers:
+            forget_stock(layer)
         self.passes = 0
-        self._together.reset()
+        self._whole_model.reset()
         self._truncate()
 
     def reorder_cache(self, beam_idx: Int[Tensor, " new"]) -> None:
@@ -278,25 +241,19 @@ class HeadwiseCache(Cache):
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to, those of stock layers included."""
-        held = self._token_facts()
-        for layer in self.layers:
-            if isinstance(layer, HeadwiseLayer):
-                held += layer.core.tensors()
-            else:
-                held += [value for value in vars(layer).values() if isinstance(value, Tensor)]
-        return held
+        return self._token_tensors() + [tensor for layer in self.layers for tensor in held_tensors(layer)]
 
     def report(self) -> Report:
         """What it holds now, and what a full cache would hold."""
+        prompts = [layer.core.prompt for layer in self.headwise_layers]
         return Report(
             policy=str(self.policy),
             seen_tokens=self.get_seq_length(),
-            layers=[self._report_layer(layer) for layer in self.layers],
-            transcript_bytes=storage_bytes(self._token_facts()),
+            layers=[layer_report(layer) for layer in self.layers],
+            transcript_bytes=storage_bytes(self._token_tensors()),
             kernel=self.kernel,
-            profile_seconds=self._together.seconds
-            + sum((layer.core.prompt.profile_seconds for layer in self.headwise_layers), 0.0),
-            compact_seconds=sum((layer.core.prompt.compact_seconds for layer in self.headwise_layers), 0.0),
+            profile_seconds=self._whole_model.seconds + sum((prompt.profile_seconds for prompt in prompts), 0.0),
+            compact_seconds=sum((prompt.compact_seconds for prompt in prompts), 0.0),
         )
 
     def save(self, path: str | Path) -> None:
@@ -305,9 +262,7 @@ class HeadwiseCache(Cache):
         Raises:
             CacheStateError: while the prompt is still coming in.
         """
-        from headwise.hosts.transformers.persistence import save
-
-        save(self, Path(path))
+        save(self._parts, self.passes, self._owner, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel, policy: Policy, **options: Any) -> HeadwiseCache:
@@ -320,68 +275,47 @@ class HeadwiseCache(Cache):
             MismatchError: when the file was written with another model or policy.
             InputError: when the file is missing or not a saved cache.
         """
-        from headwise.hosts.transformers.persistence import load
-
         cache = cls(model, policy, **options)
-        load(cache, Path(path))
+        cache.passes = load(cache._parts, cache._owner, Path(path), model.get_decoder().device)
         return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadwiseCache:
         """An independent cache of the same model, as for a prefix that several continuations share."""
-        from headwise.hosts.transformers.persistence import collect, fill
-
         copy = type(self).__new__(type(self))
-        copy._options = self._options
-        copy._set_up(self.model, self.policy, **self._options)
-        fill(copy, *collect(self))
+        kinds = None if self.kind_table is None else self.kind_table.fresh()
+        copy._build(self.model, self._assembly, read_facts(self.model)[1], self._tokenizer, kinds)
+        copy.passes = fill(copy._parts, *collect(self._parts, self.passes))
         return copy
 
-    def _announce_kinds(self, table: KindTable, input_ids: Int[Tensor, "b q"] | None) -> None:
-        self.transcript.announce(None if input_ids is None else table.kinds(input_ids))
-        marked = None if input_ids is None else table.marked(input_ids)
-        if marked is not None:
-            self.transcript.mark(marked, int(Kind.SPECIAL))
+    @property
+    def _stock_layers(self) -> list[CacheLayerMixin]:
+        return [layer for layer in self.layers if not isinstance(layer, HeadwiseLayer)]
 
-    def _looks_like_a_chunk(self, input_ids: Int[Tensor, "b q"] | None) -> bool:
-        core = self.headwise_layers[0].core
-        return (
-            self.passes == 1
-            and core.plan is not None
-            and core.settings.prompt_columns is None
-            and not core.recording
-            and not isinstance(self.policy.chooser, Full)
-            and input_ids is not None
-            and input_ids.shape[1] > 1
-        )
+    @property
+    def _parts(self) -> CacheParts:
+        return CacheParts(self.layers, self.token_log, self.kind_table)
 
-    def _lengths(self) -> list[int]:
-        """Columns that each attention layer has seen; layers of other kinds count none."""
-        stock = [layer for layer in self.layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
-        return [layer.get_seq_length() for layer in [*self.headwise_layers, *stock]]
+    @property
+    def _owner(self) -> Owner:
+        return Owner(self.model, self.model_name, self.policy, self.kind_table)
 
-    def _token_facts(self) -> list[Tensor]:
+    def _repeat_prompt(self, ids: Int[Tensor, "b t"]) -> None:
+        assert self._tokenizer is not None
+        cores = [layer.core for layer in self.headwise_layers]
+        repeat_prompt(self.model, self, cores, self._stock_layers, self.token_log, ids, self._tokenizer)
+
+    def _token_tensors(self) -> list[Tensor]:
         """What it knows about tokens beside their rows."""
         ids = None if self.kind_table is None else self.kind_table.ids
-        return [*self.transcript.tensors().values(), *([] if ids is None else [ids])]
+        return [*self.token_log.tensors().values(), *([] if ids is None else [ids])]
 
     def _truncate(self) -> None:
         columns = self.headwise_layers[0].core.seen if self.headwise_layers else 0
-        self.transcript.truncate(columns)
+        self.token_log.truncate(columns)
         if self.kind_table is not None:
-            self.kind_table.truncate(columns)
-            newest = self.kind_table.newest()
-            if newest is not None:
-                self.transcript.correct(newest)
+            self.kind_table.truncate(columns, self.token_log)
 
     def _select(self, indices: Int[Tensor, " new"]) -> None:
-        self.transcript.select(indices)
+        self.token_log.select(indices)
         if self.kind_table is not None:
             self.kind_table.select(indices)
-
-    def _report_layer(self, layer: Any) -> LayerReport:
-        if not isinstance(layer, HeadwiseLayer):
-            return LayerReport.of_stock([value for value in vars(layer).values() if isinstance(value, Tensor)])
-        return LayerReport.of(layer.core)
-
-
-__all__ = ["HeadwiseCache", "HeadwiseWarning"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from headwise.errors import ConfigurationError
-from headwise.kernels import AUTO, REFERENCE, obstacle
+from headwise.contract import ModelFacts
+from headwise.errors import ConfigurationError, UnsupportedModelError
+from headwise.kernels.backends import AUTO, REFERENCE, obstacle
 from headwise.policies.base import Policy
 from headwise.policies.less import Less
-from headwise.policies.scored import Scored
 from headwise.policies.wrapper import wrappers
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ def check_options(
             f"{type(chooser).__name__} looks at the kind of each token (special, punctuation) and needs a tokenizer: "
             "HeadwiseCache(model, policy, tokenizer=tokenizer)"
         )
-    if isinstance(chooser, Scored) and chooser.reconstructs and tokenizer is None:
+    if chooser.needs_repetition and tokenizer is None:
         raise ConfigurationError(
             f"{type(chooser).__name__} asks the model to repeat its prompt and needs a tokenizer: "
             "HeadwiseCache(model, policy, tokenizer=tokenizer)"
@@ -51,7 +51,29 @@ def check_options(
         raise ConfigurationError(f"cache_dtype must be one of {', '.join(map(str, _DTYPES))}, got {cache_dtype!r}")
 
 
-def doubts(policy: Policy, model: PreTrainedModel, asked: str, kernel: str) -> Iterator[str]:
+def keeps_all(policy: Policy) -> bool:
+    """Whether nothing is ever dropped, whatever the prompt."""
+    return all(rung.keeps_all for rung in policy.chooser.rungs)
+
+
+def check_model(facts: ModelFacts, policy: Policy, kinds: list[str]) -> None:
+    """Refuse a model of which nothing can be compressed, unless nothing is to be.
+
+    Args:
+        kinds: names of the model's cache layers.
+
+    Raises:
+        UnsupportedModelError: saying what layers it has.
+    """
+    if keeps_all(policy) or any(layer.compressed for layer in facts.layers):
+        return
+    raise UnsupportedModelError(
+        f"{facts.name} has nothing to compress: all of its {len(kinds)} layers are {', '.join(sorted(set(kinds)))}; "
+        "headwise compresses full-attention layers"
+    )
+
+
+def doubts(policy: Policy, facts: ModelFacts, asked: str, kernel: str) -> Iterator[str]:
     """What works, but perhaps not as meant.
 
     Args:
@@ -63,7 +85,7 @@ def doubts(policy: Policy, model: PreTrainedModel, asked: str, kernel: str) -> I
             f"the kernels of LESS were not trained with what {policy.chooser} evicts; `headwise train-less` can do that"
         )
     if asked == AUTO and kernel == REFERENCE:
-        reason = obstacle("cpu" if model.device.type == "cpu" else "triton", model.device, model.dtype)
+        reason = obstacle("cpu" if facts.device.type == "cpu" else "triton", facts.device, facts.dtype)
         yield (
             f"running the plain torch kernels, which are several times slower: {reason}; "
             'ask for kernel="reference" where this is meant'

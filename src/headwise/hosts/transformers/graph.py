@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from headwise.errors import CacheStateError, ConfigurationError, InputError, UnsupportedModelError
 from headwise.hosts.transformers.cache import HeadwiseCache
+from headwise.stages.capture import advance, begin_capture, end_capture
 from headwise.types import Float, Int, Tensor
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -67,7 +68,7 @@ class DecodeGraph:
         seen = cache.get_seq_length()
         self._ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self._column = torch.full((1,), seen, dtype=torch.int32, device=device)
-        self._positions = cache.transcript.real_tokens(batch, seen, device)[:, None].clone()
+        self._positions = cache.token_log.real_tokens(batch, seen, device)[:, None].clone()
 
     @torch.no_grad()
     def step(self, input_ids: Int[Tensor, "b 1"]) -> Float[Tensor, "b v"]:
@@ -86,7 +87,7 @@ class DecodeGraph:
         logits = self._replay()
         self._left -= 1
         for layer in self._cache.headwise_layers:
-            layer.core.advance(self._left)
+            advance(layer.core, self._left)
         return logits
 
     def close(self) -> None:
@@ -94,7 +95,7 @@ class DecodeGraph:
         self._replay, self._left = None, 0
         self._cache.captured = False
         for layer in self._cache.headwise_layers:
-            layer.core.end_capture()
+            end_capture(layer.core)
 
     def __enter__(self) -> DecodeGraph:
         return self
@@ -107,7 +108,7 @@ class DecodeGraph:
         self.close()
         cores = [layer.core for layer in self._cache.headwise_layers]
         for core in cores:
-            core.begin_capture(self._column, self._room)
+            begin_capture(core, self._column, self._room)
         self._cache.captured = True
         # The trial, and perhaps the capture, change what follows depends on; the rows that they write lie beyond
         # the lengths, where nobody reads.

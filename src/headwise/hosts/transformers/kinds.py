@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import unicodedata
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from headwise.errors import ConfigurationError
+from headwise.stages.token_log import TokenLog
 from headwise.types import Bool, Int, Kind, Tensor, UInt8
 
 # Reading a vocabulary takes about half a second, so it is done once per tokenizer.
@@ -70,11 +72,31 @@ class KindTable:
         found = self._find(around).to(torch.uint8) * int(Kind.SPECIAL)
         return (self.kinds(around) | found)[:, -self._reach :]
 
-    def truncate(self, columns: int) -> None:
-        """Forget the ids from that column on."""
+    def announce(self, ids: Int[Tensor, "b q"] | None, log: TokenLog) -> None:
+        """Tell the log what the tokens are that the coming forward pass will process.
+
+        Args:
+            ids: None where the model was called without.
+        """
+        log.announce(None if ids is None else self.kinds(ids))
+        marked = None if ids is None else self.marked(ids)
+        if marked is not None:
+            log.mark(marked, int(Kind.SPECIAL))
+
+    def truncate(self, columns: int, log: TokenLog) -> None:
+        """Forget the ids from that column on, and correct what the log has of markers that are cut by it."""
         if self.ids is not None and columns < self.ids.shape[1]:
             # The next prompt may have another number of sequences.
             self.ids = self.ids[:, :columns].clone() if columns else None
+        newest = self.newest()
+        if newest is not None:
+            log.correct(newest)
+
+    def fresh(self) -> KindTable:
+        """The same table without any ids."""
+        other = copy.copy(self)
+        other.ids = None
+        return other
 
     def select(self, indices: Int[Tensor, " new"]) -> None:
         """Keep the sequences at `indices`, in that order."""

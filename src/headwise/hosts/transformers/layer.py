@@ -8,26 +8,45 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from headwise.contract import tensors_of
 from headwise.errors import CacheStateError, InputError, MismatchError
 from headwise.hosts.transformers.attention import LAYER_ATTRIBUTE, NAME, PassObserver, active_cache
+from headwise.report.report import LayerReport
 from headwise.stages.layer import LayerCache
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 
 class HeadwiseLayer(CacheLayerMixin):
-    """One full-attention layer of a `HeadwiseCache`: transformers' calls in, `LayerCache`'s work done."""
+    """One full-attention layer of a `HeadwiseCache`: transformers' calls in, `LayerCache`'s work done.
+
+    Args:
+        core: does the work.
+        stock: the layer that transformers would have; what is asked of a layer and is not about keys and values is
+            answered by it.
+        owner: the cache it belongs to, held weakly: a cache must be freed the moment its user drops it, not at the
+            next garbage collection.
+        model_name: for messages.
+    """
 
     is_sliding = False
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, core: LayerCache, owner: Callable[[], PassObserver | None], model_name: str) -> None:
+    def __init__(
+        self, core: LayerCache, stock: CacheLayerMixin, owner: Callable[[], PassObserver | None], model_name: str
+    ) -> None:
         super().__init__()
         self.core = core
+        self.stock = stock
         self.awaits_attention = False
-        # A weak reference: a cache must be freed the moment its user drops it, not at the next garbage collection.
         self._owner = owner
         self._model_name = model_name
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what this class does not have; not before `stock` is there, as when a copy is made.
+        if name.startswith("__") or "stock" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.stock, name)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take note of where the tensors are; the store is made when the prompt has been profiled."""
@@ -110,7 +129,7 @@ class HeadwiseLayer(CacheLayerMixin):
     def record_past(self, on: bool) -> None:
         self.core.recording = on
         if not on:
-            self.core.settle()
+            self.core.accept()
 
     def activate_past_recording(self) -> None:
         """Let the next calls of `crop` take back tokens of the pass before them (assisted decoding)."""
@@ -167,3 +186,13 @@ class HeadwiseLayer(CacheLayerMixin):
         """Bring the rows back to where the model computes."""
         if self.is_initialized:
             self.core.to(self.device)
+
+
+def held_tensors(layer: CacheLayerMixin) -> list[Tensor]:
+    """Every tensor that a layer of a cache holds on to, headwise's or transformers' own."""
+    return layer.core.tensors() if isinstance(layer, HeadwiseLayer) else tensors_of(layer)
+
+
+def layer_report(layer: CacheLayerMixin) -> LayerReport:
+    """What a layer of a cache holds, headwise's or transformers' own."""
+    return LayerReport.of(layer.core) if isinstance(layer, HeadwiseLayer) else LayerReport.of_stock(tensors_of(layer))

@@ -2,49 +2,101 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from torch import nn
+from transformers.cache_utils import CacheLayerMixin
 
 from headwise.errors import InputError, MismatchError
 from headwise.files import whole_file
-from headwise.hosts.transformers.cache import HeadwiseCache
+from headwise.hosts.transformers.kinds import KindTable
 from headwise.hosts.transformers.layer import HeadwiseLayer
+from headwise.hosts.transformers.stock_layers import restore_stock, stock_state
+from headwise.policies import FORMER_CLASSES
+from headwise.policies.base import Policy
+from headwise.stages.token_log import TokenLog
 from headwise.types import Tensor
+from headwise.weights import fingerprint
 
 _FORMAT = "headwise-cache-2"
 
-# Of every parameter: enough numbers to tell two trainings of one architecture apart.
-_SAMPLED_WEIGHTS = 16
+# What the names of the token log's tensors begin with in a file.
+_LOG = "transcript"
 
 
-def save(cache: HeadwiseCache, path: Path) -> None:
-    """Write everything the cache holds; tokens of the last pass can then no longer be taken back.
+@dataclass(frozen=True)
+class CacheParts:
+    """What a cache consists of."""
+
+    layers: Sequence[CacheLayerMixin]
+    log: TokenLog
+    kinds: KindTable | None
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What a saved cache must be loaded with.
+
+    Attributes:
+        model: that it was made for, and its name.
+        kinds: what it takes tokens for, where the policy asks.
+    """
+
+    model: nn.Module
+    model_name: str
+    policy: Policy
+    kinds: KindTable | None
+
+    def metadata(self) -> dict[str, str]:
+        """As a file has it."""
+        return {
+            "model": fingerprint(self.model),
+            "model_name": self.model_name,
+            "policy": repr(self.policy),
+            "kinds": "" if self.kinds is None else self.kinds.fingerprint,
+        }
+
+    def check(self, found: dict[str, str]) -> None:
+        """Refuse what belongs to another.
+
+        Raises:
+            MismatchError: naming what differs.
+        """
+        own = self.metadata()
+        if _current(found.get("policy", "")) != own["policy"]:
+            raise MismatchError(f"the cache was saved with {found.get('policy')}, not with {self.policy!r}")
+        if found.get("kinds") != own["kinds"]:
+            raise MismatchError("the cache was saved with another tokenizer or other markers")
+        if found.get("model") != own["model"]:
+            raise MismatchError(
+                f"the cache was saved with another {found.get('model_name')}: shapes, dtype or weights differ from "
+                f"those of this {self.model_name}"
+            )
+
+
+def save(parts: CacheParts, passes: int, owner: Owner, path: Path) -> None:
+    """Write everything a cache holds; tokens of the last pass can then no longer be taken back.
 
     Raises:
         CacheStateError: when a prompt is still coming in.
     """
-    tensors, plain = collect(cache)
-    metadata = {
-        "format": _FORMAT,
-        "model": model_fingerprint(cache.model),
-        "model_name": cache.model_name,
-        "policy": repr(cache.policy),
-        "kinds": "" if cache.kind_table is None else cache.kind_table.fingerprint,
-        "state": json.dumps(plain),
-    }
+    tensors, plain = collect(parts, passes)
+    metadata = {"format": _FORMAT, **owner.metadata(), "state": json.dumps(plain)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as scratch:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
 
 
-def load(cache: HeadwiseCache, path: Path) -> None:
-    """Fill a new cache with what `save` wrote.
+def load(parts: CacheParts, owner: Owner, path: Path, device: torch.device) -> int:
+    """Fill a new cache with what `save` wrote, and return how many passes it has seen.
 
     Raises:
         InputError: when the file is missing or not a saved cache.
@@ -57,83 +109,55 @@ def load(cache: HeadwiseCache, path: Path) -> None:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise InputError(f"{str(path)!r} is not a cache saved by this version of headwise ({_FORMAT})")
-            _check_owner(cache, metadata)
+            owner.check(metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except SafetensorError as error:
         raise InputError(f"{str(path)!r} is not a safetensors file: {error}") from error
-    device = cache.model.get_decoder().device
-    fill(cache, {name: tensor.to(device) for name, tensor in tensors.items()}, json.loads(metadata["state"]))
+    return fill(parts, {name: tensor.to(device) for name, tensor in tensors.items()}, json.loads(metadata["state"]))
 
 
-def collect(cache: HeadwiseCache) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def collect(parts: CacheParts, passes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Copies of everything a cache holds, by name: tensors, and what is plain data.
 
     Raises:
         CacheStateError: when a prompt is still coming in.
     """
-    tensors = {f"transcript.{name}": tensor for name, tensor in cache.transcript.tensors().items()}
-    if cache.kind_table is not None and cache.kind_table.ids is not None:
-        tensors["kinds.ids"] = cache.kind_table.ids
-    plain: dict[str, Any] = {"columns": cache.transcript.columns, "passes": cache.passes}
-    for index, layer in enumerate(cache.layers):
+    tensors = {f"{_LOG}.{name}": tensor for name, tensor in parts.log.tensors().items()}
+    if parts.kinds is not None and parts.kinds.ids is not None:
+        tensors["kinds.ids"] = parts.kinds.ids
+    plain: dict[str, Any] = {"columns": parts.log.columns, "passes": passes}
+    for index, layer in enumerate(parts.layers):
         if isinstance(layer, HeadwiseLayer):
             # After assisted decoding the last tokens still wait for a crop that will not come.
-            layer.core.settle()
+            layer.core.accept()
             state = layer.core.state()
         else:
-            # Everything a stock layer is made of; None and callables are made anew with the layer.
-            state = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor)}
-            plain[str(index)] = {
-                name: value
-                for name, value in vars(layer).items()
-                if isinstance(value, bool | int) and name != "record_past"
-            }
+            state, plain[str(index)] = stock_state(layer)
         tensors.update({f"layers.{index}.{name}": tensor for name, tensor in state.items()})
     return {name: tensor.clone() for name, tensor in tensors.items()}, plain
 
 
-def fill(cache: HeadwiseCache, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    """Give a new cache what `collect` took from another of the same model and policy."""
-    parts: dict[str, dict[str, Tensor]] = {}
+def fill(parts: CacheParts, tensors: dict[str, Tensor], plain: dict[str, Any]) -> int:
+    """Give a new cache what `collect` took from another of the same model and policy; returns its count of passes."""
+    owned: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        owner, _, field = name.rpartition(".")
-        parts.setdefault(owner, {})[field] = tensor
-    cache.transcript.restore(plain["columns"], parts.get("transcript", {}))
-    if cache.kind_table is not None:
-        cache.kind_table.ids = parts.get("kinds", {}).get("ids")
-    cache.passes = plain["passes"]
-    for index, layer in enumerate(cache.layers):
-        state = parts.get(f"layers.{index}", {})
+        part, _, field = name.rpartition(".")
+        owned.setdefault(part, {})[field] = tensor
+    parts.log.restore(plain["columns"], owned.get(_LOG, {}))
+    if parts.kinds is not None:
+        parts.kinds.ids = owned.get("kinds", {}).get("ids")
+    for index, layer in enumerate(parts.layers):
+        state = owned.get(f"layers.{index}", {})
         if isinstance(layer, HeadwiseLayer):
             layer.restore(state)
         else:
-            for name, value in {**plain[str(index)], **state}.items():
-                setattr(layer, name, value)
-            if isinstance(state.get("keys"), Tensor):
-                layer.dtype, layer.device = state["keys"].dtype, state["keys"].device
+            restore_stock(layer, state, plain[str(index)])
+    passes: int = plain["passes"]
+    return passes
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of a model's shapes and of a few numbers of every parameter; the same on every device."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        sample = parameter.detach().flatten()
-        step = max(1, len(sample) // _SAMPLED_WEIGHTS)
-        digest.update(sample[::step][:_SAMPLED_WEIGHTS].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _check_owner(cache: HeadwiseCache, metadata: dict[str, str]) -> None:
-    if metadata.get("policy") != repr(cache.policy):
-        raise MismatchError(f"the cache was saved with {metadata.get('policy')}, not with {cache.policy!r}")
-    if metadata.get("kinds") != ("" if cache.kind_table is None else cache.kind_table.fingerprint):
-        raise MismatchError("the cache was saved with another tokenizer or other markers")
-    if metadata.get("model") != model_fingerprint(cache.model):
-        raise MismatchError(
-            f"the cache was saved with another {metadata.get('model_name')}: shapes, dtype or weights differ from "
-            f"those of this {cache.model_name}"
-        )
-
-
-__all__ = ["collect", "fill", "load", "model_fingerprint", "save"]
+def _current(policy: str) -> str:
+    """A policy as it was written down, with the names that classes have now."""
+    for former, name in FORMER_CLASSES.items():
+        policy = re.sub(rf"\b{former}\(", f"{name}(", policy)
+    return policy

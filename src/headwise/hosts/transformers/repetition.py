@@ -1,4 +1,4 @@
-"""Reconstruction: a prompt in a full cache -> the model asked to repeat it, and what it looked at while it did.
+"""Repetition: a prompt in a full cache -> the model asked to repeat it, and what it looked at while it did.
 
 KVzip (Kim et al., NeurIPS 2025, section 3.2), chunk by chunk; nothing of the repetition stays in the cache. Chunks are
 cut by column: a padded sequence of several chunks is cut elsewhere than it would be alone, and may score otherwise.
@@ -6,19 +6,17 @@ cut by column: a padded sequence of several chunks is cut elsewhere than it woul
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import CacheLayerMixin
 
-from headwise.hosts.transformers.layer import HeadwiseLayer
+from headwise.hosts.transformers.stock_layers import unchanged
+from headwise.stages.layer import LayerCache
+from headwise.stages.token_log import TokenLog
 from headwise.types import Bool, Int, Tensor
-
-if TYPE_CHECKING:
-    from headwise.hosts.transformers.cache import HeadwiseCache
 
 # Columns that are repeated in one pass.
 _CHUNK = 2048
@@ -30,31 +28,52 @@ _FIRST = "\n\nRepeat the previous context exactly."
 _NEXT = "\n\nRepeat the part of the previous context exactly, starting with"
 
 
-def repeat_prompt(cache: HeadwiseCache, ids: Int[Tensor, "b t"], tokenizer: PreTrainedTokenizerBase) -> None:
+def repeat_prompt(
+    model: PreTrainedModel,
+    cache: Cache,
+    cores: Sequence[LayerCache],
+    stock: Sequence[CacheLayerMixin],
+    log: TokenLog,
+    ids: Int[Tensor, "b t"],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     """Let the model repeat its prompt; every layer then knows the largest attention that each column got.
 
     Args:
         cache: with the whole prompt in it, uncompressed.
+        cores, stock: its compressed layers, and the others.
         ids: the prompt, padding included.
     """
-    decoder, device = cache.model.get_decoder(), ids.device
+    decoder, device = model.get_decoder(), ids.device
     columns = torch.arange(ids.shape[1], device=device).expand(len(ids), 1, -1)
-    real = cache.transcript.real(columns)[:, 0]
+    real = log.real(columns)[:, 0]
     opening = _answer_opening(tokenizer)
     for start in range(0, ids.shape[1], _CHUNK):
         chunk = slice(start, min(start + _CHUNK, ids.shape[1]))
         asked, counted = _request(tokenizer, ids, real, start, opening)
-        repeated = torch.cat([asked, ids[:, chunk]], dim=1)
+        repetition = torch.cat([asked, ids[:, chunk]], dim=1)
         mask = torch.cat([real, counted, real[:, chunk]], dim=1)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, ids.shape[1] :]
-        with _untouched(cache, chunk), torch.no_grad():
+        with _repeating(cores, chunk), unchanged(stock), torch.no_grad():
             decoder(
-                input_ids=repeated,
+                input_ids=repetition,
                 attention_mask=None if bool(mask.all()) else mask.long(),
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
             )
+
+
+@contextmanager
+def _repeating(cores: Sequence[LayerCache], chunk: slice) -> Iterator[None]:
+    """While it lasts, passes read those layers and leave nothing in them."""
+    for core in cores:
+        core.repetition_chunk = chunk
+    try:
+        yield
+    finally:
+        for core in cores:
+            core.repetition_chunk = None
 
 
 def _request(
@@ -85,21 +104,3 @@ def _answer_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
     return list(tokenizer(str(chat).rpartition(content)[2], add_special_tokens=False).input_ids)
-
-
-@contextmanager
-def _untouched(cache: HeadwiseCache, chunk: slice) -> Iterator[None]:
-    """While it lasts, passes read the cache and leave nothing in it."""
-    stock: list[tuple[Any, dict[str, Any]]] = [
-        (layer, copy.deepcopy(vars(layer))) for layer in cache.layers if not isinstance(layer, HeadwiseLayer)
-    ]
-    for layer in cache.headwise_layers:
-        layer.core.repeated = chunk
-    try:
-        yield
-    finally:
-        for layer in cache.headwise_layers:
-            layer.core.repeated = None
-        for layer, state in stock:
-            vars(layer).clear()
-            vars(layer).update(state)

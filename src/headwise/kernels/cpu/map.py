@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from ctypes import c_float, c_int64, c_void_p
 
 import torch
 
 from headwise.kernels.attention import query_blocks
 from headwise.kernels.cpu.library import library_and_threads, pointer
-from headwise.types import Bool, Float, Int, LogitOptions, Tensor
+from headwise.kernels.interface import AttentionMap, MassRequest, PeaksRequest
+from headwise.types import Float, Tensor
 
 
 class _Block(ctypes.Structure):
@@ -43,28 +44,20 @@ class _AttentionPeaks(ctypes.Structure):
     ]
 
 
-def column_mass(
-    query: Float[Tensor, "b h g q d"],
-    keys: Float[Tensor, "b h t d"],
-    columns: Int[Tensor, " q"],
-    mask: Bool[Tensor, "b q t"] | None,
-    options: LogitOptions,
-    weights: Float[Tensor, "b q"],
-    positions: Int[Tensor, "b t"],
-    widths: Int[Tensor, "w b"],
-) -> tuple[Float[Tensor, "b h g t"], Float[Tensor, "w b h g t"]]:
+def column_mass(request: MassRequest) -> tuple[Float[Tensor, "b h g t"], Float[Tensor, "w b h g t"]]:
     """As `reference.column_mass`."""
     library, parallel_for = library_and_threads()
-    batch, heads, group, _, _ = query.shape
-    total, bands, parts = keys.shape[2], len(widths), _parts(group)
+    map, widths = request.map, request.widths
+    batch, heads, group, _, _ = map.query.shape
+    total, bands, parts = map.keys.shape[2], len(widths), _parts(group)
     mass = torch.empty(batch, heads, group, total)
     band = torch.empty(bands, batch, heads, group, total)
-    weights, positions = weights.float().contiguous(), positions.long().contiguous()
+    weights, positions = request.weights.float().contiguous(), request.positions.long().contiguous()
     for b in range(batch):
         own_widths = widths[:, b].long().contiguous()
         for h in range(heads):
             sums, inside = torch.zeros(parts, group, total), torch.zeros(bands, parts, group, total)
-            for rows, _, block in _blocks(query, keys, columns, mask, options, b, h):
+            for rows, _, block in _blocks(map, b, h):
                 arguments = _ColumnMass(
                     block,
                     weights[b, rows].data_ptr(),
@@ -82,27 +75,20 @@ def column_mass(
     return mass, band
 
 
-def attention_and_peaks(
-    query: Float[Tensor, "b h g q d"],
-    keys: Float[Tensor, "b h t d"],
-    values: Float[Tensor, "b h t e"],
-    mask: Bool[Tensor, "b q t"] | None,
-    options: LogitOptions,
-    counted: Sequence[slice],
-) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h t"]]:
+def attention_and_peaks(request: PeaksRequest) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h t"]]:
     """As `reference.attention_and_peaks`; both come from the same products."""
     library, parallel_for = library_and_threads()
-    batch, heads, group, queries, _ = query.shape
-    total, parts = keys.shape[2], _parts(group)
-    columns = torch.arange(total - queries, total)
-    ranges = torch.tensor([[part.start, part.stop] for part in counted])
-    output = torch.empty(*query.shape[:-1], values.shape[-1], dtype=values.dtype)
+    map, values = request.map, request.values
+    batch, heads, group, _, _ = map.query.shape
+    total, parts = map.keys.shape[2], _parts(group)
+    ranges = torch.tensor([[part.start, part.stop] for part in request.counted])
+    output = torch.empty(*map.query.shape[:-1], values.shape[-1], dtype=values.dtype)
     peaks = torch.empty(batch, heads, total)
     for b in range(batch):
         for h in range(heads):
             weighed = values[b, h].float()
             logarithms = torch.full((parts, group, total), -torch.inf)
-            for rows, products, block in _blocks(query, keys, columns, mask, options, b, h):
+            for rows, products, block in _blocks(map, b, h):
                 arguments = _AttentionPeaks(
                     block, ranges.data_ptr(), logarithms.data_ptr(), len(ranges), total, parts, parallel_for
                 )
@@ -112,21 +98,14 @@ def attention_and_peaks(
     return output, peaks.exp_()
 
 
-def _blocks(
-    query: Float[Tensor, "b h g q d"],
-    keys: Float[Tensor, "b h t d"],
-    columns: Int[Tensor, " q"],
-    mask: Bool[Tensor, "b q t"] | None,
-    options: LogitOptions,
-    b: int,
-    h: int,
-) -> Iterator[tuple[slice, Float[Tensor, "rows seen"], _Block]]:
+def _blocks(map: AttentionMap, b: int, h: int) -> Iterator[tuple[slice, Float[Tensor, "rows seen"], _Block]]:
     """Products of one head of one sequence, some rows at a time; each block is valid until the next.
 
     One head at a time: the more rows of a head a block holds, the faster are the products.
     """
+    query, keys, mask, options = map.query, map.keys, map.mask, map.options
     total, key_dim = keys.shape[2:]
-    columns = columns.long().contiguous()
+    columns = map.own_columns().long().contiguous()
     transposed = keys[b, h].float().mT
     sinks = None if options.sinks is None else options.sinks[h].float().contiguous()
     for block in query_blocks(query[b : b + 1, h : h + 1], total):
@@ -169,9 +148,6 @@ def _scratch(size: int) -> Tensor:
         with torch.inference_mode(False):
             held = _kept.scratch = torch.empty(size)
     return held[:size]
-
-
-_kept = threading.local()
 
 
 _kept = threading.local()

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from headwise.kernels.interface import Coding, PageView
 from headwise.kernels.triton.launch import LAUNCH, device_code, power
-from headwise.types import Float, Packing, PageView, Tensor
+from headwise.types import Float, Tensor
 
 
 def attend_codes(
@@ -40,7 +41,7 @@ def attend_codes(
     )
     code.turn[(batch * heads * members,)](
         query,
-        rotation_of(views, "key_rotation"),
+        hadamard_of(views, "key_hadamard"),
         turned,
         query.stride(),
         heads,
@@ -51,14 +52,14 @@ def attend_codes(
         **turning(dim),
     )
     for index, (view, sizes, (splits, split_rows)) in enumerate(zip(views, tiles, cuts, strict=True)):
-        packing = packing_of(view)
+        coding = coding_of(view)
         table = view.table.contiguous()
         code.attend_codes[batch * heads, splits, -(-members // sizes["BLOCK_M"])](
             turned,
             view.keys,
             view.values,
-            words(packing.key_steps),
-            words(packing.value_steps),
+            words(coding.key_steps),
+            words(coding.value_steps),
             view.columns,
             table,
             view.lengths,
@@ -68,9 +69,9 @@ def attend_codes(
             begin=begin,
             view=1 + index,
             pages=table.shape[2],
-            PAGE=view.columns.shape[1],
-            KEY_GROUPS=packing.key_steps.shape[2] // 2,
-            VALUE_GROUPS=packing.value_steps.shape[2] // 2,
+            PAGE=view.page_size,
+            KEY_GROUPS=coding.key_steps.shape[2] // 2,
+            VALUE_GROUPS=coding.value_steps.shape[2] // 2,
             NARROW=is_half(query),
             **sizes,
             **every,
@@ -88,17 +89,17 @@ def words(steps: Float[Tensor, "pages s steps"]) -> Tensor:
     return steps.view(torch.int32) if steps.shape[2] == 2 else steps
 
 
-def packing_of(view: PageView) -> Packing:
+def coding_of(view: PageView) -> Coding:
     """How the codes of a view of codes are read."""
-    assert view.packing is not None
-    return view.packing
+    assert view.coding is not None
+    return view.coding
 
 
-def rotation_of(views: Sequence[PageView], name: str) -> Tensor | None:
-    """The rotation of that name, which all views of codes share."""
-    rotations = [getattr(packing_of(view), name) for view in views]
-    assert all(rotation is rotations[0] for rotation in rotations)
-    return rotations[0].contiguous() if rotations else None
+def hadamard_of(views: Sequence[PageView], name: str) -> Tensor | None:
+    """The matrix of that name, which all views of codes share."""
+    matrices = [getattr(coding_of(view), name) for view in views]
+    assert all(matrix is matrices[0] for matrix in matrices)
+    return matrices[0].contiguous() if matrices else None
 
 
 @functools.cache

@@ -20,9 +20,9 @@ from headwise.kernels.triton.device_tiles import absorb, addresses, capped, prod
 @triton.jit(do_not_specialize=["queries"])
 @no_type_check
 def turn(
-    query, rotation, turned, query_stride, heads, queries, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+    query, hadamard, turned, query_stride, heads, queries, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """One member's query, times the rotation."""
+    """One member's query, times the matrix that keys were multiplied with."""
     own = tl.program_id(0).to(tl.int64)
     members = GROUP * queries
     head = own // members
@@ -32,7 +32,7 @@ def turn(
     query += head // heads * query_stride[0] + head % heads * query_stride[1]
     query += member // queries * query_stride[2] + member % queries * query_stride[3]
     q = tl.load(query + feature, mask=held, other=0.0).to(tl.float32)
-    product = tl.sum(q[:, None] * tile(rotation, feature, D, held, feature, D), 0)
+    product = tl.sum(q[:, None] * tile(hadamard, feature, D, held, feature, D), 0)
     tl.store(turned + own * D + feature, product, mask=held)
 
 

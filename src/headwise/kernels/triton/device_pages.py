@@ -22,8 +22,10 @@ from headwise.kernels.triton.device_tiles import (
     addresses,
     capped,
     finite,
+    pooled,
     products_of,
     put,
+    put_pooled,
     record,
     seen,
     soften,
@@ -76,6 +78,8 @@ def attend(
     D: tl.constexpr,
     E: tl.constexpr,
     PAGE: tl.constexpr,
+    KEY_STRIDES: tl.constexpr,
+    VALUE_STRIDES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -133,11 +137,11 @@ def attend(
     for at in range(start, stop, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
         held = n < stop
-        address = addresses(table + head * pages, n, held, PAGE)
-        k = tile(key_pool, address, D, held, feature, D)
-        v = tile(value_pool, address, E, held, channel, E)
+        k = pooled(key_pool, table + head * pages, n, held, feature, D, PAGE, KEY_STRIDES)
+        v = pooled(value_pool, table + head * pages, n, held, channel, E, PAGE, VALUE_STRIDES)
         visible = asks[:, None] & held[None, :]
         if mask is not None:
+            address = addresses(table + head * pages, n, held, PAGE)
             column = tl.load(column_pool + address, mask=held, other=0)
             visible = seen(mask, i, column, mask_q, visible)
         x = tl.where(visible, capped(products_of(q, k, NARROW), inner, outer), float("-inf"))
@@ -173,7 +177,7 @@ def combine(
     partial,
     partial_lse,
     sinks,
-    rotation,
+    hadamard,
     output,
     lse,
     heads,
@@ -212,14 +216,14 @@ def combine(
         weights = tl.exp2(share - base)
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(weights, 0)
-        if rotation is None:
+        if hadamard is None:
             merged = merged * decay + tl.sum(weights[:, None] * values, 0)
         else:
             merged = merged * decay + tl.sum(tl.where(part < straight, weights, 0.0)[:, None] * values, 0)
             turned = turned * decay + tl.sum(tl.where(part < straight, 0.0, weights)[:, None] * values, 0)
         top = raised
-    if rotation is not None:
-        merged += tl.sum(tile(rotation, channel, E, channel < E, channel, E) * turned[None, :], 1)
+    if hadamard is not None:
+        merged += tl.sum(tile(hadamard, channel, E, channel < E, channel, E) * turned[None, :], 1)
     some = tl.where(total > 0, total, 1.0)
     tl.store(output + own * E + channel, merged / some, mask=channel < E)
     tl.store(lse + own + tl.arange(0, 1), (top + tl.log2(some)) * 0.6931471805599453)
@@ -283,6 +287,8 @@ def write(
     D: tl.constexpr,
     E: tl.constexpr,
     PAGE: tl.constexpr,
+    KEY_STRIDES: tl.constexpr,
+    VALUE_STRIDES: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -320,9 +326,10 @@ def write(
         channel = tl.arange(0, BLOCK_E)
         k = tile(keys + b * key_stride[0] + h * key_stride[1], f, key_stride[2], wanted, feature, D)
         v = tile(values + b * value_stride[0] + h * value_stride[1], f, value_stride[2], wanted, channel, E)
-        put(key_pool, address, D, wanted, feature, D, k)
-        put(value_pool, address, E, wanted, channel, E, v)
-        tl.store(column_pool + address, tl.load(columns + f, mask=wanted), mask=wanted)
+        put_pooled(key_pool, table + head * pages, n, wanted, feature, D, PAGE, KEY_STRIDES, k)
+        put_pooled(value_pool, table + head * pages, n, wanted, channel, E, PAGE, VALUE_STRIDES, v)
+        if column_pool is not None:
+            tl.store(column_pool + address, tl.load(columns + f, mask=wanted), mask=wanted)
         if score_pool is not None:
             of_scores = scores + b * score_b + h * score_h + f
             tl.store(score_pool + address, tl.load(of_scores, mask=wanted), mask=wanted)

@@ -29,6 +29,34 @@ def put(start, index, stride, held, channel, WIDTH: tl.constexpr, rows):
 
 @triton.jit
 @no_type_check
+def pooled(pool, table, n, held, channel, WIDTH: tl.constexpr, PAGE: tl.constexpr, STRIDES: tl.constexpr):
+    """Rows of a head, from wherever its part of the table says; 0 where nothing is held.
+
+    Args:
+        STRIDES: of the pool, between pages, rows and channels.
+    """
+    at = pool + place(table, n, held, PAGE, STRIDES)[:, None] + channel[None, :] * STRIDES[2]
+    return tl.load(at, mask=held[:, None] & (channel < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+@no_type_check
+def put_pooled(pool, table, n, held, channel, WIDTH: tl.constexpr, PAGE: tl.constexpr, STRIDES: tl.constexpr, rows):
+    """The way back: rows of a head to where its part of the table says."""
+    at = pool + place(table, n, held, PAGE, STRIDES)[:, None] + channel[None, :] * STRIDES[2]
+    tl.store(at, rows, mask=held[:, None] & (channel < WIDTH)[None, :])
+
+
+@triton.jit
+@no_type_check
+def place(table, n, held, PAGE: tl.constexpr, STRIDES: tl.constexpr):
+    """Where in a pool the first channels of a head's rows lie."""
+    page = tl.load(table + n // PAGE, mask=held, other=0)
+    return page.to(tl.int64) * STRIDES[0] + n % PAGE * STRIDES[1]
+
+
+@triton.jit
+@no_type_check
 def addresses(table, n, held, PAGE: tl.constexpr):
     """Where in the pools the rows of a head lie, by its part of the table."""
     page = tl.load(table + n // PAGE, mask=held, other=0)

@@ -3,117 +3,68 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 
+from headwise.kernels.interface import AttentionMap, MassRequest, PeaksRequest
 from headwise.kernels.reference import attend_and_gather
 from headwise.kernels.triton.launch import LAUNCH, dense_rows, factors, is_narrow, on_device, power, strides
-from headwise.types import Bool, Float, Int, LogitOptions, Tensor
+from headwise.types import Float, Int, Tensor
 
 
-def column_mass(
-    query: Float[Tensor, "b h g q d"],
-    keys: Float[Tensor, "b h t d"],
-    columns: Int[Tensor, " q"],
-    mask: Bool[Tensor, "b q t"] | None,
-    options: LogitOptions,
-    weights: Float[Tensor, "b q"],
-    positions: Int[Tensor, "b t"],
-    widths: Int[Tensor, "w b"],
-) -> tuple[Float[Tensor, "b h g t"], Float[Tensor, "w b h g t"]]:
-    """Weighted column sums of the attention map, tile by tile: memory grows with t, not with t x t.
-
-    Args:
-        columns: each query row's own column, ascending.
-        mask: True where a query may see a key; None means causal.
-        weights: how much each query row counts.
-        positions: of every column, ascending; a key is in the band where the query is less than the width ahead of it.
-        widths: of the bands, for every sequence.
-
-    Returns:
-        the mass on every column, and the part of it inside each band, in fp32.
-    """
-    band = torch.empty(len(widths), *query.shape[:3], keys.shape[2], dtype=torch.float32, device=keys.device)
-    mass = _columns_of_map(query, keys, columns, mask, options, weights, positions.contiguous(), widths, band)
-    return mass, band
+def column_mass(request: MassRequest) -> tuple[Float[Tensor, "b h g t"], Float[Tensor, "w b h g t"]]:
+    """As `reference.column_mass`, tile by tile."""
+    map, widths = request.map, request.widths
+    band = torch.empty(
+        len(widths), *map.query.shape[:3], map.keys.shape[2], dtype=torch.float32, device=map.keys.device
+    )
+    return _columns_of_map(map, request.weights, request.positions.contiguous(), widths, band), band
 
 
-def attention_and_peaks(
-    query: Float[Tensor, "b h g q d"],
-    keys: Float[Tensor, "b h t d"],
-    values: Float[Tensor, "b h t e"],
-    mask: Bool[Tensor, "b q t"] | None,
-    options: LogitOptions,
-    counted: Sequence[slice],
-) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h t"]]:
-    """As `headwise.kernels.reference.attention_and_peaks`; the attention is torch's."""
-    return attend_and_gather(query, keys, values, mask, options, counted, column_max)
+def attention_and_peaks(request: PeaksRequest) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h t"]]:
+    """As `reference.attention_and_peaks`; the attention is torch's."""
+    return attend_and_gather(request, column_max)
 
 
-def column_max(
-    query: Float[Tensor, "b h g q d"],
-    keys: Float[Tensor, "b h t d"],
-    columns: Int[Tensor, " q"],
-    mask: Bool[Tensor, "b q t"] | None,
-    options: LogitOptions,
-) -> Float[Tensor, "b h t"]:
+def column_max(map: AttentionMap) -> Float[Tensor, "b h t"]:
     """Largest number in each column of the attention maps of a group, 0 where no row sees it."""
-    positions, widths = columns.expand(len(keys), -1), columns.new_empty(0, len(keys))
-    band = torch.empty(0, *query.shape[:3], keys.shape[2], device=keys.device)
-    return _columns_of_map(query, keys, columns, mask, options, None, positions, widths, band).amax(dim=2)
+    columns = map.own_columns()
+    positions, widths = columns.expand(len(map.keys), -1), columns.new_empty(0, len(map.keys))
+    band = torch.empty(0, *map.query.shape[:3], map.keys.shape[2], device=map.keys.device)
+    return _columns_of_map(map, None, positions, widths, band).amax(dim=2)
 
 
 def _columns_of_map(
-    query: Float[Tensor, "b h g q d"],
-    keys: Float[Tensor, "b h t d"],
-    columns: Int[Tensor, " q"],
-    mask: Bool[Tensor, "b q t"] | None,
-    options: LogitOptions,
+    map: AttentionMap,
     weights: Float[Tensor, "b q"] | None,
     positions: Int[Tensor, "b positions"],
     widths: Int[Tensor, "w b"],
     band: Float[Tensor, "w b h g t"],
 ) -> Float[Tensor, "b h g t"]:
     """Sums of the columns, in each band written to `band`, and in total; the largest of them where no weights are."""
-    batch, heads, group, rows, key_dim = query.shape
-    total, device = keys.shape[2], keys.device
-    query, keys, columns = dense_rows(query), dense_rows(keys), columns.contiguous()
-    mask = None if mask is None else dense_rows(mask)
-    sinks = None if options.sinks is None else options.sinks.contiguous()
+    batch, heads, group, rows, key_dim = map.query.shape
+    total, device = map.keys.shape[2], map.keys.device
+    query, keys, columns = dense_rows(map.query), dense_rows(map.keys), map.own_columns().contiguous()
+    mask = None if map.mask is None else dense_rows(map.mask)
+    sinks = None if map.options.sinks is None else map.options.sinks.contiguous()
     narrow = is_narrow(query, keys)
     tiles = _map_tiles(group, key_dim, narrow)
-    blocks = -(-total // tiles["BLOCK_N"])
     members = batch * heads * group
     lse = torch.empty(members, rows, dtype=torch.float32, device=device)
     mass = torch.empty(batch, heads, group, total, dtype=torch.float32, device=device)
     first = torch.arange(0, total, tiles["BLOCK_N"], dtype=columns.dtype, device=device)
     row_positions = positions.index_select(1, columns) if len(widths) else None
-    stops = None
-    if row_positions is not None and len(widths) > 1:
-        last = positions[:, (first + tiles["BLOCK_N"] - 1).clamp(max=total - 1)]
-        beyond = (last + widths.to(positions.dtype)[:, :, None]).transpose(0, 1).flatten(1)
-        stops = torch.searchsorted(row_positions, beyond).view(batch, len(widths), blocks).transpose(0, 1).contiguous()
+    stops = None if row_positions is None else _last_rows(row_positions, positions, first, widths, tiles["BLOCK_N"])
     common = (query.stride(), keys.stride(), *strides(mask))
+    sizes = {"NARROW": narrow, **tiles}
+    logits = factors(map.options)
     with on_device(device):
         code = _map_code()
         code.row_sums[-(-rows // tiles["BLOCK_M"]), members](
-            query,
-            keys,
-            columns,
-            mask,
-            sinks,
-            lse,
-            *common,
-            heads,
-            rows,
-            total,
-            *factors(options),
-            NARROW=narrow,
-            **tiles,
+            query, keys, columns, mask, sinks, lse, *common, heads, rows, total, *logits, **sizes
         )
-        code.column_sums[blocks, members, max(1, len(widths))](
+        code.column_sums[len(first), members, max(1, len(widths))](
             query,
             keys,
             columns,
@@ -132,11 +83,26 @@ def _columns_of_map(
             heads,
             rows,
             total,
-            *factors(options),
-            NARROW=narrow,
-            **tiles,
+            *logits,
+            **sizes,
         )
     return mass
+
+
+def _last_rows(
+    row_positions: Int[Tensor, "b q"],
+    positions: Int[Tensor, "b positions"],
+    first: Int[Tensor, " blocks"],
+    widths: Int[Tensor, "w b"],
+    block: int,
+) -> Int[Tensor, "w b blocks"] | None:
+    """First row from which on no column of each block is in each band; None where one band goes with the total."""
+    if len(widths) < 2:
+        return None
+    last = positions[:, (first + block - 1).clamp(max=positions.shape[1] - 1)]
+    beyond = (last + widths.to(positions.dtype)[:, :, None]).transpose(0, 1).flatten(1)
+    found = torch.searchsorted(row_positions, beyond).view(len(positions), len(widths), len(first))
+    return found.transpose(0, 1).contiguous()
 
 
 @functools.cache

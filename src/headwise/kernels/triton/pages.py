@@ -1,199 +1,205 @@
-"""Triton kernels: query rows and a layer's pages -> attention output, appended rows and column sums, on a GPU.
+"""Triton for pages: requests over a layer's pages -> launches that attend to them and write new rows, on a GPU.
 
 Decoding follows FlashAttention-2 (Dao 2023) inside a program and Flash-Decoding (Dao et al. 2023) between programs:
 the kept rows of a head are split, each split makes a softmax of its own, and a second launch merges them. Nothing
 waits for the device: grids and scratch follow from shapes and `PageView.longest` alone, so that a decode step can be
-captured into a CUDA graph. Under TRITON_INTERPRET=1 the same code runs, slowly, on the CPU.
+captured into a CUDA graph.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from headwise.kernels.triton.codes import attend_codes, code_tiles, is_half, packing_of, rotation_of, turning
-from headwise.kernels.triton.launch import (
-    LAUNCH,
-    dense_rows,
-    device_code,
-    factors,
-    is_narrow,
-    on_device,
-    power,
-    strides,
-)
-from headwise.kernels.triton.map import attention_and_peaks, column_mass, column_max
-from headwise.types import Bool, Decoded, Float, Int, LogitOptions, PageView, Tensor, UInt8
-
-# Programs per processor that splitting aims at: two fit at a time, and heads differ in length, so that some of them
-# end at once.
-_PROGRAMS = 4
+from headwise.kernels.interface import AppendRequest, Decoded, DecodeRequest, PageView
+from headwise.kernels.triton.codes import attend_codes, hadamard_of, turning
+from headwise.kernels.triton.launch import LAUNCH, dense_rows, device_code, factors, is_narrow, on_device, strides
+from headwise.kernels.triton.tiles import append_tiles, cut_into_splits, tiles_of_view
+from headwise.types import Tensor
 
 
-def obstacle(device: torch.device) -> str | None:
-    """Why these kernels cannot run on that device; None where they can."""
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Triton runs on the CPU only where TRITON_INTERPRET=1 is set, for tests"
-    if device.type not in ("cpu", "cuda"):
-        return f"Triton kernels need a CUDA device, not {device.type!r}"
-    try:
-        device_code()
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
-    return None
+@dataclass(frozen=True)
+class _Plan:
+    """How a decode step is cut into programs; from shapes alone.
 
-
-def ragged_decode(
-    query: Float[Tensor, "b h g q d"],
-    pages: Sequence[PageView],
-    fresh_keys: Float[Tensor, "b h f d"],
-    fresh_values: Float[Tensor, "b h f e"],
-    mask: Bool[Tensor, "b q t"] | None,
-    options: LogitOptions,
-    *,
-    with_mass: bool,
-) -> Decoded:
-    """Attention of a few query rows over each KV head's own pages and over the fresh rows, in one softmax.
-
-    Args:
-        query: the newest tokens; the q-th is also the q-th last fresh row.
-        pages: kept rows, the exact ones first; n is the sum of what is `longest` in each. All codes are turned by the
-            same rotations.
-        fresh_keys, fresh_values: rows that are not in the pages yet.
-        mask: True where a query may see a column; its last f columns are the fresh rows. None lets every query see
-            all kept rows and the fresh rows up to its own.
-        with_mass: whether to return the probabilities; they take q x (n + f) numbers per KV head.
+    Attributes:
+        coded: views of codes that hold anything.
+        tiles, cuts: of the exact view, then of the coded ones; a cut is how many splits, and of how many rows each.
+        parts: the splits of the exact rows, the fresh rows, and the splits of each view of codes.
+        kept: rows of all views, each padded to its longest head.
     """
-    coded = [view for view in pages[1:] if view.longest]
-    exact = pages[0]
-    batch, heads, group, queries, key_dim = query.shape
-    fresh, value_dim = fresh_values.shape[2:]
-    code, device = device_code(), query.device
-    query, fresh_keys, fresh_values = dense_rows(query), dense_rows(fresh_keys), dense_rows(fresh_values)
-    mask = None if mask is None else dense_rows(mask)
-    table, lengths = exact.table.contiguous(), exact.lengths
-    narrow = is_narrow(query, exact.keys, exact.values, fresh_keys, fresh_values)
-    members = group * queries
-    tiles = [_decode_tiles(members, key_dim, value_dim, narrow)]
-    for packing in map(packing_of, coded):
-        bits = packing.key_bits, packing.value_bits
-        tiles.append(code_tiles(members, key_dim, value_dim, *bits, is_half(query)))
-    cuts = []
-    for view, sizes in zip([exact, *coded], tiles, strict=True):
-        programs = batch * heads * -(-members // sizes["BLOCK_M"])
-        cuts.append(_splits(view.longest, programs, sizes["BLOCK_N"], device))
-    # Parts are the splits of the exact rows, the fresh rows, and the splits of each view of codes.
-    splits, split_rows = cuts[0]
-    parts = 1 + sum(count for count, _ in cuts)
-    kept = exact.longest + sum(view.longest for view in coded)
 
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+    request: DecodeRequest
+    coded: list[PageView]
+    narrow: bool
+    tiles: list[dict[str, int]]
+    cuts: list[tuple[int, int]]
 
-    partial, partial_lse = new(batch * heads, parts, members, value_dim), new(batch * heads, parts, members)
-    output, lse = new(*query.shape[:-1], value_dim, dtype=fresh_values.dtype), new(*query.shape[:-1])
-    logits = spans = mass = None
-    if with_mass:
-        logits, mass = new(batch * heads, members, kept + fresh), new(batch, heads, queries, kept + fresh)
-        spans = new(batch * heads, 1 + len(coded), 2, dtype=torch.int32)
-    sinks = None if options.sinks is None else options.sinks.contiguous()
+    @classmethod
+    def of(cls, request: DecodeRequest) -> _Plan:
+        exact, coded = request.pages[0], [view for view in request.pages[1:] if view.longest]
+        batch, heads, group, queries, _ = request.query.shape
+        narrow = is_narrow(request.query, exact.keys, exact.values, request.fresh_keys, request.fresh_values)
+        tiles = [tiles_of_view(request, view, narrow) for view in (exact, *coded)]
+        cuts = []
+        for view, sizes in zip((exact, *coded), tiles, strict=True):
+            programs = batch * heads * -(-group * queries // sizes["BLOCK_M"])
+            cuts.append(cut_into_splits(view.longest, programs, sizes["BLOCK_N"], request.query.device))
+        return cls(request, coded, narrow, tiles, cuts)
+
+    @property
+    def parts(self) -> int:
+        return 1 + sum(count for count, _ in self.cuts)
+
+    @property
+    def kept(self) -> int:
+        return self.request.pages[0].longest + sum(view.longest for view in self.coded)
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """What the launches of a step leave to one another."""
+
+    partial: Tensor
+    partial_lse: Tensor
+    logits: Tensor | None = None
+    spans: Tensor | None = None
+
+    @classmethod
+    def of(cls, plan: _Plan) -> _Scratch:
+        request = plan.request
+        batch, heads, group, queries, _ = request.query.shape
+        fresh, value_dim = request.fresh_values.shape[2:]
+        each, members, device = batch * heads, group * queries, request.query.device
+        partial = torch.empty(each, plan.parts, members, value_dim, dtype=torch.float32, device=device)
+        lse = torch.empty(each, plan.parts, members, dtype=torch.float32, device=device)
+        if not request.with_mass:
+            return cls(partial, lse)
+        logits = torch.empty(each, members, plan.kept + fresh, dtype=torch.float32, device=device)
+        spans = torch.empty(each, 1 + len(plan.coded), 2, dtype=torch.int32, device=device)
+        return cls(partial, lse, logits, spans)
+
+
+def ragged_decode(request: DecodeRequest) -> Decoded:
+    """As `reference.ragged_decode`."""
+    request = replace(
+        request,
+        query=dense_rows(request.query),
+        fresh_keys=dense_rows(request.fresh_keys),
+        fresh_values=dense_rows(request.fresh_values),
+        mask=None if request.mask is None else dense_rows(request.mask),
+    )
+    plan = _Plan.of(request)
+    scratch, query = _Scratch.of(plan), request.query
+    batch, heads, group, queries, _ = query.shape
+    fresh, value_dim = request.fresh_values.shape[2:]
+    output = torch.empty(*query.shape[:-1], value_dim, dtype=request.fresh_values.dtype, device=query.device)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+    sinks = None if request.options.sinks is None else request.options.sinks.contiguous()
+    with on_device(query.device):
+        _attend(plan, scratch)
+        device_code().combine[(lse.numel(),)](
+            scratch.partial,
+            scratch.partial_lse,
+            sinks,
+            hadamard_of(plan.coded, "value_hadamard"),
+            output,
+            lse,
+            heads,
+            queries,
+            plan.parts,
+            plan.cuts[0][0] + 1,
+            GROUP=group,
+            E=value_dim,
+            BLOCK_E=plan.tiles[0]["BLOCK_E"],
+            BLOCK_S=32,
+            **(turning(value_dim) if plan.coded else LAUNCH),
+        )
+        if scratch.logits is None:
+            return Decoded(output, lse, None, None)
+        mass = torch.empty(batch, heads, queries, plan.kept + fresh, dtype=torch.float32, device=query.device)
+        sizes = {"GROUP": group, "BLOCK_N": 512, **LAUNCH}
+        device_code().weigh[batch * heads * queries, -(-mass.shape[-1] // 512)](
+            scratch.logits, lse, scratch.spans, mass, queries, plan.kept, fresh, 1 + len(plan.coded), **sizes
+        )
+    return Decoded(output, lse, mass[..., : plan.kept], mass[..., plan.kept :])
+
+
+def _attend(plan: _Plan, scratch: _Scratch) -> None:
+    """Every split by itself: of the exact rows, of the fresh ones, and of each view of codes."""
+    request, exact = plan.request, plan.request.pages[0]
+    query, mask = request.query, request.mask
+    batch, heads, group, queries, _ = query.shape
+    fresh = request.fresh_keys.shape[2]
+    (splits, split_rows), tiles = plan.cuts[0], plan.tiles[0]
     mask_b, mask_q = strides(mask)
-    inner, outer = factors(options)
+    inner, outer = factors(request.options)
     every = {
+        **vars(scratch),
         "mask": mask,
-        "partial": partial,
-        "partial_lse": partial_lse,
-        "logits": logits,
-        "spans": spans,
         "mask_b": mask_b,
         "mask_q": mask_q,
         "heads": heads,
         "queries": queries,
         "fresh": fresh,
-        "parts": parts,
-        "kept": kept,
-        "views": 1 + len(coded),
+        "parts": plan.parts,
+        "kept": plan.kept,
+        "views": 1 + len(plan.coded),
         "inner": inner,
         "outer": outer,
         "GROUP": group,
     }
-    with on_device(device):
-        code.attend[batch * heads, splits + 1, -(-members // tiles[0]["BLOCK_M"])](
-            query,
-            exact.keys,
-            exact.values,
-            exact.columns,
-            table,
-            lengths,
-            fresh_keys,
-            fresh_values,
-            query_stride=query.stride(),
-            length_stride=lengths.stride(),
-            key_stride=fresh_keys.stride(),
-            value_stride=fresh_values.stride(),
-            unseen=0 if mask is None else mask.shape[2] - fresh,
-            splits=splits,
-            split_rows=split_rows,
-            pages=table.shape[2],
-            PAGE=exact.columns.shape[1],
-            NARROW=narrow,
-            **tiles[0],
-            **every,
-        )
-        attend_codes(query, coded, tiles[1:], cuts[1:], splits + 1, exact.longest, every)
-        code.combine[(lse.numel(),)](
-            partial,
-            partial_lse,
-            sinks,
-            rotation_of(coded, "value_rotation"),
-            output,
-            lse,
-            heads,
-            queries,
-            parts,
-            splits + 1,
-            GROUP=group,
-            E=value_dim,
-            BLOCK_E=tiles[0]["BLOCK_E"],
-            BLOCK_S=32,
-            **(turning(value_dim) if coded else LAUNCH),
-        )
-        if mass is None:
-            return Decoded(output, lse, None, None)
-        code.weigh[batch * heads * queries, -(-mass.shape[-1] // 512)](
-            logits, lse, spans, mass, queries, kept, fresh, 1 + len(coded), GROUP=group, BLOCK_N=512, **LAUNCH
-        )
-    return Decoded(output, lse, mass[..., :kept], mass[..., kept:])
+    table = exact.table.contiguous()
+    device_code().attend[batch * heads, splits + 1, -(-group * queries // tiles["BLOCK_M"])](
+        query,
+        exact.keys,
+        exact.values,
+        exact.columns,
+        table,
+        exact.lengths,
+        request.fresh_keys,
+        request.fresh_values,
+        query_stride=query.stride(),
+        length_stride=exact.lengths.stride(),
+        key_stride=request.fresh_keys.stride(),
+        value_stride=request.fresh_values.stride(),
+        unseen=0 if mask is None else mask.shape[2] - fresh,
+        splits=splits,
+        split_rows=split_rows,
+        pages=table.shape[2],
+        PAGE=exact.page_size,
+        KEY_STRIDES=exact.keys.stride(),
+        VALUE_STRIDES=exact.values.stride(),
+        NARROW=plan.narrow,
+        **tiles,
+        **every,
+    )
+    attend_codes(query, plan.coded, plan.tiles[1:], plan.cuts[1:], splits + 1, exact.longest, every)
 
 
-def append(
-    pages: PageView,
-    keys: Float[Tensor, "b h f d"] | UInt8[Tensor, "b h f kc"],
-    values: Float[Tensor, "b h f e"] | UInt8[Tensor, "b h f vc"],
-    columns: Int[Tensor, " f"],
-    real: Bool[Tensor, "b f"] | None,
-    scores: Float[Tensor, "b h f"] | None,
-    increments: Float[Tensor, "b h n"] | None,
-) -> None:
-    """Write rows behind the kept ones of every head, and count them in `pages.lengths`, in place.
+def append(request: AppendRequest) -> None:
+    """As `reference.append`."""
+    exact, *coded = zip(request.pages, request.increments_by_view(), strict=True)
+    for view, increments in coded:
+        # Rows that are codes take in none: there are only the increments.
+        if increments is not None:
+            heads = increments.shape[:2]
+            keys, values = (pool.new_empty(*heads, 0, pool.shape[-1]) for pool in (view.keys, view.values))
+            scores = increments.new_empty(*heads, 0)
+            _write(view, AppendRequest((view,), keys, values, request.columns[:0], None, scores, increments))
+    view, increments = exact
+    _write(view, replace(request, increments=increments))
 
-    The pages for them must be in the table already. Nothing waits for the device.
 
-    Args:
-        keys, values: numbers, or codes where there are none to write.
-        real: rows to write, the same in every head; None means all of them.
-        scores: of the new rows, where the pages carry scores.
-        increments: to add to the scores of the rows already there; ignored beyond a head's length.
-    """
-    batch, heads, fresh, key_dim = keys.shape
-    assert pages.scores is not None or increments is None
-    assert pages.scores is None or scores is not None
-    keys, values, table = dense_rows(keys), dense_rows(values), pages.table.contiguous()
-    scores, increments = (None if one is None else dense_rows(one) for one in (scores, increments))
-    tiles = _append_tiles(fresh, key_dim, values.shape[3])
+def _write(pages: PageView, request: AppendRequest) -> None:
+    """New rows and increments of one view."""
+    batch, heads, fresh, key_dim = request.keys.shape
+    assert pages.scores is not None or request.increments is None
+    assert pages.scores is None or request.scores is not None
+    keys, values, table, real = dense_rows(request.keys), dense_rows(request.values), pages.table, request.real
+    scores, increments = (None if one is None else dense_rows(one) for one in (request.scores, request.increments))
+    tiles = append_tiles(fresh, key_dim, values.shape[3])
     fresh_blocks = -(-fresh // tiles["BLOCK_F"])
     more = 0 if increments is None else increments.shape[2]
     blocks = fresh_blocks + -(-more // tiles["BLOCK_N"])
@@ -205,11 +211,11 @@ def append(
             pages.values,
             pages.columns,
             pages.scores,
-            table,
+            table.contiguous(),
             pages.lengths,
             keys,
             values,
-            columns.contiguous(),
+            request.columns.contiguous(),
             real,
             scores,
             increments,
@@ -224,48 +230,11 @@ def append(
             fresh_blocks,
             more,
             table.shape[2],
-            PAGE=pages.keys.shape[1],
+            PAGE=pages.page_size,
+            KEY_STRIDES=pages.keys.stride(),
+            VALUE_STRIDES=pages.values.stride(),
             COUNT=blocks == 1,
             **tiles,
         )
     if fresh and blocks > 1:
         pages.lengths.add_(fresh if real is None else real.sum(dim=1, keepdim=True))
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _splits(longest: int, programs: int, block: int, device: torch.device) -> tuple[int, int]:
-    """How many splits, and of how many rows each, where one split takes that many programs."""
-    wanted = max(1, -(-_PROGRAMS * _processors(device) // programs))
-    rows = max(1, -(-longest // (wanted * block))) * block
-    return -(-longest // rows), rows
-
-
-# Tile sizes depend on nothing that changes from token to token, so each is worked out once. By the compiler's account
-# for sm_90, registers hardly spill, and two programs of a decode step share a processor.
-
-
-@functools.cache
-def _decode_tiles(members: int, key_dim: int, value_dim: int, narrow: bool) -> dict[str, int]:
-    width = max(power(key_dim), power(value_dim))
-    sizes = LAUNCH | {"D": key_dim, "E": value_dim, "BLOCK_D": power(key_dim), "BLOCK_E": power(value_dim)}
-    if not narrow:
-        rows = 32 if width <= 64 else 16
-        return sizes | {"BLOCK_M": min(power(members, 1), 8), "BLOCK_N": rows, "num_warps": 8}
-    # The addresses of the rows are loaded before the rows, which takes the pipeline one stage more than usual.
-    if width <= 128:
-        warps = 4 if members <= 32 else 8
-        return sizes | {"BLOCK_M": min(power(members), 64), "BLOCK_N": 64, "num_stages": 4, "num_warps": warps}
-    return sizes | {"BLOCK_M": min(power(members), 32), "BLOCK_N": 32, "num_stages": 3}
-
-
-@functools.cache
-def _append_tiles(fresh: int, key_dim: int, value_dim: int) -> dict[str, int]:
-    sizes = LAUNCH | {"D": key_dim, "E": value_dim, "BLOCK_D": power(key_dim), "BLOCK_E": power(value_dim)}
-    return sizes | {"BLOCK_F": 1 if fresh == 1 else 16, "BLOCK_N": 1024}
-
-
-__all__ = ["append", "attention_and_peaks", "column_mass", "column_max", "obstacle", "ragged_decode"]

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from headwise.files import whole_file
 from headwise.gate.inputs import gate_inputs
 from headwise.hosts.transformers.cache import HeadwiseCache
-from headwise.policies.scored import Evidence, Repeated
+from headwise.policies.evidence import Evidence
+from headwise.policies.scored import RepetitionScored
 from headwise.policies.size import Size
 from headwise.types import Float, Int, Tensor
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Witnessed:
+class ScoredPrompt:
     """One layer, one prompt of t tokens.
 
     Attributes:
@@ -35,33 +36,33 @@ class Witnessed:
 
 
 @dataclass(frozen=True)
-class Witness(Repeated):
+class ScoreRecorder(RepetitionScored):
     """Keeps everything, and writes down what it was shown. Not registered: training uses it."""
 
     keep: Size = 1.0
-    seen: list[Witnessed] = field(default_factory=list, compare=False)
+    seen: list[ScoredPrompt] = field(default_factory=list, compare=False)
 
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """As it was found."""
-        found = evidence.reconstruction
+        found = evidence.repetition_peaks
         assert found is not None
         inputs = gate_inputs(evidence.keys, evidence.positions, evidence.length, evidence.rotation)
-        self.seen.append(Witnessed(inputs[0], found[0].T))
+        self.seen.append(ScoredPrompt(inputs[0], found[0].T))
         return found
 
 
 @torch.inference_mode()
-def witness(
+def record_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, "1 t"]
-) -> dict[int, Witnessed]:
+) -> dict[int, ScoredPrompt]:
     """What there is to learn from a prompt, by layer."""
-    policy = Witness()
+    policy = ScoreRecorder()
     cache = HeadwiseCache(model, policy, tokenizer=tokenizer)
     model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
     return {layer.core.index: seen for layer, seen in zip(cache.headwise_layers, policy.seen, strict=True)}
 
 
-def write_witnessed(layers: dict[int, Witnessed], path: Path) -> None:
+def write_scores(layers: dict[int, ScoredPrompt], path: Path) -> None:
     """As a file that is there as a whole or not at all; inputs in half precision."""
     tensors = {f"inputs.{index}": layer.inputs.half() for index, layer in layers.items()}
     tensors |= {f"score.{index}": layer.score for index, layer in layers.items()}
@@ -69,13 +70,13 @@ def write_witnessed(layers: dict[int, Witnessed], path: Path) -> None:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch)
 
 
-def read_witnessed(path: Path, layer: int, device: torch.device) -> Witnessed:
-    """One layer of what `write_witnessed` wrote."""
+def read_scores(path: Path, layer: int, device: torch.device) -> ScoredPrompt:
+    """One layer of what `write_scores` wrote."""
     with safe_open(path, framework="pt", device=str(device)) as file:
-        return Witnessed(file.get_tensor(f"inputs.{layer}").float(), file.get_tensor(f"score.{layer}"))
+        return ScoredPrompt(file.get_tensor(f"inputs.{layer}").float(), file.get_tensor(f"score.{layer}"))
 
 
 def layers_in(path: Path) -> list[int]:
-    """Those that `write_witnessed` wrote."""
+    """Those that `write_scores` wrote."""
     with safe_open(path, framework="pt") as file:
         return sorted(int(name.partition(".")[2]) for name in file.keys() if name.startswith("score."))  # noqa: SIM118

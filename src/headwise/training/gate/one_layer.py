@@ -1,4 +1,4 @@
-"""Training: what layers had at hand and the scores that were found -> a gate that predicts their logarithms."""
+"""One layer: what it had at hand and the scores that were found -> a gate that predicts their logarithms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from headwise.gate.gate import LayerGate
-from headwise.training.gate.capture import Witnessed
+from headwise.training.gate.capture import ScoredPrompt
 from headwise.types import Float, Tensor
 
 # Scores below this are all the same: nothing that is kept for them.
@@ -88,7 +88,7 @@ class TrainableGate(nn.Module):
         return LayerGate(*(weight.detach().clone() for weight in weights))
 
 
-def train(learns: Sequence[Witnessed], checks: Sequence[Witnessed], options: TrainingOptions) -> Result:
+def train(learns: Sequence[ScoredPrompt], checks: Sequence[ScoredPrompt], options: TrainingOptions) -> Result:
     """Train the gate of one layer, with the rate rising and falling along a cosine.
 
     Args:
@@ -116,7 +116,7 @@ def train(learns: Sequence[Witnessed], checks: Sequence[Witnessed], options: Tra
     return Result(best, found)
 
 
-def correlation(gate: LayerGate, prompts: Sequence[Witnessed]) -> float:
+def correlation(gate: LayerGate, prompts: Sequence[ScoredPrompt]) -> float:
     """Rank correlation of what the gate predicts with what was found: mean over the heads, and over the prompts."""
     every = [rank_correlation(gate.predict(prompt.inputs), prompt.score) for prompt in prompts]
     return float(torch.stack(every).mean())

@@ -17,7 +17,7 @@ from headwise import __version__
 from headwise.eval.text import Document
 from headwise.gate.gate import Gates, LayerGate
 from headwise.training.corpus import Corpus
-from headwise.training.gate.capture import Witnessed, layers_in, read_witnessed, witness, write_witnessed
+from headwise.training.gate.capture import ScoredPrompt, layers_in, read_scores, record_scores, write_scores
 from headwise.training.gate.one_layer import TrainingOptions, train
 from headwise.training.passages import draw_passages
 from headwise.training.run import Tell, begin_run, layer_file, load_layer, model_name, save_layer
@@ -108,8 +108,8 @@ class GateRun:
             tell("capture", number, len(files))
             if not file.is_file():
                 ids = self._corpus.ids(passage.text, passage.start, passage.prompt)
-                write_witnessed(
-                    witness(self._model, self._tokenizer, torch.tensor([ids], device=self._model.device)), file
+                write_scores(
+                    record_scores(self._model, self._tokenizer, torch.tensor([ids], device=self._model.device)), file
                 )
         tell("capture", len(files), len(files))
         return files
@@ -117,8 +117,8 @@ class GateRun:
     def _train_layer(self, index: int, files: Sequence[Path], path: Path) -> None:
         options = self._recipe.training
         torch.manual_seed(options.seed + index)
-        parts: dict[bool, list[Witnessed]] = {True: [], False: []}
+        parts: dict[bool, list[ScoredPrompt]] = {True: [], False: []}
         for passage, file in zip(self._passages, files, strict=True):
-            parts[passage.checks].append(read_witnessed(file, index, self._model.device))
+            parts[passage.checks].append(read_scores(file, index, self._model.device))
         result = train(parts[False], parts[True], options)
         save_layer(path, result.gate.tensors(), {_CORRELATION: result.correlation})

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from headwise.kernels.attention import dense_attention
-from headwise.less.state import Memory
+from headwise.kernels.interface import AttentionMap
+from headwise.less.state import EvictedState
 from headwise.stages.layer import LayerCache
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
@@ -40,8 +41,8 @@ class Captured:
     fold: Int[Tensor, "b h n"]
 
 
-class Recorder(Memory):
-    """A memory that writes down what it is given and asked, and remembers nothing."""
+class Recorder(EvictedState):
+    """A state that writes down what it is given and asked, and remembers nothing."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -99,7 +100,7 @@ class WatchedLayer(LayerCache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.memory = self.recorder = Recorder()
+        self.evicted = self.recorder = Recorder()
         self._everything: tuple[Tensor, Tensor] | None = None
         self._targets: list[Tensor] = []
         super().reset()
@@ -113,7 +114,7 @@ class WatchedLayer(LayerCache):
         options: LogitOptions,
     ) -> Float[Tensor, "b h g q e"]:
         """Full attention; beside it, what the compressed cache makes of the same tokens."""
-        if self.repeated is not None:
+        if self.repetition_chunk is not None:
             return super().attend(query, keys, values, mask, options)
         before = self._everything
         everything: list[Tensor] = [
@@ -122,13 +123,14 @@ class WatchedLayer(LayerCache):
         self._everything = everything[0], everything[1]
         if self.store is None:
             return super().attend(query, keys, values, mask, options)
-        exact = dense_attention(query, *self._everything, mask, options)
+        exact = dense_attention(AttentionMap(query, everything[0], mask, options), everything[1])
         count, first = keys.shape[2], self.seen
-        if self.transcript.columns == first:
+        if self.log.columns == first:
             real = None if mask is None else mask.diagonal(first, -2, -1)
-            self.transcript.extend(len(keys), count, real, keys.device)
-        for start in range(0, count, self.settings.evict_every):
-            rows = slice(start, min(start + self.settings.evict_every, count))
+            self.log.extend(len(keys), count, real, keys.device)
+        every = self.config.cache.evict_every
+        for start in range(0, count, every):
+            rows = slice(start, min(start + every, count))
             visible = None if mask is None else mask[:, rows, : first + rows.stop]
             super().attend(query[:, :, :, rows], keys[:, :, rows], values[:, :, rows], visible, options)
         self._targets.append(exact)

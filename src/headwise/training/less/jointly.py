@@ -1,4 +1,4 @@
-"""Together: lessons -> kernels of all layers at once, with which the model predicts what it does with a full cache.
+"""Jointly: traces -> features of all layers at once, with which the model predicts what it does with a full cache.
 
 What each layer's kernels get wrong changes what the layers behind it are asked, and not every error matters to what the
 model says. So the second part of training follows the gradient of the predictions through the whole model.
@@ -19,29 +19,29 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from headwise.files import whole_file
-from headwise.less.features import LayerKernels
-from headwise.training.less.one_layer import TrainableKernels
+from headwise.less.features import LayerFeatures
+from headwise.training.less.one_layer import TrainableFeatures
 from headwise.training.less.replay import predict
-from headwise.training.less.trace import Lesson
+from headwise.training.less.trace import EvictionTrace
 from headwise.types import Float, Tensor
 
 # Steps after which the state is written down.
 _SAVE_EVERY = 10
 
 # Of a run, what is kept as it is.
-_PLAIN = ("step", "forgetful", "divergences", "chosen")
+_PLAIN = ("step", "without", "divergences", "chosen")
 
 # Adam's second moment looks back over so many steps: there are only some hundreds.
 _BETAS = (0.9, 0.98)
 
 
 @dataclass(frozen=True)
-class TogetherOptions:
-    """How all layers are trained together.
+class JointOptions:
+    """How all layers are trained jointly.
 
     Attributes:
-        epochs: passes over the lessons.
-        batch: lessons in a step.
+        epochs: passes over the traces.
+        batch: traces in a step.
         rate: of Adam, at the start; it falls to nothing along half a cosine.
         clip: no gradient is longer.
         seed: of the order.
@@ -55,17 +55,17 @@ class TogetherOptions:
 
 
 @dataclass(frozen=True)
-class Taught:
-    """What came of it, as divergence from the full cache's predictions on the lessons that were kept apart.
+class JointResult:
+    """What came of it, as divergence from the full cache's predictions on the traces that were kept apart.
 
     Attributes:
         layers: the kernels after the best epoch.
-        forgetful: mean divergence without any memory, nats per token.
+        without: mean divergence without any memory, nats per token.
         divergences: with the kernels, before the first epoch and after each.
     """
 
-    layers: dict[int, LayerKernels]
-    forgetful: float
+    layers: dict[int, LayerFeatures]
+    without: float
     divergences: list[float]
 
 
@@ -84,20 +84,20 @@ def loss(full: Float[Tensor, "q vocabulary"], ours: Float[Tensor, "q vocabulary"
     return divergence(full, ours).clamp(min=0).log1p().mean()
 
 
-def train_together(
+def train_jointly(
     model: PreTrainedModel,
-    start: Mapping[int, LayerKernels],
+    start: Mapping[int, LayerFeatures],
     learns: Sequence[Path],
     checks: Sequence[Path],
-    options: TogetherOptions,
+    options: JointOptions,
     state: Path,
     tell: Callable[[int, int], None],
-) -> Taught:
+) -> JointResult:
     """Train the kernels of all layers.
 
     Args:
         start: kernels to start from.
-        learns, checks: lessons to learn from, and to choose the best epoch by.
+        learns, checks: traces to learn from, and to choose the best epoch by.
         state: file that the run is kept in, and gone on from where it exists.
         tell: called with steps done and all steps.
     """
@@ -106,51 +106,51 @@ def train_together(
     if state.is_file():
         run.restore(torch.load(state, map_location=device))
 
-    def check(kernels: Mapping[int, LayerKernels]) -> float:
+    def check(kernels: Mapping[int, LayerFeatures]) -> float:
         with torch.no_grad():
-            lessons = (Lesson.load(path, device, dtype) for path in checks)
-            each = [float(divergence(lesson.full, predict(model, lesson, kernels)).mean()) for lesson in lessons]
+            traces = (EvictionTrace.load(path, device, dtype) for path in checks)
+            each = [float(divergence(trace.full, predict(model, trace, kernels)).mean()) for trace in traces]
         return sum(each) / len(each)
 
     with _frozen(model):
         if not run.divergences:
-            run.forgetful = check({})
+            run.without = check({})
             run.judge(check(run.kernels()))
         while run.step < run.steps:
             tell(run.step, run.steps)
             paths = run.next_batch(learns)
             run.optimiser.zero_grad()
             for path in paths:
-                lesson = Lesson.load(path, device, dtype)
-                (loss(lesson.full, predict(model, lesson, run.kernels())) / len(paths)).backward()
+                trace = EvictionTrace.load(path, device, dtype)
+                (loss(trace.full, predict(model, trace, run.kernels())) / len(paths)).backward()
             run.advance()
             if run.at_end_of_epoch:
                 run.judge(check(run.kernels()))
             if run.at_end_of_epoch or run.step % _SAVE_EVERY == 0:
                 run.save(state)
         tell(run.steps, run.steps)
-    return Taught(run.best(), run.forgetful, run.divergences)
+    return JointResult(run.best(), run.without, run.divergences)
 
 
 @dataclass
 class _Run:
     """Everything that changes from step to step."""
 
-    layers: dict[int, TrainableKernels]
-    options: TogetherOptions
+    layers: dict[int, TrainableFeatures]
+    options: JointOptions
     optimiser: torch.optim.Adam
     schedule: torch.optim.lr_scheduler.LRScheduler
     steps_of_epoch: int
     step: int = 0
-    forgetful: float = 0.0
+    without: float = 0.0
     divergences: list[float] = field(default_factory=list)
     chosen: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def begin(
-        cls, start: Mapping[int, LayerKernels], options: TogetherOptions, steps_of_epoch: int, device: torch.device
+        cls, start: Mapping[int, LayerFeatures], options: JointOptions, steps_of_epoch: int, device: torch.device
     ) -> _Run:
-        layers = {index: TrainableKernels.like(kernels.to(device)) for index, kernels in start.items()}
+        layers = {index: TrainableFeatures.like(kernels.to(device)) for index, kernels in start.items()}
         parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
         optimiser = torch.optim.Adam(parameters, lr=options.rate, betas=_BETAS)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, options.epochs * steps_of_epoch))
@@ -164,7 +164,7 @@ class _Run:
     def at_end_of_epoch(self) -> bool:
         return self.step % self.steps_of_epoch == 0
 
-    def kernels(self) -> dict[int, LayerKernels]:
+    def kernels(self) -> dict[int, LayerFeatures]:
         return {index: layer.folded() for index, layer in self.layers.items()}
 
     def next_batch(self, learns: Sequence[Path]) -> list[Path]:
@@ -188,8 +188,8 @@ class _Run:
                 for index, kernels in self.kernels().items()
             }
 
-    def best(self) -> dict[int, LayerKernels]:
-        return {index: LayerKernels(**tensors) for index, tensors in self.chosen.items()}
+    def best(self) -> dict[int, LayerFeatures]:
+        return {index: LayerFeatures(**tensors) for index, tensors in self.chosen.items()}
 
     def save(self, path: Path) -> None:
         whole = {

@@ -1,4 +1,4 @@
-"""Training: what one layer was asked -> kernels with which its memory answers best.
+"""One layer: what it was asked -> features with which its state answers best.
 
 Dong et al., ICML 2024 (arXiv 2402.09398), section 3.3: every layer alone, by the squared error of its output.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from headwise.errors import MismatchError
-from headwise.less.features import LayerKernels
+from headwise.less.features import LayerFeatures
 from headwise.less.state import blend
 from headwise.training.less.capture import Captured
 from headwise.types import Float, Tensor
@@ -48,14 +48,14 @@ class Result:
 
     Attributes:
         kernels: of the best epoch.
-        forgetful: error without any memory.
+        without: error without any memory.
         error: with the kernels.
         share: of the error without memory that is left, which long and short prompts count alike in.
         shares: the same, before the first epoch and after each.
     """
 
-    kernels: LayerKernels
-    forgetful: float
+    kernels: LayerFeatures
+    without: float
     error: float
     share: float
     shares: list[float]
@@ -63,7 +63,7 @@ class Result:
     @property
     def figures(self) -> dict[str, float]:
         """The errors by name."""
-        return dict(zip(FIGURES, (self.forgetful, self.error, self.share), strict=True))
+        return dict(zip(FIGURES, (self.without, self.error, self.share), strict=True))
 
 
 FIGURES = ("without", "with", "share")
@@ -75,7 +75,7 @@ _NEGLIGIBLE = 1e-3
 _START = 1e-4
 
 
-class TrainableKernels(nn.Module):
+class TrainableFeatures(nn.Module):
     """The networks of one layer as they are trained.
 
     Args:
@@ -99,15 +99,15 @@ class TrainableKernels(nn.Module):
         self.gain = nn.Parameter(torch.full((heads, features), _START))
 
     @classmethod
-    def like(cls, kernels: LayerKernels) -> TrainableKernels:
+    def like(cls, kernels: LayerFeatures) -> TrainableFeatures:
         """Of the same sizes and with the same effect, on the same device."""
         heads, group, dim, width = kernels.query_in.shape
-        made = cls(heads, group, dim, width, kernels.features).to(kernels.query_in.device)
+        made = cls(heads, group, dim, width, kernels.count).to(kernels.query_in.device)
         made.start_from(kernels)
         return made
 
     @torch.no_grad()
-    def start_from(self, kernels: LayerKernels) -> None:
+    def start_from(self, kernels: LayerFeatures) -> None:
         """Take over kernels that were trained before.
 
         Raises:
@@ -125,14 +125,14 @@ class TrainableKernels(nn.Module):
                 raise MismatchError(f"kernels to start from have {name} {tuple(tensor.shape)}, not {tuple(mine.shape)}")
             mine.copy_(tensor)
 
-    def folded(self) -> LayerKernels:
+    def folded(self) -> LayerFeatures:
         """As inference needs them: what follows the key network's second GELU is one matrix."""
         eye = torch.eye(self.scale.shape[-1], device=self.scale.device)
         mix = self.scale.abs()[:, :, None] * (eye + self.key_last * self.gain[:, None, :])
-        return LayerKernels(self.query_in, self.query_out, self.key_in, self.key_out, mix)
+        return LayerFeatures(self.query_in, self.query_out, self.key_in, self.key_out, mix)
 
 
-def remembered(kernels: LayerKernels, batch: Captured) -> Float[Tensor, "b h g q e"]:
+def remembered(kernels: LayerFeatures, batch: Captured) -> Float[Tensor, "b h g q e"]:
     """What a layer with those kernels would have answered, differentiable."""
     queries = kernels.of_queries(batch.query)
     stages = int(batch.stage.max()) + 1
@@ -147,7 +147,7 @@ def remembered(kernels: LayerKernels, batch: Captured) -> Float[Tensor, "b h g q
 
 
 def train(
-    kernels: TrainableKernels,
+    kernels: TrainableFeatures,
     read: Callable[[Sequence[int]], Captured],
     samples: Sequence[int],
     checks: Sequence[int],
@@ -175,7 +175,7 @@ def train(
             optimiser.step()
         schedule.step()
         with torch.no_grad():
-            folded = LayerKernels(**{name: t.clone() for name, t in kernels.folded().tensors().items()})
+            folded = LayerFeatures(**{name: t.clone() for name, t in kernels.folded().tensors().items()})
         found.append(_check(folded, read, checks, projection))
         if found[-1].share == min(other.share for other in found):
             best, at = folded, found[-1]
@@ -202,19 +202,19 @@ def share_left(
 
     The error itself would be that of short prompts, where much is evicted of little; long ones would hardly count.
     """
-    forgetful = output_error(batch.exact, batch, projection)
-    return (output_error(output, batch, projection) / (forgetful + _NEGLIGIBLE)).mean()
+    without = output_error(batch.exact, batch, projection)
+    return (output_error(output, batch, projection) / (without + _NEGLIGIBLE)).mean()
 
 
 class _Checked(NamedTuple):
-    forgetful: float
+    without: float
     error: float
     share: float
 
 
 @torch.no_grad()
 def _check(
-    kernels: LayerKernels,
+    kernels: LayerFeatures,
     read: Callable[[Sequence[int]], Captured],
     checks: Sequence[int],
     projection: Float[Tensor, "hidden inner"] | None,

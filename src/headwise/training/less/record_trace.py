@@ -1,4 +1,4 @@
-"""Lecture: a model, a policy and a passage -> the lesson; the cache in use decides what goes and when.
+"""Record trace: a model, a policy and a passage -> what is evicted when; the cache in use decides it.
 
 Full attention reads the prompt in use, too. So one pass over the prompt gives the cache and the keys and values.
 """
@@ -15,13 +15,14 @@ from headwise.errors import UnsupportedModelError
 from headwise.hosts.transformers.cache import HeadwiseCache
 from headwise.hosts.transformers.layer import HeadwiseLayer
 from headwise.policies.base import Policy
+from headwise.stages.config import LayerConfig
 from headwise.stages.layer import LayerCache
 from headwise.training.less.replay import predict
-from headwise.training.less.trace import Lesson
+from headwise.training.less.trace import EvictionTrace
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 
-class _Tapped(LayerCache):
+class _PromptKeeper(LayerCache):
     """A layer that also holds on to its prompt, `past`."""
 
     past: tuple[Tensor, Tensor]
@@ -40,29 +41,30 @@ class _Tapped(LayerCache):
         return super().attend(query, keys, values, mask, options)
 
 
+class _PromptKeepingCache(HeadwiseCache):
+    def make_layer(self, config: LayerConfig) -> LayerCache:
+        return _PromptKeeper(config, self.token_log)
+
+
 @torch.no_grad()
-def take_lesson(
+def record_trace(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy: Policy, ids: Int[Tensor, "1 t"], prompt: int
-) -> Lesson:
+) -> EvictionTrace:
     """Run a policy over a passage.
 
     Args:
-        policy: with the memory that it is going to have, because what some policies evict depends on what was read.
+        policy: with the state that it is going to have, because what some policies evict depends on what was read.
         ids: of the passage, of which the first `prompt` are read at once.
 
     Raises:
         UnsupportedModelError: when a layer holds anything but keys and values.
     """
-    cache = HeadwiseCache(model, policy, tokenizer=tokenizer, prompt_tokens=prompt)
-    cores = []
-    for layer in cache.headwise_layers:
-        core = layer.core
-        layer.core = _Tapped(core.index, core.policy, core.transcript, core.settings, core.memory.kernels)
-        cores.append(layer.core)
+    cache = _PromptKeepingCache(model, policy, tokenizer=tokenizer, prompt_tokens=prompt)
+    cores = [layer.core for layer in cache.headwise_layers]
     decoder = model.get_decoder()
     decoder(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
     past = {index: _past(layer) for index, layer in enumerate(cache.layers)}
-    every = cores[0].settings.evict_every
+    every = cores[0].config.cache.evict_every
     parts = ids[:, prompt:].split(every, dim=1)
     gone = {core.index: ids.new_full((past[core.index][0].shape[1], ids.shape[1]), len(parts)) for core in cores}
     for stage, part in enumerate(parts):
@@ -72,13 +74,13 @@ def take_lesson(
             columns.masked_fill_(~there & (columns == len(parts)), stage)
         decoder(input_ids=part, past_key_values=cache, use_cache=True)
     fed = ids[:, prompt:]
-    lesson = Lesson(fed, prompt, every, past, gone, torch.empty(fed.shape[1], 0))
-    return replace(lesson, full=predict(model, lesson.without_evictions(), {}))
+    trace = EvictionTrace(fed, prompt, every, past, gone, torch.empty(fed.shape[1], 0))
+    return replace(trace, full=predict(model, trace.without_evictions(), {}))
 
 
 def _past(layer: CacheLayerMixin) -> tuple[Tensor, Tensor]:
     if isinstance(layer, HeadwiseLayer):
-        assert isinstance(layer.core, _Tapped)
+        assert isinstance(layer.core, _PromptKeeper)
         return layer.core.past
     if not isinstance(layer, DynamicLayer):
         raise UnsupportedModelError(

@@ -1,7 +1,7 @@
 """Run: a model, policies and texts -> trained kernels; every sequence and every layer that is finished is kept.
 
 First one pass of the model over each sequence captures what all layers are asked, and each layer is trained alone.
-Then, where that is wanted, every sequence becomes a lesson, and all layers are trained together.
+Then, where that is wanted, every sequence becomes a trace of evictions, and all layers are trained jointly.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from headwise import __version__
 from headwise.errors import ConfigurationError
 from headwise.eval.text import Document
 from headwise.hosts.transformers.cache import HeadwiseCache
-from headwise.hosts.transformers.projection import output_projections
+from headwise.hosts.transformers.model_facts import output_projections, read_facts
 from headwise.less.checkpoint import check_kernels
-from headwise.less.features import LayerKernels, LessKernels
+from headwise.less.features import LayerFeatures, LessKernels
 from headwise.policies.base import Policy
 from headwise.policies.less import Less
+from headwise.stages.config import LayerConfig
+from headwise.stages.layer import LayerCache
 from headwise.training.corpus import Corpus
 from headwise.training.less.capture import Captured, WatchedLayer
-from headwise.training.less.jointly import Taught, TogetherOptions, train_together
-from headwise.training.less.one_layer import FIGURES, TrainableKernels, TrainingOptions, train
-from headwise.training.less.record_trace import take_lesson
+from headwise.training.less.jointly import JointOptions, JointResult, train_jointly
+from headwise.training.less.one_layer import FIGURES, TrainableFeatures, TrainingOptions, train
+from headwise.training.less.record_trace import record_trace
 from headwise.training.less.samples import Samples, sample_bytes
-from headwise.training.less.trace import lesson_bytes
+from headwise.training.less.trace import trace_bytes
 from headwise.training.passages import Passage, draw_passages
 from headwise.training.run import Tell, begin_run, layer_file, load_layer, model_name, save_layer
 from headwise.types import Int, Tensor
@@ -59,7 +61,7 @@ class Recipe:
     rows: int = 192
     store_limit: int = 16 * 2**30
     training: TrainingOptions = field(default_factory=TrainingOptions)
-    together: TogetherOptions = field(default_factory=TogetherOptions)
+    together: JointOptions = field(default_factory=JointOptions)
 
 
 class TrainingRun:
@@ -119,8 +121,8 @@ class TrainingRun:
         assert alone is not None
         if not self._recipe.together.epochs:
             return alone
-        result = self._train_together(alone, tell)
-        divergence = {"without": result.forgetful, "with": result.divergences}
+        result = self._train_jointly(alone, tell)
+        divergence = {"without": result.without, "with": result.divergences}
         about = {**self.about, "layers": alone.about["layers"], "divergence": divergence}
         return LessKernels(result.layers, about, alone.sample)
 
@@ -129,16 +131,19 @@ class TrainingRun:
         shutil.rmtree(self._work)
 
     def _check_size(self) -> None:
+        facts, _ = read_facts(self._model)
+        recipe, shapes, needed = self._recipe, facts.compressed_shapes, 0
         config = self._model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        recipe, layers, needed = self._recipe, config.num_hidden_layers, 0
         if recipe.training.epochs:
-            group = config.num_attention_heads // heads
-            needed += layers * sample_bytes(*self._room(), heads, group, dim, dim)
+            queries = config.num_attention_heads
+            needed += sum(
+                sample_bytes(*self._room(), shape.heads, queries // shape.heads, shape.key_dim, shape.value_dim)
+                for shape in shapes
+            )
         if recipe.together.epochs:
-            sizes = (recipe.rows, layers, heads, dim, dim, config.vocab_size)
-            needed += sum(lesson_bytes(passage.prompt, *sizes) for passage in self._passages)
+            needed += sum(
+                trace_bytes(passage.prompt, recipe.rows, shapes, config.vocab_size) for passage in self._passages
+            )
         if needed > recipe.store_limit:
             fit = recipe.sequences * recipe.store_limit // needed
             raise ConfigurationError(
@@ -160,26 +165,26 @@ class TrainingRun:
         tell("capture", len(self._passages), len(self._passages))
         return samples
 
-    def _train_together(self, alone: LessKernels, tell: Tell) -> Taught:
-        paths = self._take_lessons(alone, tell)
+    def _train_jointly(self, alone: LessKernels, tell: Tell) -> JointResult:
+        paths = self._record_traces(alone, tell)
         parts: dict[bool, list[Path]] = {False: [], True: []}
         for path, passage in zip(paths, self._passages, strict=True):
             parts[passage.checks].append(path)
         state, options = self._work / "together.pt", self._recipe.together
-        return train_together(
+        return train_jointly(
             self._model, alone.layers, parts[False], parts[True], options, state, partial(tell, "train together")
         )
 
-    def _take_lessons(self, alone: LessKernels, tell: Tell) -> list[Path]:
-        folder = self._work / "lessons"
+    def _record_traces(self, alone: LessKernels, tell: Tell) -> list[Path]:
+        folder = self._work / "traces"
         folder.mkdir(exist_ok=True)
         paths = [folder / f"{number:05d}.safetensors" for number in range(len(self._passages))]
         for number, (path, passage) in enumerate(zip(paths, self._passages, strict=True)):
-            tell("lessons", number, len(paths))
+            tell("traces", number, len(paths))
             if not path.is_file():
                 policy = Less(self._policies[number % len(self._policies)][1], alone)
-                take_lesson(self._model, self._tokenizer, policy, self._ids(passage), passage.prompt).save(path)
-        tell("lessons", len(paths), len(paths))
+                record_trace(self._model, self._tokenizer, policy, self._ids(passage), passage.prompt).save(path)
+        tell("traces", len(paths), len(paths))
         return paths
 
     def _captured(self, passage: Passage, policy: Policy) -> dict[int, Captured | None]:
@@ -189,9 +194,9 @@ class TrainingRun:
         tokens = self._corpus.ids(passage.text, passage.start, passage.prompt + self._recipe.rows)
         return torch.tensor([tokens], device=self._model.device)
 
-    def _train(self, samples: Samples, tell: Tell) -> tuple[dict[int, LayerKernels], dict[str, dict[str, float]]]:
+    def _train(self, samples: Samples, tell: Tell) -> tuple[dict[int, LayerFeatures], dict[str, dict[str, float]]]:
         projections = output_projections(self._model)
-        layers: dict[int, LayerKernels] = {}
+        layers: dict[int, LayerFeatures] = {}
         errors: dict[str, dict[str, float]] = {}
         all_layers = samples.layers
         for done, index in enumerate(all_layers):
@@ -200,7 +205,7 @@ class TrainingRun:
             if not path.is_file():
                 self._train_layer(index, samples, projections.get(index), path)
             tensors, errors[str(index)] = load_layer(path, FIGURES)
-            layers[index] = LayerKernels(**tensors)
+            layers[index] = LayerFeatures(**tensors)
         tell("train", len(all_layers), len(all_layers))
         return layers, errors
 
@@ -212,12 +217,17 @@ class TrainingRun:
         learns = [number for number in there if not self._passages[number].checks]
         first = samples.batch(index, there[:1], device).query
         heads, group, dim = first.shape[1], first.shape[2], first.shape[-1]
-        kernels = TrainableKernels(heads, group, dim, options.width, options.features).to(device)
+        kernels = TrainableFeatures(heads, group, dim, options.width, options.features).to(device)
         if self._start is not None and index in self._start.layers:
             kernels.start_from(self._start.layers[index].to(device))
         weight = None if projection is None else projection.float()
         result = train(kernels, lambda n: samples.batch(index, n, device), learns, checks, weight, options)
         save_layer(path, result.kernels.tensors(), result.figures)
+
+
+class _WatchedCache(HeadwiseCache):
+    def make_layer(self, config: LayerConfig) -> LayerCache:
+        return WatchedLayer(config, self.token_log)
 
 
 def capture(
@@ -228,10 +238,7 @@ def capture(
     Args:
         ids: `[1, t]`, of which the first `prompt` are read at once.
     """
-    cache = HeadwiseCache(model, policy, tokenizer=tokenizer, prompt_tokens=prompt)
-    for layer in cache.headwise_layers:
-        core = layer.core
-        layer.core = WatchedLayer(core.index, core.policy, core.transcript, core.settings)
+    cache = _WatchedCache(model, policy, tokenizer=tokenizer, prompt_tokens=prompt)
     decoder = model.get_decoder()
     with torch.inference_mode():
         for part in (ids[:, :prompt], ids[:, prompt:]):

@@ -1,7 +1,8 @@
-"""Lesson: what every layer evicts of a passage and what the full cache predicts, as a file and back."""
+"""Trace: what every layer evicts of a passage and what the full cache predicts, as a file and back."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from headwise.contract import LayerShape
 from headwise.files import whole_file
 from headwise.types import Float, Int, Tensor
 
 
 @dataclass(frozen=True)
-class Lesson:
+class EvictionTrace:
     """One passage: a prompt of p tokens, and q that follow it.
 
     Attributes:
@@ -39,7 +41,7 @@ class Lesson:
         """How many evictions, without the first, each token that follows came after."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) // self.every
 
-    def without_evictions(self) -> Lesson:
+    def without_evictions(self) -> EvictionTrace:
         """The same passage with a full cache."""
         never = self.ids.shape[1]
         return replace(self, gone={index: torch.full_like(gone, never) for index, gone in self.gone.items()})
@@ -55,7 +57,7 @@ class Lesson:
             save_file(whole, scratch, {"prompt": str(self.prompt), "every": str(self.every)})
 
     @classmethod
-    def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> Lesson:
+    def load(cls, path: Path, device: torch.device, dtype: torch.dtype) -> EvictionTrace:
         """What `save` wrote.
 
         Args:
@@ -74,7 +76,9 @@ class Lesson:
         return cls(ids, int(about["prompt"]), int(about["every"]), past, gone, full)
 
 
-def lesson_bytes(prompt: int, rows: int, layers: int, heads: int, key_dim: int, value_dim: int, vocabulary: int) -> int:
-    """Bytes that a lesson takes as a file, but for its header."""
-    pairs = prompt * heads * (key_dim + value_dim)
-    return 2 * (layers * (pairs + heads * (prompt + rows)) + rows * vocabulary) + 8 * rows
+def trace_bytes(prompt: int, rows: int, layers: Sequence[LayerShape], vocabulary: int) -> int:
+    """Bytes that a trace takes as a file, but for its header."""
+    numbers = sum(
+        prompt * layer.heads * (layer.key_dim + layer.value_dim) + layer.heads * (prompt + rows) for layer in layers
+    )
+    return 2 * (numbers + rows * vocabulary) + 8 * rows

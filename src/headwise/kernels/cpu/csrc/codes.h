@@ -14,24 +14,24 @@ namespace HEADWISE_ISA {
 namespace {
 
 // The keys, or the values, of one view.
-struct Coding {
-  const headwise::Packing& packing;
+struct CodeReader {
+  const headwise::Coding& coding;
   int64_t dim, groups;
   float* steps;  // [groups, kChunk]
   float* least;  // [groups, kChunk]
   float* side;   // [kChunk, 2 * groups]: the same, row by row
 
-  static int64_t floats(const headwise::Packing& packing) { return 4 * packing.groups * kChunk; }
+  static int64_t floats(const headwise::Coding& coding) { return 4 * coding.groups * kChunk; }
 
-  Coding(const headwise::Packing& packing, int64_t dim, float* memory)
-      : packing(packing), dim(dim), groups(packing.groups), steps(memory), least(steps + groups * kChunk),
+  CodeReader(const headwise::Coding& coding, int64_t dim, float* memory)
+      : coding(coding), dim(dim), groups(coding.groups), steps(memory), least(steps + groups * kChunk),
         side(least + groups * kChunk) {}
 
   // Steps and least numbers of a chunk; 0 where its last vector is not full.
   void read(const Chunk& chunk) {
     int64_t pair = 2 * groups, r = 0;
     for (int i = 0; i < chunk.runs; i++) {
-      const auto* from = reinterpret_cast<const Float16*>(packing.steps) + chunk.run[i].at * pair;
+      const auto* from = reinterpret_cast<const Float16*>(coding.steps) + chunk.run[i].at * pair;
       int64_t count = chunk.run[i].count * pair, whole = count / kWidth * kWidth;
       for (int64_t j = 0; j < whole; j += kWidth) store(side + r * pair + j, load(from + j));
       for (int64_t j = whole; j < count; j++) side[r * pair + j] = scalar(from[j]);
@@ -61,7 +61,7 @@ struct Coding {
   int64_t first(int64_t group) const { return group * (dim / groups); }
 };
 
-// The rows of a rotation, some at a time, as keys and as values.
+// The rows of a matrix, some at a time, as keys and as values.
 template <typename Body>
 inline void over_rows(const float* matrix, int64_t dim, Body body) {
   Chunk chunk;
@@ -78,23 +78,23 @@ class Codes {
   Partial partial;  // of codes; behind the sums of each row stand, group by group, those of the least numbers
 
   static int64_t floats(const headwise::Pages& pages, int64_t rows, int64_t key_dim, int64_t value_dim) {
-    const auto &keys = pages.key_packing, &values = pages.value_packing;
-    return padded(Partial::floats(rows, width(values, value_dim)) + Coding::floats(keys) + Coding::floats(values) +
+    const auto &keys = pages.key_coding, &values = pages.value_coding;
+    return padded(Partial::floats(rows, width(values, value_dim)) + CodeReader::floats(keys) + CodeReader::floats(values) +
                   rows * (key_dim + keys.groups + value_dim));
   }
 
   Codes(const headwise::Pages& pages, int64_t rows, int64_t key_dim, int64_t value_dim, float* memory)
-      : partial(memory, rows, width(pages.value_packing, value_dim)), rows(rows),
-        keys(pages.key_packing, key_dim, memory + Partial::floats(rows, partial.width)),
-        values(pages.value_packing, value_dim, keys.steps + Coding::floats(keys.packing)),
-        query(values.steps + Coding::floats(values.packing)), sums(query + rows * key_dim),
+      : partial(memory, rows, width(pages.value_coding, value_dim)), rows(rows),
+        keys(pages.key_coding, key_dim, memory + Partial::floats(rows, partial.width)),
+        values(pages.value_coding, value_dim, keys.steps + CodeReader::floats(keys.coding)),
+        query(values.steps + CodeReader::floats(values.coding)), sums(query + rows * key_dim),
         rotated(sums + rows * keys.groups) {}
 
   // Takes the queries of a head, [rows, key_dim], and nothing seen yet.
   void begin(const float* asked) {
     partial.clear();
     std::fill_n(query, rows * keys.dim, 0.0f);
-    over_rows(keys.packing.rotation, keys.dim, [&](const Chunk& chunk, int64_t first) {
+    over_rows(keys.coding.hadamard, keys.dim, [&](const Chunk& chunk, int64_t first) {
       tiled(rows, [&](auto tile, int64_t n) {
         weigh<tile(), float>(chunk, asked + n * keys.dim + first, keys.dim, {0, 0, keys.dim}, query + n * keys.dim,
                              keys.dim);
@@ -114,7 +114,7 @@ class Codes {
       float products[tile() * kChunk];
       for (int64_t group = 0; group < keys.groups; group++) {
         const float* asked = query + n * keys.dim;
-        if (keys.packing.bits == 8)
+        if (keys.coding.bits == 8)
           dots<tile(), Byte>(asked, keys.dim, chunk, {keys.whole(group)}, products, kChunk);
         else
           dots<tile(), LowHalf, HighHalf>(asked, keys.dim, chunk, {keys.low(group), keys.high(group)}, products,
@@ -147,7 +147,7 @@ class Codes {
           }
           acc[k * partial.width + padded(values.dim) + group] += sum(more);
         }
-        if (values.packing.bits == 8) {
+        if (values.coding.bits == 8) {
           weigh<tile(), Byte>(chunk, scaled, kChunk, values.whole(group), acc, partial.width);
         } else {
           weigh<tile(), LowHalf>(chunk, scaled, kChunk, values.low(group), acc, partial.width);
@@ -164,7 +164,7 @@ class Codes {
       float* acc = partial.acc + n * partial.width;
       for (int64_t i = 0; i < dim; i++) rotated[n * dim + i] = acc[i] + acc[padded(dim) + i / size];
     }
-    over_rows(values.packing.rotation, dim, [&](const Chunk& chunk, int64_t first) {
+    over_rows(values.coding.hadamard, dim, [&](const Chunk& chunk, int64_t first) {
       tiled(rows, [&](auto tile, int64_t n) {
         dots<tile(), float>(rotated + n * dim, dim, chunk, {{0, 0, dim}}, partial.acc + n * partial.width + first,
                             partial.width);
@@ -174,10 +174,10 @@ class Codes {
   }
 
  private:
-  static int64_t width(const headwise::Packing& values, int64_t dim) { return padded(dim) + padded(values.groups); }
+  static int64_t width(const headwise::Coding& values, int64_t dim) { return padded(dim) + padded(values.groups); }
 
   const int64_t rows;
-  Coding keys, values;
+  CodeReader keys, values;
   float* query;    // [rows, key_dim], rotated
   float* sums;     // [rows, groups]: of the channels of each group of `query`
   float* rotated;  // [rows, value_dim]: sums of values, before they are rotated back

@@ -6,6 +6,7 @@
 // rows follow them.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "codes.h"
@@ -35,12 +36,13 @@ class Worker {
   explicit Worker(const Decode& args)
       : a(args), heads(args.batch * args.heads), rows(args.group * args.queries), width(padded(args.value_dim)),
         partial_floats(Partial::floats(rows, width)) {
-    kept_stride = 0;
-    scratch_floats = 0;
+    kept_stride = scratch_floats = gathered = 0;
     for (int64_t v = 0; v < a.views; v++) kept_stride += a.pages[v].longest;
     for (int64_t v = 1; v < a.views; v++)
       scratch_floats = std::max(scratch_floats, Codes::floats(a.pages[v], rows, a.key_dim, a.value_dim));
     scratch_floats += padded(rows * kChunk);
+    for (int64_t v = 0; v < a.views; v++) gathered = std::max(gathered, gathered_bytes(a.pages[v]));
+    scratch_floats += gathered / int64_t(sizeof(float));
     logit_stride = kept_stride + a.fresh.count;
     // Kept from call to call, because asking the system for memory takes longer than a small call.
     static thread_local std::vector<float> memory;
@@ -157,6 +159,7 @@ class Worker {
       chunk.count = chunk.runs = 0;
       places.first = from;
       take(head, pages, from - before, std::min(end, kept) - before, chunk, places);
+      if (gathered) gather(pages, chunk, (char*)weights + scratch_floats * sizeof(float) - gathered);
       take_fresh(head, std::max(from, kept) - kept, end - kept, chunk, places);
       view.logits(chunk, weights);
       absorb(head, chunk, places, view.partial, weights);
@@ -165,18 +168,42 @@ class Worker {
   }
 
   void take(int64_t head, const Pages& p, int64_t i, int64_t end, Chunk& chunk, Places& places) const {
-    int64_t key_bytes = p.key_width * size_of(p.type), value_bytes = p.value_width * size_of(p.type);
+    int64_t element = size_of(p.type), key_bytes = p.key_strides[1] * element, value_bytes = p.value_strides[1] * element;
     while (i < end) {
       int64_t offset = i % p.page_size, last = std::min(end, i - offset + p.page_size);
-      int64_t at = p.table[head * p.table_width + i / p.page_size] * p.page_size + offset;
+      int64_t page = p.table[head * p.table_width + i / p.page_size], at = page * p.page_size + offset;
+      const char* key = static_cast<const char*>(p.keys) + page * p.key_strides[0] * element + offset * key_bytes;
+      const char* value = static_cast<const char*>(p.values) + page * p.value_strides[0] * element + offset * value_bytes;
       chunk.run[chunk.runs++] = {at, last - i};
-      for (; i < last; i++, at++) {
+      for (; i < last; i++, at++, key += key_bytes, value += value_bytes) {
         int r = chunk.count++;
-        chunk.keys[r] = static_cast<const char*>(p.keys) + at * key_bytes;
-        chunk.values[r] = static_cast<const char*>(p.values) + at * value_bytes;
+        chunk.keys[r] = key;
+        chunk.values[r] = value;
         if (a.mask) places.columns[r] = p.columns[at];
       }
     }
+  }
+
+  // Room for a chunk's rows where their channels do not lie side by side; 0 where they do.
+  static int64_t gathered_bytes(const Pages& p) {
+    int64_t apart = (p.key_strides[2] != 1 ? p.key_width : 0) + (p.value_strides[2] != 1 ? p.value_width : 0);
+    return padded(kChunk * apart * size_of(p.type));
+  }
+
+  // Copies such rows to `to`, so that everything behind sees rows whose channels do lie side by side.
+  static void gather(const Pages& p, Chunk& chunk, char* to) {
+    to = gather(chunk.keys, chunk.count, p.key_strides[2], p.key_width, size_of(p.type), to);
+    gather(chunk.values, chunk.count, p.value_strides[2], p.value_width, size_of(p.type), to);
+  }
+
+  static char* gather(const void** rows, int count, int64_t stride, int64_t width, int64_t element, char* to) {
+    if (stride == 1) return to;
+    for (int r = 0; r < count; r++) {
+      const char* from = static_cast<const char*>(rows[r]);
+      rows[r] = to;
+      for (int64_t i = 0; i < width; i++, to += element) std::memcpy(to, from + i * stride * element, element);
+    }
+    return to;
   }
 
   void take_fresh(int64_t head, int64_t i, int64_t end, Chunk& chunk, Places& places) const {
@@ -284,7 +311,7 @@ class Worker {
 
   const Decode& a;
   const int64_t heads, rows, width, partial_floats;
-  int64_t scratch_floats, kept_stride, logit_stride, total;
+  int64_t scratch_floats, gathered, kept_stride, logit_stride, total;
   float *partials, *scratch, *query, *logits;
 };
 

@@ -1,4 +1,4 @@
-// The interface between headwise/kernels/cpu.py and the compiled kernels: plain C structs, filled by ctypes.
+// The interface between headwise/kernels/cpu/structs.py and the compiled kernels: plain C structs, filled by ctypes.
 //
 // Nothing here depends on torch's headers or C++ ABI, so one build serves every torch and every Python. Threads are
 // torch's own: `parallel_for` is torch's stable C function of that name.
@@ -14,24 +14,25 @@ enum Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kCodes = 3 };
 
 inline int64_t size_of(int64_t type) { return type == kFloat32 ? 4 : type == kCodes ? 1 : 2; }
 
-// How the codes of the keys, or of the values, are read: headwise.types.Packing.
-struct Packing {
+// How the codes of the keys, or of the values, are read: headwise.kernels.interface.Coding.
+struct Coding {
   const uint16_t* steps;  // [pages, page_size, 2 * groups]: fp16; of a row the steps, then the least numbers
-  const float* rotation;  // [dim, dim]
+  const float* hadamard;  // [dim, dim]
   int64_t bits, groups;
 };
 
 // Pages of one layer: row i of head x lies in page table[x * table_width + i / page_size] at i % page_size.
 struct Pages {
-  void* keys;        // [pages, page_size, key_width]
-  void* values;      // [pages, page_size, value_width]
-  int32_t* columns;  // [pages, page_size]
+  void* keys;        // [pages, page_size, key_width] with the strides below
+  void* values;      // [pages, page_size, value_width] likewise
+  int32_t* columns;  // [pages, page_size]; null where there is never a mask
   float* scores;     // [pages, page_size], or null
   const int32_t* table;
   int64_t* lengths;
   int64_t page_size, table_width, longest;
   int64_t key_width, value_width, type;  // elements of a row: numbers, or bytes of codes
-  Packing key_packing, value_packing;    // only where the type is codes
+  int64_t key_strides[3], value_strides[3];  // in elements
+  Coding key_coding, value_coding;           // only where the type is codes
 };
 
 // Rows beside the pages: [batch, heads, fresh, dim], the last dimension contiguous; strides in elements.
@@ -66,8 +67,8 @@ struct Append {
   const int32_t* columns;   // [fresh]
   const bool* real;         // [batch, fresh], or null
   const float* scores;      // [batch, heads, fresh], or null
-  const float* increments;  // [batch, heads, increment_rows], or null
-  int64_t batch, heads, increment_rows;
+  const float* increments;  // [batch, heads, increment_rows] with the stride below, or null
+  int64_t batch, heads, increment_rows, increment_stride;  // between the increments of two heads
   ParallelFor parallel_for;
 };
 

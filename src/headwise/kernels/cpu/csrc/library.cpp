@@ -26,12 +26,23 @@ bool has(const Kernels* kernels) {
 
 const Kernels* chosen = &kernels_base;
 
+// Writes a row of `width` elements to its place in a pool.
+void put(void* pool, const int64_t (&strides)[3], int64_t page, int64_t offset, const char* row, int64_t width,
+         int64_t element) {
+  char* to = (char*)pool + (page * strides[0] + offset * strides[1]) * element;
+  if (strides[2] == 1) {
+    std::memcpy(to, row, width * element);
+    return;
+  }
+  for (int64_t i = 0; i < width; i++) std::memcpy(to + i * strides[2] * element, row + i * element, element);
+}
+
 void append_head(const Append& a, int64_t head) {
   const Pages& p = a.pages;
   int64_t b = head / a.heads, h = head % a.heads, length = p.lengths[head], element = size_of(p.type);
   const int32_t* table = p.table + head * p.table_width;
   if (a.increments) {
-    const float* more = a.increments + head * a.increment_rows;
+    const float* more = a.increments + head * a.increment_stride;
     for (int64_t i = 0; i < length; i += p.page_size) {
       float* scores = p.scores + table[i / p.page_size] * p.page_size;
       int64_t count = std::min(length - i, p.page_size);
@@ -40,13 +51,13 @@ void append_head(const Append& a, int64_t head) {
   }
   for (int64_t i = 0; i < a.rows.count; i++) {
     if (a.real && !a.real[b * a.rows.count + i]) continue;
-    int64_t at = table[length / p.page_size] * p.page_size + length % p.page_size;
+    int64_t page = table[length / p.page_size], offset = length % p.page_size, at = page * p.page_size + offset;
     const auto &ks = a.rows.key_strides, &vs = a.rows.value_strides;
-    std::memcpy((char*)p.keys + at * p.key_width * element,
-                (const char*)a.rows.keys + (b * ks[0] + h * ks[1] + i * ks[2]) * element, p.key_width * element);
-    std::memcpy((char*)p.values + at * p.value_width * element,
-                (const char*)a.rows.values + (b * vs[0] + h * vs[1] + i * vs[2]) * element, p.value_width * element);
-    p.columns[at] = a.columns[i];
+    put(p.keys, p.key_strides, page, offset, (const char*)a.rows.keys + (b * ks[0] + h * ks[1] + i * ks[2]) * element,
+        p.key_width, element);
+    put(p.values, p.value_strides, page, offset,
+        (const char*)a.rows.values + (b * vs[0] + h * vs[1] + i * vs[2]) * element, p.value_width, element);
+    if (p.columns) p.columns[at] = a.columns[i];
     if (p.scores) p.scores[at] = a.scores[head * a.rows.count + i];
     length++;
   }

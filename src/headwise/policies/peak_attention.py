@@ -1,4 +1,4 @@
-"""Recite: every token that some query needed, while the model repeated its prompt or at the prompt's end."""
+"""Peak attention: every token that some query needed, while the model repeated its prompt or at the prompt's end."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from headwise.policies.base import check_target
+from headwise.policies.evidence import Evidence
 from headwise.policies.registry import register
-from headwise.policies.scored import Evidence, Repeated, check_gate, newest_first
+from headwise.policies.scored import RepetitionScored, check_gate, newest_first
 from headwise.policies.size import Size, check_count
-from headwise.types import Bool, Float, Tensor, Tokens
+from headwise.policies.tokens import Tokens
+from headwise.types import Bool, Float, Tensor
 
 
-@register("recite")
+@register("peak-attention", former="recite")
 @dataclass(frozen=True)
-class Recite(Repeated):
+class PeakAttention(RepetitionScored):
     """Keeps each token that one query at least paid enough attention to: FastGen's question, asked for single tokens.
 
     FastGen asks how much of the attention mass a rule retains on average, and retrieval needs little mass. Here a
@@ -44,7 +46,7 @@ class Recite(Repeated):
     gate: bool | str = False
 
     def __post_init__(self) -> None:
-        check_target("recite", self.recovery, self.keep)
+        check_target("peak-attention", self.recovery, self.keep)
         check_count("window", self.window, 1)
         check_count("sinks", self.sinks, 0)
         check_gate(self.gate)
@@ -54,14 +56,14 @@ class Recite(Repeated):
         """Those of the window."""
         return self.window
 
-    def with_keep(self, keep: Size) -> Recite:
+    def with_keep(self, keep: Size) -> PeakAttention:
         """A budget instead of the recovery."""
         return replace(self, recovery=None, keep=keep)
 
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """Largest attention from any query that counts; more than 1 for what is always kept."""
-        assert evidence.reconstruction is not None
-        best = evidence.reconstruction
+        assert evidence.repetition_peaks is not None
+        best = evidence.repetition_peaks
         for block in evidence.attention(self.window):
             best = best.maximum(block.amax(dim=(2, 3)))
         return torch.where(evidence.position < self.sinks, torch.inf, newest_first(best, evidence, self.window))

@@ -1,0 +1,104 @@
+"""Contract of a host: what the stages must know of a model, whoever runs it.
+
+A host is one folder under `hosts/`. It makes `ModelFacts` of its model, calls a `LayerCore` for every compressed layer,
+lets the model repeat a prompt where a policy asks for it, and counts what its own layers hold on to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from headwise.types import Bool, Float, LogitOptions, Rotation, Tensor
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one attention layer stores of a token.
+
+    Attributes:
+        heads: KV heads.
+        key_dim, value_dim: channels of a head.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a token's keys and values, as a full cache has them."""
+        return self.heads * (self.key_dim + self.value_dim) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One layer of a model.
+
+    Attributes:
+        compressed: whether headwise takes over its cache; the host keeps what it has of the others.
+        shape: None where the layer has no attention, or its shape cannot be told.
+        rotation: its rotary embedding; None where it has none that is known.
+    """
+
+    compressed: bool
+    shape: LayerShape | None = None
+    rotation: Rotation | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model, as far as the stages look at it.
+
+    Attributes:
+        name: for messages.
+        module: its weights, by which it is known again.
+        layers: all of them, in order.
+    """
+
+    name: str
+    module: nn.Module
+    dtype: torch.dtype
+    device: torch.device
+    layers: tuple[LayerFacts, ...]
+
+    @property
+    def compressed_shapes(self) -> list[LayerShape]:
+        """Of the layers that headwise compresses, as far as they can be told."""
+        return [layer.shape for layer in self.layers if layer.compressed and layer.shape is not None]
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a token's keys and values in all layers, as a full cache has them."""
+        return sum(layer.shape.token_bytes(dtype) for layer in self.layers if layer.shape is not None)
+
+
+class LayerCore(Protocol):
+    """What a host asks of a layer in a forward pass; tests and training put others in the place of `LayerCache`.
+
+    Attributes:
+        seen: columns that it was given.
+        recording: while on, the tokens of the last pass can be taken back, and nothing is evicted for them.
+    """
+
+    seen: int
+    recording: bool
+
+    def attend(
+        self,
+        query: Float[Tensor, "b h g q d"],
+        keys: Float[Tensor, "b h q d"],
+        values: Float[Tensor, "b h q e"],
+        mask: Bool[Tensor, "b q t"] | None,
+        options: LogitOptions,
+    ) -> Float[Tensor, "b h g q e"]:
+        """Attend with new tokens over everything kept and themselves, and take them in."""
+        ...
+
+
+def tensors_of(held: object) -> list[Tensor]:
+    """Every tensor that is an attribute of an object: what a layer of the host's own holds on to."""
+    return [value for value in vars(held).values() if isinstance(value, Tensor)]

@@ -1,0 +1,67 @@
+"""Back ends: a name and a device -> the kernels that run there, or why they cannot.
+
+`reference` defines them in plain torch; `cpu` (compiled) and `triton` are tested against it. A new back end is a folder
+with a `KERNELS`, and a line here.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from headwise.errors import ConfigurationError
+from headwise.kernels.interface import Kernels
+
+AUTO = "auto"
+REFERENCE = "reference"
+
+# Where several can run on a device, "auto" takes the first. They are imported when they are asked for.
+_HOMES = {
+    "cpu": "headwise.kernels.cpu.backend",
+    "triton": "headwise.kernels.triton.backend",
+    REFERENCE: "headwise.kernels.reference",
+}
+NAMES = tuple(_HOMES)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def obstacle(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why those kernels cannot run on that device, for rows of that type; None where they can."""
+    if name != REFERENCE and dtype not in _DTYPES:
+        return f"they take {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}, not {dtype}"
+    try:
+        return _kernels(name).obstacle(device)
+    except ImportError as error:
+        return str(error)
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Kernels:
+    """The kernels of that name; "auto" takes the fastest that run on the device, for rows of that type.
+
+    Raises:
+        ConfigurationError: for an unknown name, or kernels that cannot run there; never takes others instead.
+    """
+    if name == AUTO:
+        name = next(other for other in NAMES if obstacle(other, device, dtype) is None)
+    check_name(name)
+    reason = obstacle(name, device, dtype)
+    if reason is not None:
+        raise ConfigurationError(f"the {name!r} kernels cannot run on {device}: {reason}")
+    return _kernels(name)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that no kernels have.
+
+    Raises:
+        ConfigurationError: with the names there are.
+    """
+    if name not in (AUTO, *NAMES):
+        raise ConfigurationError(f"unknown kernel {name!r}; available: {', '.join((AUTO, *NAMES))}")
+
+
+def _kernels(name: str) -> Kernels:
+    found: Kernels = importlib.import_module(_HOMES[name]).KERNELS
+    return found

@@ -1,0 +1,119 @@
+"""Structs: views and rows -> the C structs of `csrc/headwise.h`, which must have the same fields in the same order."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+
+import torch
+
+from headwise.kernels.cpu.library import pointer
+from headwise.kernels.interface import Coding, PageView
+from headwise.types import Tensor
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+
+
+class CodingStruct(ctypes.Structure):
+    """How the codes of the keys, or of the values, are read."""
+
+    _fields_ = [("steps", c_void_p), ("hadamard", c_void_p), ("bits", c_int64), ("groups", c_int64)]
+
+
+class PagesStruct(ctypes.Structure):
+    """Pages of one layer."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("keys", "values", "columns", "scores", "table", "lengths")),
+        *((name, c_int64) for name in ("page_size", "table_width", "longest", "key_width", "value_width", "type")),
+        ("key_strides", c_int64 * 3),
+        ("value_strides", c_int64 * 3),
+        ("key_coding", CodingStruct),
+        ("value_coding", CodingStruct),
+    ]
+
+
+class FreshStruct(ctypes.Structure):
+    """Rows beside the pages."""
+
+    _fields_ = [
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("count", c_int64),
+        ("key_strides", c_int64 * 4),
+        ("value_strides", c_int64 * 4),
+    ]
+
+
+class DecodeStruct(ctypes.Structure):
+    """What `headwise_decode` takes."""
+
+    _fields_ = [
+        ("pages", ctypes.POINTER(PagesStruct)),
+        ("views", c_int64),
+        ("fresh", FreshStruct),
+        *((n, c_void_p) for n in ("query", "mask", "sinks", "output", "lse", "on_kept", "on_fresh")),
+        *((name, c_int64) for name in ("batch", "heads", "group", "queries", "key_dim", "value_dim", "shares")),
+        ("query_strides", c_int64 * 5),
+        ("mask_columns", c_int64),
+        ("mask_strides", c_int64 * 3),
+        ("scaling", c_float),
+        ("softcap", c_float),
+        ("parallel_for", c_void_p),
+    ]
+
+
+class AppendStruct(ctypes.Structure):
+    """What `headwise_append` takes."""
+
+    _fields_ = [
+        ("pages", PagesStruct),
+        ("rows", FreshStruct),
+        *((name, c_void_p) for name in ("columns", "real", "scores", "increments")),
+        *((name, c_int64) for name in ("batch", "heads", "increment_rows", "increment_stride")),
+        ("parallel_for", c_void_p),
+    ]
+
+
+def pages_struct(view: PageView) -> PagesStruct:
+    """A view, as long as its tensors live."""
+    return PagesStruct(
+        view.keys.data_ptr(),
+        view.values.data_ptr(),
+        pointer(view.columns),
+        pointer(view.scores),
+        view.table.data_ptr(),
+        view.lengths.data_ptr(),
+        view.page_size,
+        view.table.shape[-1],
+        view.longest,
+        view.keys.shape[2],
+        view.values.shape[2],
+        _TYPES[view.keys.dtype],
+        view.keys.stride(),
+        view.values.stride(),
+        *_codings(view.coding),
+    )
+
+
+def fresh_struct(keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], FreshStruct]:
+    """Rows in the type of the pages, and the tensors that must live as long as the structure."""
+    if keys.dtype is not dtype or keys.stride(-1) != 1:
+        keys = keys.to(dtype).contiguous()
+    if values.dtype is not dtype or values.stride(-1) != 1:
+        values = values.to(dtype).contiguous()
+    rows = FreshStruct(keys.data_ptr(), values.data_ptr(), keys.shape[2], keys.stride(), values.stride())
+    return (keys, values), rows
+
+
+def _codings(coding: Coding | None) -> tuple[CodingStruct, CodingStruct]:
+    if coding is None:
+        return CodingStruct(), CodingStruct()
+    return (
+        _coding(coding.key_bits, coding.key_steps, coding.key_hadamard),
+        _coding(coding.value_bits, coding.value_steps, coding.value_hadamard),
+    )
+
+
+def _coding(bits: int, steps: Tensor, hadamard: Tensor) -> CodingStruct:
+    return CodingStruct(steps.data_ptr(), hadamard.data_ptr(), bits, steps.shape[-1] // 2)

@@ -1,0 +1,31 @@
+"""Back end: the Triton kernels by name, and why they cannot run where they cannot.
+
+Under TRITON_INTERPRET=1 the same code runs, slowly, on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from headwise.kernels.interface import Kernels
+from headwise.kernels.triton.launch import device_code
+from headwise.kernels.triton.map import attention_and_peaks, column_mass
+from headwise.kernels.triton.pages import append, ragged_decode
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why these kernels cannot run on that device; None where they can."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton runs on the CPU only where TRITON_INTERPRET=1 is set, for tests"
+    if device.type not in ("cpu", "cuda"):
+        return f"Triton kernels need a CUDA device, not {device.type!r}"
+    try:
+        device_code()
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return None
+
+
+KERNELS = Kernels("triton", obstacle, ragged_decode, append, column_mass, attention_and_peaks)

@@ -1,0 +1,88 @@
+"""Evidence: what a layer holds at the end of the prompt -> the attention that policies score tokens by."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from headwise.kernels.attention import causal, logits_of, probabilities, query_blocks
+from headwise.types import Bool, Float, Int, LogitOptions, Rotation, Tensor
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one layer holds at the end of the prompt.
+
+    Attributes:
+        query: of the newest q columns; as many as the policy asked for, or more.
+        mask: True where such a query sees a column; None means causal and no padding.
+        positions, real: of every column.
+        rotation: the layer's rotary embedding; None where it has none that is known.
+        repetition_peaks: the largest attention that each token received while the model repeated the prompt, or what
+            a gate predicts of it; None where the policy did not ask for it.
+        row_bytes: of a row that is stored exactly.
+    """
+
+    query: Float[Tensor, "b h g q d"]
+    keys: Float[Tensor, "b h t d"]
+    values: Float[Tensor, "b h t e"]
+    mask: Bool[Tensor, "b q t"] | None
+    options: LogitOptions
+    positions: Int[Tensor, "b t"]
+    real: Bool[Tensor, "b t"]
+    rotation: Rotation | None
+    repetition_peaks: Float[Tensor, "b h t"] | None
+    row_bytes: int = 0
+
+    @property
+    def reconstruction(self) -> Float[Tensor, "b h t"] | None:
+        """Deprecated: `repetition_peaks` under its former name."""
+        warnings.warn("Evidence.reconstruction is now repetition_peaks", DeprecationWarning, stacklevel=2)
+        return self.repetition_peaks
+
+    @property
+    def length(self) -> Int[Tensor, "b 1 1"]:
+        """Real tokens of each sequence."""
+        return self.real.sum(dim=1)[:, None, None]
+
+    @property
+    def position(self) -> Int[Tensor, "b 1 t"]:
+        """Of every column, for all heads."""
+        return self.positions[:, None, :]
+
+    def attention(self, rows: int) -> Iterator[Float[Tensor, "b h g r t"]]:
+        """Attention of the last real tokens over all columns, a few rows at a time; 0 for rows there are none of.
+
+        Args:
+            rows: how many in all; there are fewer where the prompt is shorter.
+        """
+        at, there = self._newest(rows)
+        group, dim = self.query.shape[2], self.query.shape[-1]
+        heads = self.keys.shape[1]
+        index = at[:, None, None, :, None].expand(-1, heads, group, -1, dim)
+        query, columns = self.query.gather(3, index), at + self.keys.shape[2] - self.query.shape[3]
+        for block in query_blocks(query, self.keys.shape[2]):
+            weights = logits_of(query[:, :, :, block], self.keys, self.options)
+            if self.mask is None:
+                visible = causal(columns[0, block], self.keys.shape[2])[None].expand(len(at), -1, -1)
+            else:
+                width = self.mask.shape[-1]
+                visible = self.mask.gather(1, at[:, block, None].expand(-1, -1, width))
+            visible = (visible & there[:, block, None])[:, None, None]
+            yield probabilities(weights, visible, self.options)
+
+    def mean_attention(self, rows: int) -> Float[Tensor, "b h g t"]:
+        """The mean over the last real tokens, or over as many as there are."""
+        total = sum(block.sum(dim=3) for block in self.attention(rows))
+        assert isinstance(total, Tensor)
+        return total / self.length.clamp(max=rows)[..., None]
+
+    def _newest(self, rows: int) -> tuple[Int[Tensor, "b r"], Bool[Tensor, "b r"]]:
+        """Index of the last real query rows of each sequence, in order, and whether there is one."""
+        real = self.real[:, -self.query.shape[3] :]
+        order = torch.arange(1, real.shape[1] + 1, device=real.device) * real
+        newest = order.topk(min(rows, real.shape[1]), dim=1).values.sort(dim=1).values
+        return (newest - 1).clamp(min=0), newest > 0

@@ -1,0 +1,87 @@
+"""Assemble: a policy, what is known of the model, and options -> the configuration of every compressed layer.
+
+Here wrappers around a policy are resolved, once: how rows are stored, what remembers evicted ones, what scores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from headwise.contract import ModelFacts
+from headwise.gate.checkpoint import check_gates, load_gates, shipped_gates
+from headwise.gate.gate import LayerGate
+from headwise.kernels.interface import Kernels
+from headwise.policies.base import Policy
+from headwise.policies.less import Less
+from headwise.policies.wrapper import Wrapper
+from headwise.stages.config import CacheConfig, LayerConfig
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a cache is made from; a copy of it is made from the same.
+
+    Attributes:
+        policy: with everything read that it names.
+        layers: by index, of the compressed ones.
+    """
+
+    policy: Policy
+    kernels: Kernels
+    layers: Mapping[int, LayerConfig]
+
+
+def assemble(
+    policy: Policy,
+    facts: ModelFacts,
+    kernels: Kernels,
+    *,
+    page_size: int,
+    prompt_columns: int | None,
+    evict_every: int,
+    dtype: torch.dtype | None,
+) -> Assembly:
+    """The configuration of every layer.
+
+    Raises:
+        InputError: when there are no trained weights where the policy names some.
+        MismatchError: when they are of another model.
+    """
+    policy, less = _with_kernels(policy, facts.module)
+    features = {} if less is None else less.layers
+    gates = _gates(policy.chooser, facts.module)
+    cache = CacheConfig(
+        kernels, page_size, prompt_columns, evict_every, len(facts.layers), dtype, precision=policy.precision
+    )
+    layers = {
+        index: LayerConfig(index, policy.chooser, cache, layer.rotation, gates.get(index), features.get(index))
+        for index, layer in enumerate(facts.layers)
+        if layer.compressed
+    }
+    return Assembly(policy, kernels, layers)
+
+
+def _with_kernels(policy: Policy, model: nn.Module) -> tuple[Policy, Less | None]:
+    """A policy with the kernels of LESS read, wherever among its wrappers it stands, and LESS itself."""
+    if isinstance(policy, Less):
+        loaded = policy.load(model)
+        return loaded, loaded
+    if not isinstance(policy, Wrapper):
+        return policy, None
+    inner, found = _with_kernels(policy.policy, model)
+    return (policy if found is None else replace(policy, policy=inner)), found
+
+
+def _gates(policy: Policy, model: nn.Module) -> Mapping[int, LayerGate]:
+    """The gates that the policy asks for, by layer and where the model is; none where it asks for none."""
+    if policy.gates is False:
+        return {}
+    gates = load_gates(shipped_gates() if policy.gates is True else Path(policy.gates))
+    check_gates(gates, model)
+    device = next(model.parameters()).device
+    return {index: layer.to(device) for index, layer in gates.layers.items()}

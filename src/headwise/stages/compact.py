@@ -1,0 +1,137 @@
+"""Compact: complete prompts of one layer, or of all -> a plan and a filled store for each; the way from 1/7 to 4/7.
+
+A layer is compacted as soon as its prompt is in, unless the policy decides over all layers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from headwise.kernels.interface import AttentionMap
+from headwise.less.state import EvictedState
+from headwise.policies.base import Policy
+from headwise.policies.choice import PromptSummary
+from headwise.stages.config import LayerConfig
+from headwise.stages.plan import Plan, Planned, make_plans, summarise
+from headwise.stages.prefill import PromptRows
+from headwise.stages.profile import Observations
+from headwise.stages.token_log import TokenLog
+from headwise.store.rows import Rows
+from headwise.store.store import RowStore
+from headwise.types import Bool, Float, Int, LogitOptions, Tensor
+from headwise.units import clock
+
+
+class Prompt:
+    """One layer's prompt on its way: its rows, and what was observed of it.
+
+    Args:
+        config: of the layer.
+        log: of the tokens, shared by all layers.
+        evicted: what the rows that are not kept are folded into.
+
+    Attributes:
+        complete: whether all of it is in, and only the choice of what to keep is missing.
+        profile_seconds: time spent on the profile, and on choosing the rules by it.
+        compact_seconds: time spent on copying the kept rows into pages.
+    """
+
+    def __init__(self, config: LayerConfig, log: TokenLog, evicted: EvictedState) -> None:
+        self._config, self._log, self._evicted = config, log, evicted
+        self.rows, self.observations = PromptRows(), Observations(config, log)
+        self.profile_seconds = self.compact_seconds = 0.0
+        self.complete = False
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor it holds on to."""
+        return self.rows.tensors() + self.observations.tensors()
+
+    def add(
+        self,
+        query: Float[Tensor, "b h g q d"],
+        keys: Float[Tensor, "b h q d"],
+        values: Float[Tensor, "b h q e"],
+        mask: Bool[Tensor, "b q t"] | None,
+        options: LogitOptions,
+    ) -> None:
+        """Take in the newest columns."""
+        self.rows.add(keys, values)
+        keys, _ = self.rows.rows
+        started = clock(keys.device)
+        self.observations.observe(AttentionMap(query, keys, mask, options))
+        self.profile_seconds += clock(keys.device) - started
+        expected = self._config.cache.prompt_columns
+        self.complete = expected is None or keys.shape[2] >= expected
+
+    def repeat(
+        self,
+        query: Float[Tensor, "b h g q d"],
+        keys: Float[Tensor, "b h q d"],
+        values: Float[Tensor, "b h q e"],
+        mask: Bool[Tensor, "b q all"] | None,
+        options: LogitOptions,
+        chunk: slice,
+    ) -> Float[Tensor, "b h g q e"]:
+        """Attend with tokens that repeat a part of the complete prompt; nothing of them stays but what they look at."""
+        prompt = self.rows.rows[0].shape[2]
+        if self._log.real_at(torch.arange(prompt, device=keys.device)) is None:
+            # Without padding it says nothing but that the repetition is causal, which is faster without it.
+            mask = None
+        keys, values = self.rows.with_earlier(keys, values)
+        return self.observations.repeat(AttentionMap(query, keys, mask, options), values, prompt, chunk)
+
+    def summary(self) -> PromptSummary:
+        """What there is to choose by, once the prompt is complete."""
+        keys, values = self.rows.rows
+        policy, started = self._config.policy, clock(keys.device)
+        at: Int[Tensor, "b h t"] = torch.arange(keys.shape[2], device=keys.device).expand(*keys.shape[:2], -1)
+        mass = self.observations.mass
+        scores, everything = None if mass is None else mass.score, torch.ones_like(at, dtype=torch.bool)
+        layers = self._config.cache.layers
+        tokens = self._log.facts(at, everything, scores, keys.shape[2], None, self._config.index, layers)
+        assessed = policy.assess(self.observations.evidence(keys, values)) if policy.needs_evidence else (None, None)
+        summary = summarise(policy, tokens, mass, assessed)
+        self.profile_seconds += clock(keys.device) - started
+        return summary
+
+    def fill(self, planned: Planned) -> RowStore:
+        """Copy the kept rows into a store, and let go of everything else."""
+        keys, values = self.rows.rows
+        cache, mass, plan, keep = self._config.cache, self.observations.mass, planned.plan, planned.keep
+        started = clock(keys.device)
+        columns = torch.arange(keys.shape[2], device=keys.device).expand(*keys.shape[:2], -1)
+        if self._evicted.remembers:
+            self._evicted.fold(keys, values, ~keep & self._log.real(columns[:, :1]))
+        scores = mass.score if plan.scored and mass is not None else None
+        self.rows.held = None
+        self.observations.clear()
+        self.complete = False
+        rows = Rows.of(keys, values, columns, scores, keep)
+        store = RowStore(
+            rows,
+            page_size=cache.page_size,
+            scored=plan.scored,
+            dtype=cache.dtype,
+            precision=cache.precision,
+            formats=planned.formats,
+        )
+        store.fill(rows)
+        self.compact_seconds += clock(keys.device) - started
+        return store
+
+
+def compact(policy: Policy, prompts: Sequence[Prompt]) -> Iterator[tuple[Plan, RowStore]]:
+    """Choose what every head of those layers keeps, and compact one layer after the other.
+
+    Args:
+        prompts: complete ones; of one layer, or of all of them where the policy `needs_all_layers`.
+    """
+    summaries = [prompt.summary() for prompt in prompts]
+    device = summaries[0].tokens.valid.device
+    started = clock(device)
+    plans = make_plans(policy, summaries)
+    prompts[0].profile_seconds += clock(device) - started
+    for prompt, planned in zip(prompts, plans, strict=True):
+        yield planned.plan, prompt.fill(planned)
