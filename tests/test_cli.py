@@ -21,8 +21,8 @@ from transformers import LlamaForCausalLM
 import chatty
 from chatty import KV_HEADS, LAYERS, TEXT
 from headwise.cli.main import main
-from headwise.cli.running import differing_words, first_difference
 from headwise.cli.streaming import TextStream
+from headwise.cli.text_generation import differing_words, first_difference
 from headwise.errors import ConfigurationError
 from headwise.less.checkpoint import save_kernels
 from headwise.policies import H2O, FastGen, Full, StreamingLLM, Window
@@ -317,13 +317,13 @@ def test_comparison_runs_the_models_own_attention(headwise, monkeypatch):
     seen = []
 
     generate = sys.modules["headwise.cli.generate"]
-    run = generate.run
+    generate_text = generate.generate_text
 
     def spy(model, *rest):
         seen.append(model.get_decoder().config._attn_implementation)
-        return run(model, *rest)
+        return generate_text(model, *rest)
 
-    monkeypatch.setattr(generate, "run", spy)
+    monkeypatch.setattr(generate, "generate_text", spy)
     assert headwise(*short("--json", "--compare-full")).code == 0
     assert seen == ["headwise", "sdpa"]
 

@@ -18,22 +18,23 @@ from hypothesis import strategies as st
 
 import chatty
 import models
-from headwise import AdaKV, FastGen, Full, HeadwiseCache, Random, SnapKV, Window
+from headwise import AdaKV, FastGen, HeadwiseCache, Random, SnapKV, Window
 from headwise.cli.main import main
 from headwise.errors import ConfigurationError, InputError, UnknownPolicyError
 from headwise.eval import speed
-from headwise.eval.budgets import Allotted, allot, split_specs
+from headwise.eval.budgets import SizedPolicy, at_budgets, split_specs
+from headwise.eval.cache_kinds import FULL_CACHE, PolicyCache
 from headwise.eval.compare.curves import spread
 from headwise.eval.compare.maps import kept_shares, save_rule_maps, save_share_maps
 from headwise.eval.compare.page import write_comparison
 from headwise.eval.compare.points import bytes_panels, pareto_front, speed_panels
 from headwise.eval.compare.published import publish, render_records
 from headwise.eval.compare.tasks import Workload, make_tasks
+from headwise.eval.contenders import make_contenders
 from headwise.eval.executor import Job, measure
 from headwise.eval.fidelity import Fidelity
 from headwise.eval.kept import describe_kept, rebuild_report
-from headwise.eval.lineup import line_up
-from headwise.eval.record import RESULTS, write_json
+from headwise.eval.run_folder import RESULTS, write_json
 from headwise.eval.speed import Speed
 from headwise.eval.tables import make_grids
 from headwise.eval.task import Subject
@@ -86,12 +87,14 @@ def subject():
 
 
 def test_a_policy_without_a_size_is_there_at_every_budget():
-    assert list(allot("snapkv:window=4", ["0.5", " 12", "2KiB"])) == [
-        Allotted("snapkv:window=4", "snapkv:window=4 at 0.5", SnapKV(0.5, 4)),
-        Allotted("snapkv:window=4", "snapkv:window=4 at 12", SnapKV(12, 4)),
-        Allotted("snapkv:window=4", "snapkv:window=4 at 2KiB", SnapKV(1.0, 4), "2KiB"),
+    assert list(at_budgets("snapkv:window=4", ["0.5", " 12", "2KiB"])) == [
+        SizedPolicy("snapkv:window=4", "snapkv:window=4 at 0.5", SnapKV(0.5, 4)),
+        SizedPolicy("snapkv:window=4", "snapkv:window=4 at 12", SnapKV(12, 4)),
+        SizedPolicy("snapkv:window=4", "snapkv:window=4 at 2KiB", SnapKV(1.0, 4), "2KiB"),
     ]
-    assert [room.policy for spec in ("adakv", "fastgen", "window", "random") for room in allot(spec, ["0.25"])] == [
+    assert [
+        room.policy for spec in ("adakv", "fastgen", "window", "random") for room in at_budgets(spec, ["0.25"])
+    ] == [
         AdaKV(0.25),
         FastGen(keep=0.25),
         Window(0.25),
@@ -103,9 +106,9 @@ def test_a_policy_without_a_size_is_there_at_every_budget():
     "spec", ["snapkv:keep=0.3", "fastgen:recovery=0.9", "h2o:heavy=0.1,recent=0.2", "window:size=3", "full", "special"]
 )
 def test_a_policy_that_states_its_size_or_has_none_stays_as_it_is(spec):
-    (room,) = allot(spec, ["0.5", "0.25"])
+    (room,) = at_budgets(spec, ["0.5", "0.25"])
     assert room.label == spec
-    assert list(allot(spec, [])) == [room]
+    assert list(at_budgets(spec, [])) == [room]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +122,7 @@ def test_a_policy_that_states_its_size_or_has_none_stays_as_it_is(spec):
 )
 def test_bad_budgets(spec, budget, error, says):
     with pytest.raises(error, match=says):
-        list(allot(spec, [budget]))
+        list(at_budgets(spec, [budget]))
 
 
 def test_specs_with_commas_inside():
@@ -127,28 +130,35 @@ def test_specs_with_commas_inside():
     assert split_specs(text) == ["snapkv", "h2o:heavy=0.1,recent=0.2", "window:size=3"]
 
 
-def test_the_lineup_is_the_product_and_random_stands_behind_each():
-    lineup = line_up(["snapkv", "window", "fastgen:recovery=0.9"], budgets=["0.5", "9"])
-    policies = [entry for entry in lineup if entry.twin_of is None]
+def test_contenders_are_the_product_and_random_stands_behind_each():
+    made = make_contenders(["snapkv", "window", "fastgen:recovery=0.9"], budgets=["0.5", "9"])
+    policies = [contender for contender in made if contender.twin_of is None]
     sizes = [f"{name} at {size}" for name in ("snapkv", "window") for size in ("0.5", "9")]
-    assert [entry.label for entry in policies] == ["full", *sizes, "fastgen:recovery=0.9"]
-    assert [entry.twin_of for entry in lineup if entry.policy is None] == [entry.label for entry in policies[1:]]
-    assert [entry.series for entry in policies] == ["full", *["snapkv"] * 2, *["window"] * 2, "fastgen:recovery=0.9"]
+    assert [contender.label for contender in policies] == ["full", *sizes, "fastgen:recovery=0.9"]
+    assert [each.twin_of for each in made if each.twin_of is not None] == [each.label for each in policies[1:]]
+    assert [contender.series for contender in policies] == [
+        "full",
+        *["snapkv"] * 2,
+        *["window"] * 2,
+        "fastgen:recovery=0.9",
+    ]
     with pytest.raises(ConfigurationError, match="'window:size=9' is given twice"):
-        line_up(["window", "window:size=9"], budgets=["9"])
+        make_contenders(["window", "window:size=9"], budgets=["9"])
 
 
 def test_what_keeps_as_much_has_the_same_random_eviction(subject, monkeypatch):
     seen = []
     monkeypatch.setattr(Fidelity, "measure", lambda *given: seen.append(given[3]) or plain(*given))
     task = Fidelity(context=40, steps=2, passages=1)
-    job = Job(task, task.items(subject.tokenizer)[0], line_up(["window:size=10", "snapkv:keep=10,window=2"]), {})
+    job = Job(
+        task, task.items(subject.tokenizer)[0], make_contenders(["window:size=10", "snapkv:keep=10,window=2"]), {}
+    )
     units = list(measure(subject, job))
-    assert [str(policy) for policy in seen] == [
+    assert [str(kind.policy) for kind in seen] == [
         *("Full()", "Window(size=10)", "Random(keep=0.25)", "SnapKV(keep=10, window=2)"),
     ]
-    assert [unit.policy for unit in units] == [entry.label for entry in job.entries]
-    assert units[2].outcome == units[4].outcome
+    assert [unit.policy for unit in units] == [contender.label for contender in job.contenders]
+    assert units[2].measured == units[4].measured
 
 
 plain = Fidelity.measure
@@ -211,7 +221,7 @@ def test_speed_is_that_of_rounds_in_turn_after_one_to_warm_up(subject, monkeypat
 
     real = speed._decode
     monkeypatch.setattr(speed, "_decode", decode)
-    outcome = task.measure(subject, item, Window(9), reference)
+    outcome = task.measure(subject, item, PolicyCache(Window(9)), reference)
     assert outcome.metrics == {"tokens_per_second": 2 / 2, "speedup": 2.0}
     assert turns == ["full", "ours", "ours", "full"] * 2
     text = item.data["ids"][30:33]
@@ -224,7 +234,7 @@ def test_speed_is_that_of_rounds_in_turn_after_one_to_warm_up(subject, monkeypat
 def test_speed_of_a_real_clock(subject):
     task = Speed(context=30, steps=3, passages=1, rounds=2)
     (item,) = task.items(subject.tokenizer)
-    outcome = task.measure(subject, item, Full(), task.reference(subject, item))
+    outcome = task.measure(subject, item, FULL_CACHE, task.reference(subject, item))
     ours, full = outcome.details["rounds"], outcome.details["full_rounds"]
     assert len(ours) == len(full) == 2
     assert outcome.metrics["tokens_per_second"] == pytest.approx((2 / ours[0] + 2 / ours[1]) / 2)

@@ -21,11 +21,12 @@ from headwise import Full, HeadwiseCache, StreamingLLM
 from headwise.errors import ConfigurationError, InputError
 from headwise.eval import generation
 from headwise.eval.answers import MEASURES, final_number, program
+from headwise.eval.cache_kinds import FULL_CACHE, PolicyCache
 from headwise.eval.generation import Generation
 from headwise.eval.greedy import continue_greedily
 from headwise.eval.layouts import ALPACA_EVAL, GSM8K, HUMAN_EVAL, find_layout
 from headwise.eval.programs import Limits, check_can_run, runs
-from headwise.eval.records import read_records
+from headwise.eval.prompt_file import read_records
 from headwise.eval.rouge import rouge_l
 from headwise.eval.task import Subject
 
@@ -117,7 +118,7 @@ def test_records_are_read_from_lines_a_list_or_gzip(tmp_path):
         (b"[]", "holds no records"),
         (b"", "empty"),
         (b"\xff\xfe", "not UTF-8"),
-        (gzip.compress(b'{"a": 1}')[:-9], "broken gzip"),
+        (gzip.compress(b'{"a": 1}', mtime=0)[:-9], "broken gzip"),
     ],
 )
 def test_a_file_that_is_none_says_why(tmp_path, data, says):
@@ -288,7 +289,7 @@ def test_programs_are_refused_where_they_cannot_run():
 def test_greedy_is_what_generate_writes(subject, tokenizer):
     ids = torch.tensor([tokenizer("A prompt of some length, to be continued.")["input_ids"]])
     for policy in (Full(), EVICTING):
-        new = continue_greedily(subject, subject.read(ids, policy), 12)
+        new = continue_greedily(subject, subject.read(ids, PolicyCache(policy)), 12)
         cache = HeadwiseCache(subject.model, policy, **subject.options)
         expected = subject.model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=12)
         assert new == expected[0, ids.shape[1] :].tolist(), policy
@@ -299,12 +300,12 @@ def test_greedy_is_what_generate_writes(subject, tokenizer):
 
 def test_greedy_ends_with_the_token_that_ends_a_text(subject, tokenizer, monkeypatch):
     ids = torch.tensor([tokenizer("Something else.")["input_ids"]])
-    new = continue_greedily(subject, subject.read(ids, Full()), 12)
+    new = continue_greedily(subject, subject.read(ids, FULL_CACHE), 12)
     place = next(i for i, token in enumerate(new) if token not in new[:i] and i >= 3)
     for ends in (new[place], [0, new[place]]):
         monkeypatch.setattr(subject.model.generation_config, "eos_token_id", ends)
-        assert continue_greedily(subject, subject.read(ids, Full()), 12) == new[: place + 1]
-    assert continue_greedily(subject, subject.read(ids, Full()), 1) == new[:1]
+        assert continue_greedily(subject, subject.read(ids, FULL_CACHE), 12) == new[: place + 1]
+    assert continue_greedily(subject, subject.read(ids, FULL_CACHE), 1) == new[:1]
 
 
 # The task.
@@ -312,7 +313,7 @@ def test_greedy_ends_with_the_token_that_ends_a_text(subject, tokenizer, monkeyp
 
 def measured(subject, task, policy):
     (item,) = task.items(subject.tokenizer)
-    return task.measure(subject, item, policy, task.reference(subject, item))
+    return task.measure(subject, item, PolicyCache(policy), task.reference(subject, item))
 
 
 def test_the_full_cache_writes_what_it_is_compared_with(subject, write):
@@ -326,7 +327,7 @@ def test_a_compressed_cache_is_compared_token_by_token(subject, tokenizer, write
     task = Generation(write({"prompt": "a long enough prompt for a window of six tokens"}), max_new_tokens=16)
     (item,) = task.items(tokenizer)
     reference = task.reference(subject, item)
-    outcome = task.measure(subject, item, EVICTING, reference)
+    outcome = task.measure(subject, item, PolicyCache(EVICTING), reference)
     ids = torch.tensor([item.data["ids"]])
     cache = HeadwiseCache(subject.model, EVICTING, **subject.options)
     new = subject.model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=16)[0, ids.shape[1] :]

@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 
 import chatty
-from headwise import HeadwiseCache
 from headwise.errors import ConfigurationError, InputError, UnknownPolicyError
+from headwise.eval.cache_kinds import FULL_CACHE, PolicyCache, StockQuantized
+from headwise.eval.contenders import make_contenders
 from headwise.eval.haystack import made_words, noise, token_count, word_list, zipf_words
-from headwise.eval.lineup import line_up
 from headwise.eval.question import Question, encode_question, found
 from headwise.eval.statistics import Estimate, estimate
-from headwise.eval.stock import StockQuantized
 from headwise.eval.tables import BETTER, WORSE, make_grids
-from headwise.eval.text import Document, plant, read_documents, take_passages
-from headwise.policies import H2O, FastGen, Full, Random, Window
+from headwise.measure.texts import Document, plant, read_documents, take_passages
+from headwise.policies import H2O, FastGen, Full, Policy, Random, Window
 from headwise.policies.words import parse_policy
 
 TOKENIZER = chatty.tokenizer()
@@ -58,37 +57,40 @@ def test_unknown_policy_in_a_spec():
 
 
 def test_random_stands_behind_every_policy_and_has_its_size():
-    lineup = line_up(["window:size=3", "full", "random:keep=0.5"], seed=9)
-    assert [entry.label for entry in lineup] == [
+    made = make_contenders(["window:size=3", "full", "random:keep=0.5"], seed=9)
+    assert [contender.label for contender in made] == [
         "full",
         "window:size=3",
         "random, size of window:size=3",
         "random:keep=0.5",
     ]
     kept = {"full": 1.0, "window:size=3": 0.125}
-    assert [entry.policy_at(kept) for entry in lineup] == [
-        Full(),
-        Window(3),
-        Random(keep=0.125, seed=9),
-        Random(keep=0.5),
+    model = chatty.model(64)
+    assert [contender.cache_kind(model, kept) for contender in made] == [
+        FULL_CACHE,
+        PolicyCache(Window(3)),
+        PolicyCache(Random(keep=0.125, seed=9)),
+        PolicyCache(Random(keep=0.5)),
     ]
-    assert [e.label for e in line_up(["window:size=3"], random=False)] == ["full", "window:size=3"]
+    assert [e.label for e in make_contenders(["window:size=3"], random=False)] == ["full", "window:size=3"]
     with pytest.raises(ConfigurationError, match="given twice"):
-        line_up(["fastgen", "fastgen:recovery=0.95"])
+        make_contenders(["fastgen", "fastgen:recovery=0.95"])
 
 
 def test_the_cache_of_transformers_is_one_row_without_a_draw():
-    lineup = line_up(["transformers:quanto-int4", "transformers:fp8"])
-    assert [entry.policy for entry in lineup[1:]] == [StockQuantized("quanto", 4), StockQuantized("fp8")]
-    assert lineup[1].describe()["policy"] == {"name": "transformers", "parameters": {"backend": "quanto", "bits": 4}}
+    made = make_contenders(["transformers:quanto-int4", "transformers:fp8"])
+    model = chatty.model(64)
+    assert [each.cache_kind(model, {}) for each in made[1:]] == [StockQuantized("quanto", 4), StockQuantized("fp8")]
+    assert made[1].describe()["policy"] == {"name": "transformers", "parameters": {"backend": "quanto", "bits": 4}}
     for wrong in ("quanto", "quanto-int9", "fp8-int4", "fp16", ""):
         with pytest.raises(ConfigurationError, match="transformers: takes quanto-int4"):
-            line_up([f"transformers:{wrong}"])
+            make_contenders([f"transformers:{wrong}"])
 
 
 def test_the_cache_of_transformers_cannot_be_headwises():
-    with pytest.raises(ConfigurationError, match="cannot be transformers' quantized cache"):
-        HeadwiseCache(chatty.model(64), StockQuantized("fp8"))
+    assert not isinstance(StockQuantized("fp8"), Policy)
+    with pytest.raises(UnknownPolicyError, match="transformers"):
+        parse_policy("transformers")
 
 
 # texts

@@ -18,19 +18,19 @@ import torch
 import chatty
 from headwise.cli.main import main
 from headwise.errors import ConfigurationError, InputError, MismatchError
-from headwise.eval.executor import Local
+from headwise.eval.contenders import PolicyContender, make_contenders
+from headwise.eval.executor import LocalExecutor
 from headwise.eval.fidelity import Fidelity
-from headwise.eval.lineup import Entry, line_up
-from headwise.eval.record import RESULTS, RUN, UNITS
+from headwise.eval.model_source import ModelSource
+from headwise.eval.ray_executor import RayExecutor
 from headwise.eval.run import run
+from headwise.eval.run_folder import RESULTS, RUN, UNITS
 from headwise.eval.setting import describe_setting
-from headwise.eval.source import Source
-from headwise.eval.spread import Spread
-from headwise.eval.task import Item, Outcome, Subject, Task
+from headwise.eval.task import Item, Measured, Subject, Task
 from headwise.policies import SnapKV
 
-LINEUP = line_up(["window:size=4", "window:size=2"], seed=3)
-LABELS = [entry.label for entry in LINEUP]
+CONTENDERS = make_contenders(["window:size=4", "window:size=2"], seed=3)
+LABELS = [contender.label for contender in CONTENDERS]
 KEPT = {"full": 1.0, "Window(size=4)": 0.5, "Window(size=2)": 0.25}
 
 
@@ -54,21 +54,22 @@ class Toy(Task):
         self.log.append(("reference", item.key))
         return item.data["value"]
 
-    def measure(self, subject, item, policy, reference):
+    def measure(self, subject, item, kind, reference):
+        policy = kind.policy
         if len(self.log) == self.stop_at:
             raise KeyboardInterrupt
         self.log.append((str(policy), item.key))
         kept = KEPT["full"] if str(policy) == "Full()" else KEPT.get(str(policy)) or policy.keep
         metrics = {"score": reference * kept + (0.5 if "Window" in str(policy) else 0)}
-        return Outcome(metrics, kept, int(100 * kept), 100, 2.0, 1.0, {"said": item.key})
+        return Measured(metrics, kept, int(100 * kept), 100, 2.0, 1.0, {"said": item.key})
 
 
 class Indifferent(Toy):
-    """Takes any policy."""
+    """Takes any kind of cache with a policy."""
 
-    def measure(self, subject, item, policy, reference):
-        self.log.append((str(policy), item.key))
-        return Outcome({"score": 1.0}, 1.0, 100, 100, 2.0, 1.0)
+    def measure(self, subject, item, kind, reference):
+        self.log.append((str(kind.policy), item.key))
+        return Measured({"score": 1.0}, 1.0, 100, 100, 2.0, 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +91,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def toy_run(subject, tmp_path):
-    def call(task=None, lineup=LINEUP, **more):
-        return run([task or Toy()], lineup, Local(Source(), subject), tmp_path / "out", **more)
+    def call(task=None, contenders=CONTENDERS, **more):
+        return run([task or Toy()], contenders, LocalExecutor(ModelSource(), subject), tmp_path / "out", **more)
 
     return call
 
@@ -190,7 +191,7 @@ def test_a_line_that_was_broken_off_is_done_again(toy_run, tmp_path, log):
     [
         ({"task": Toy(extra="x")}, "configuration differ"),
         ({"task": Toy(values=(1, 2, 5))}, "configuration and inputs differ"),
-        ({"lineup": LINEUP[:1]}, "configuration differ"),
+        ({"contenders": CONTENDERS[:1]}, "configuration differ"),
         ({"seed": 1}, "configuration differ"),
     ],
 )
@@ -218,7 +219,7 @@ def test_a_run_is_not_written_over(toy_run, tmp_path):
 
 def test_tasks_must_differ(subject, tmp_path):
     with pytest.raises(ConfigurationError, match="two tasks have the same name"):
-        run([Toy(), Toy(extra="x")], LINEUP, Local(Source(), subject), tmp_path)
+        run([Toy(), Toy(extra="x")], CONTENDERS, LocalExecutor(ModelSource(), subject), tmp_path)
 
 
 def test_a_file_in_the_way(toy_run, tmp_path):
@@ -245,7 +246,7 @@ class Answer:
 def call(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HEADWISE_MODEL", str(folder))
     # The manual is long, and tokenising it takes longer than all the rest.
-    monkeypatch.setattr("headwise.eval.text.manual", lambda: f"{chatty.TEXT} " * 20)
+    monkeypatch.setattr("headwise.measure.texts.manual", lambda: f"{chatty.TEXT} " * 20)
 
     def command(kind, *arguments, to="out"):
         out, err = io.StringIO(), io.StringIO()
@@ -316,10 +317,10 @@ def test_a_run_does_not_go_on_with_other_rows(call):
 
 def test_bytes_are_turned_into_tokens_by_the_width_of_the_rows(subject, tmp_path, log):
     """A row's column takes 4 bytes: of 4 heads, 4 x 68 or 4 x 36 bytes a token."""
-    entry = Entry("snapkv at 8KiB", SnapKV(keep=1), budget="8KiB")
+    contender = PolicyContender("snapkv at 8KiB", "snapkv", SnapKV(keep=1), budget="8KiB")
     for dtype in (None, torch.float32, torch.float16):
-        executor = Local(Source(), replace(subject, options={"cache_dtype": dtype}))
-        run([Indifferent(values=(1,))], (entry,), executor, tmp_path / str(dtype))
+        executor = LocalExecutor(ModelSource(), replace(subject, options={"cache_dtype": dtype}))
+        run([Indifferent(values=(1,))], (contender,), executor, tmp_path / str(dtype))
     measured = [policy for policy, _ in log if policy != "reference"]
     assert measured == [str(SnapKV(keep=tokens)) for tokens in (30, 30, 56)]
 
@@ -461,36 +462,41 @@ TASK = Fidelity(context=40, steps=3, passages=3)
 
 
 def test_jobs_done_elsewhere_give_the_same_results(elsewhere, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("headwise.eval.text.manual", lambda: f"{chatty.TEXT} " * 20)
-    source = Source(str(folder))
-    here = run([TASK], LINEUP, Local(source), tmp_path / "here")
-    there = run([TASK], LINEUP, Spread(source, "auto", cpus=2, gpus=0.5), tmp_path / "there")
+    monkeypatch.setattr("headwise.measure.texts.manual", lambda: f"{chatty.TEXT} " * 20)
+    source = ModelSource(str(folder))
+    here = run([TASK], CONTENDERS, LocalExecutor(source), tmp_path / "here")
+    there = run([TASK], CONTENDERS, RayExecutor(source, "auto", cpus=2, gpus=0.5), tmp_path / "there")
     assert comparable(there.to_dict()) == comparable(here.to_dict())
     # One after the other they were written as they came.
-    assert [unit["item"] for unit in lines(tmp_path / "there")[:: len(LINEUP)]] == ["00002", "00001", "00000"]
+    assert [unit["item"] for unit in lines(tmp_path / "there")[:: len(CONTENDERS)]] == ["00002", "00001", "00000"]
     assert elsewhere.connected[0]["address"] == "auto"
     assert elsewhere.needs == [{"num_cpus": 2, "num_gpus": 0.5}] * 2
     assert not elsewhere.cancelled
     # A run begun elsewhere can be finished here.
     data = (tmp_path / "there" / UNITS).read_bytes()
     (tmp_path / "there" / UNITS).write_bytes(data[: len(data) // 2])
-    resumed = run([TASK], LINEUP, Local(source), tmp_path / "there", resume=True)
+    resumed = run([TASK], CONTENDERS, LocalExecutor(source), tmp_path / "there", resume=True)
     assert comparable(resumed.to_dict()) == comparable(here.to_dict())
 
 
 def test_what_goes_wrong_elsewhere_is_raised_here(elsewhere, folder, tmp_path):
     with pytest.raises(InputError, match="no file"):
-        run([Fidelity(files=(tmp_path / "none.txt",))], LINEUP, Spread(Source(str(folder))), tmp_path / "out")
+        run(
+            [Fidelity(files=(tmp_path / "none.txt",))],
+            CONTENDERS,
+            RayExecutor(ModelSource(str(folder))),
+            tmp_path / "out",
+        )
 
 
 def test_an_interruption_calls_off_what_waits_elsewhere(elsewhere, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("headwise.eval.text.manual", lambda: f"{chatty.TEXT} " * 20)
+    monkeypatch.setattr("headwise.measure.texts.manual", lambda: f"{chatty.TEXT} " * 20)
 
     def tell(done, total, what):
         if done:
             raise KeyboardInterrupt
 
-    results = run([TASK], LINEUP, Spread(Source(str(folder))), tmp_path / "out", tell=tell)
+    results = run([TASK], CONTENDERS, RayExecutor(ModelSource(str(folder))), tmp_path / "out", tell=tell)
     assert results.interrupted
     assert (len(results.units), len(elsewhere.cancelled)) == (1, 2)
 
@@ -498,10 +504,10 @@ def test_an_interruption_calls_off_what_waits_elsewhere(elsewhere, folder, tmp_p
 def test_ray_itself_gives_the_same_results(folder, tmp_path):
     ray = pytest.importorskip("ray")
     (tmp_path / "text.txt").write_text(f"{chatty.TEXT} " * 20, encoding="utf-8")
-    task, source = replace(TASK, files=(tmp_path / "text.txt",)), Source(str(folder))
-    here = run([task], LINEUP, Local(source), tmp_path / "here")
+    task, source = replace(TASK, files=(tmp_path / "text.txt",)), ModelSource(str(folder))
+    here = run([task], CONTENDERS, LocalExecutor(source), tmp_path / "here")
     try:
-        there = run([task], LINEUP, Spread(source), tmp_path / "there")
+        there = run([task], CONTENDERS, RayExecutor(source), tmp_path / "there")
     finally:
         ray.shutdown()
     assert comparable(there.to_dict()) == comparable(here.to_dict())
@@ -510,4 +516,4 @@ def test_ray_itself_gives_the_same_results(folder, tmp_path):
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'headwise\[ray\]'"):
-        Spread(Source())
+        RayExecutor(ModelSource())

@@ -13,9 +13,9 @@ from transformers import DynamicCache, QuantizedCache
 import chatty
 from headwise import HeadwiseCache
 from headwise.errors import ConfigurationError, InputError
+from headwise.eval.cache_kinds import FULL_CACHE, PolicyCache, StockQuantized
 from headwise.eval.fidelity import Fidelity, compare
 from headwise.eval.recall import Recall
-from headwise.eval.stock import StockQuantized
 from headwise.eval.synthetic import KINDS, Synthetic
 from headwise.eval.task import Subject
 from headwise.policies import Full, Random, Window
@@ -29,7 +29,7 @@ TEXT = " ".join(f"{number} times: {chatty.TEXT}" for number in range(20))
 @pytest.fixture(scope="module", autouse=True)
 def short_manual():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headwise.eval.text.manual", lambda: TEXT)
+        patch.setattr("headwise.measure.texts.manual", lambda: TEXT)
         yield
 
 
@@ -74,7 +74,7 @@ def test_fidelity_is_that_of_feeding_token_by_token(subject, policy):
     assert len(targets) == STEPS
     reference = FIDELITY.reference(subject, item)
     torch.testing.assert_close(reference, full, atol=2e-5, rtol=1e-5)
-    outcome = FIDELITY.measure(subject, item, policy, reference)
+    outcome = FIDELITY.measure(subject, item, PolicyCache(policy), reference)
     kl = (full.exp() * (full - ours)).sum(dim=-1).mean()
     change = (full - ours).gather(1, targets).mean()
     assert outcome.metrics["kl"] == pytest.approx(float(kl), abs=2e-5)
@@ -115,8 +115,8 @@ def test_fidelity_evicts_while_the_rest_is_fed(subject):
     item = FIDELITY.items(subject.tokenizer)[0]
     reference = FIDELITY.reference(subject, item)
     often = replace(subject, options={"evict_every": 1})
-    assert FIDELITY.measure(often, item, Window(8), reference).metrics["kl"] != pytest.approx(
-        FIDELITY.measure(subject, item, Window(8), reference).metrics["kl"], abs=1e-6
+    assert FIDELITY.measure(often, item, PolicyCache(Window(8)), reference).metrics["kl"] != pytest.approx(
+        FIDELITY.measure(subject, item, PolicyCache(Window(8)), reference).metrics["kl"], abs=1e-6
     )
 
 
@@ -210,7 +210,7 @@ def test_what_is_expected_can_be_read_off_the_prompt(subject, kind):
 def test_the_answer_is_what_generate_says(subject, query, policy):
     task = replace(RECALL, query=query)
     for item in task.items(subject.tokenizer)[:2]:
-        outcome = task.measure(subject, item, policy, None)
+        outcome = task.measure(subject, item, PolicyCache(policy), None)
         ids = torch.tensor([item.data["ids"]])
         cache = HeadwiseCache(subject.model, policy, evict_every=2, prompt_tokens=item.data["context"])
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
@@ -227,10 +227,10 @@ def test_the_answer_is_what_generate_says(subject, query, policy):
 
 def test_recall_is_found_in_the_answer(subject):
     item = RECALL.items(subject.tokenizer)[0]
-    outcome = RECALL.measure(subject, item, Full(), None)
+    outcome = RECALL.measure(subject, item, FULL_CACHE, None)
     assert outcome.metrics == {"recall": 0}
     known = replace(item, data=item.data | {"expected": [outcome.details["answer"].strip(), "12345"]})
-    assert RECALL.measure(subject, known, Full(), None).metrics == {"recall": 0.5}
+    assert RECALL.measure(subject, known, FULL_CACHE, None).metrics == {"recall": 0.5}
 
 
 def test_questions_are_checked(subject):
@@ -245,4 +245,4 @@ def test_questions_are_checked(subject):
     item = RECALL.items(subject.tokenizer)[0]
     item = replace(item, data=item.data | {"limit": 2000})
     with pytest.raises(InputError, match="do not fit"):
-        RECALL.measure(subject, item, Full(), None)
+        RECALL.measure(subject, item, FULL_CACHE, None)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from headwise.version import __version__
+
 if TYPE_CHECKING:
     from headwise.errors import (
         CacheStateError,
@@ -53,8 +55,6 @@ if TYPE_CHECKING:
     from headwise.policies.less import Less
     from headwise.policies.quantized import Quantized
     from headwise.report.report import Report
-
-__version__ = "0.1.0"
 
 __all__ = [
     "H2O",

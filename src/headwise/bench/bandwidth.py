@@ -15,7 +15,7 @@ from headwise.types import LogitOptions, PageView, Tensor
 from headwise.units import clock
 
 if TYPE_CHECKING:
-    from headwise import HeadwiseCache
+    from headwise.hosts.transformers.cache import HeadwiseCache
 
 # Far beyond any last-level cache.
 _BUFFER_BYTES = 512 * 2**20

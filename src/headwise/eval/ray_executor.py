@@ -1,4 +1,4 @@
-"""Spread: jobs -> their units, from the processes of this machine or a cluster, by way of Ray."""
+"""Ray executor: jobs -> their units, from the processes of this machine or a cluster, by way of Ray."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from headwise.errors import ConfigurationError
 from headwise.eval.executor import Executor, Job, Prepared, measure, prepare
-from headwise.eval.record import Unit
-from headwise.eval.source import Source
+from headwise.eval.model_source import ModelSource
+from headwise.eval.run_folder import Unit
 from headwise.eval.task import Subject, Task
 
 
-class Spread(Executor):
+class RayExecutor(Executor):
     """Every item with all its policies is a task of Ray; a process loads the model once.
 
     Args:
@@ -26,7 +26,7 @@ class Spread(Executor):
         ConfigurationError: when Ray is not installed.
     """
 
-    def __init__(self, source: Source, address: str | None = None, cpus: int = 1, gpus: float = 0.0) -> None:
+    def __init__(self, source: ModelSource, address: str | None = None, cpus: int = 1, gpus: float = 0.0) -> None:
         try:
             self._ray: Any = importlib.import_module("ray")
         except ImportError as error:
@@ -74,14 +74,14 @@ class Spread(Executor):
 
 
 @cache
-def _subject(source: Source) -> Subject:
+def _subject(source: ModelSource) -> Subject:
     """The model of this process."""
     return source.load()
 
 
-def _prepare(source: Source, tasks: Sequence[Task]) -> Prepared:
+def _prepare(source: ModelSource, tasks: Sequence[Task]) -> Prepared:
     return prepare(_subject(source), source.name, tasks)
 
 
-def _measure(source: Source, job: Job) -> list[Unit]:
+def _measure(source: ModelSource, job: Job) -> list[Unit]:
     return list(measure(_subject(source), job))

@@ -1,4 +1,4 @@
-"""Peer: a Python with kvpress in it -> its caches as contestants of ours, one JSON object per line each way."""
+"""kvpress process: another Python that has kvpress -> its caches as contenders of ours, one JSON line each way."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
-from headwise.bench.candidates import Candidate, dtype_name
-from headwise.bench.contestant import Contestant
+from headwise.bench.contender_run import ContenderRun
+from headwise.bench.contenders import Contender, dtype_name
 from headwise.bench.record import Held, Prefill
 from headwise.errors import ConfigurationError, HeadwiseError
 from headwise.types import Int, Tensor
 
-_SCRIPT = Path(__file__).with_name("kvpress_peer.py")
+_SCRIPT = Path(__file__).with_name("kvpress_worker.py")
 
 
-class PeerError(HeadwiseError):
+class KvpressError(HeadwiseError):
     """The other process did not do what it was asked for; the message says why."""
 
 
-class Peer:
-    """Another interpreter that holds the same model and takes its turns.
+class KvpressProcess:
+    """Another interpreter that holds the same model, and runs caches of kvpress when asked to.
 
     Args:
         python: the interpreter; its environment has kvpress.
@@ -36,9 +36,9 @@ class Peer:
 
     def __init__(self, python: str) -> None:
         self._python = python
-        # Between a request and its answer; stays so when an interrupt comes in between, or the peer goes.
+        # Between a request and its answer; stays so when an interrupt comes in between, or the other process ends.
         self._busy = False
-        # A file, not a pipe: nobody reads it unless something goes wrong, and a full pipe would stop the peer.
+        # A file, not a pipe: nobody reads it unless something goes wrong, and a full pipe would stop the process.
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # for its life
         try:
             self._process = subprocess.Popen(
@@ -47,7 +47,7 @@ class Peer:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
-                # An interrupt from the keyboard is for this process, which then ends the peer.
+                # An interrupt from the keyboard is for this process, which then ends the other.
                 start_new_session=True,
             )
         except OSError as error:
@@ -66,27 +66,27 @@ class Peer:
         """Ask for something and wait for the answer.
 
         Raises:
-            PeerError: when the peer says that it failed, or says nothing any more.
+            KvpressError: when the process says that it failed, or says nothing any more.
             torch.OutOfMemoryError: when its device has too little memory.
         """
         pipe_in, pipe_out = self._process.stdin, self._process.stdout
         assert pipe_in is not None and pipe_out is not None
         if self._busy:
-            raise PeerError("it was broken off")
+            raise KvpressError("it was broken off")
         self._busy = True
         try:
             pipe_in.write(json.dumps({"do": what, **details}) + "\n")
             pipe_in.flush()
             answer = json.loads(pipe_out.readline())
         except (OSError, ValueError) as error:
-            raise PeerError(f"{self._python} ended: {self._last_words()}") from error
+            raise KvpressError(f"{self._python} ended: {self._last_words()}") from error
         self._busy = False
         if not isinstance(answer, dict):
-            raise PeerError(f"{self._python} gave an answer that is none: {answer!r}")
+            raise KvpressError(f"{self._python} gave an answer that is none: {answer!r}")
         if answer.get("out_of_memory"):
             raise torch.OutOfMemoryError(answer["error"])
         if "error" in answer:
-            raise PeerError(str(answer["error"]))
+            raise KvpressError(str(answer["error"]))
         return answer
 
     def close(self, patience: float = 2.0) -> None:
@@ -114,22 +114,22 @@ class Peer:
         return lines[-1] if lines else "it said nothing"
 
 
-class Remote(Contestant):
+class KvpressRun(ContenderRun):
     """A cache of kvpress in the other process.
 
     Args:
-        candidate: names the press and the share to keep.
+        contender: names the press and the share to keep.
     """
 
-    def __init__(self, candidate: Candidate, peer: Peer) -> None:
-        super().__init__(candidate)
-        self._peer = peer
+    def __init__(self, contender: Contender, process: KvpressProcess) -> None:
+        super().__init__(contender)
+        self._process = process
         self._held = Held(0, 0, 0.0)
 
     def prefill(self, ids: Int[Tensor, "b t"], repeats: int = 1) -> Prefill:
         """Read the prompt into a new cache."""
         answer = self._ask(
-            "prefill", ids=ids.tolist(), repeats=repeats, press=self.candidate.backend, keep=self.candidate.keep
+            "prefill", ids=ids.tolist(), repeats=repeats, press=self.contender.backend, keep=self.contender.keep
         )
         return Prefill(float(answer["seconds"]), ids.numel())
 
@@ -144,11 +144,11 @@ class Remote(Contestant):
     def close(self) -> None:
         """Drop the cache; the process goes on for the next."""
         # One that is gone has dropped everything.
-        with contextlib.suppress(PeerError):
+        with contextlib.suppress(KvpressError):
             self._ask("drop")
 
     def _ask(self, what: str, **details: Any) -> dict[str, Any]:
-        answer = self._peer.ask(what, name=self.candidate.name, **details)
+        answer = self._process.ask(what, name=self.contender.name, **details)
         if "allocated_bytes" in answer:
             self._held = Held(answer["used_bytes"], answer["allocated_bytes"], float(answer["kept_ratio"]))
         return answer

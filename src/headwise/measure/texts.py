@@ -1,4 +1,4 @@
-"""Text: files, or the manual that every Python has -> documents, passages of them, and sentences planted in those."""
+"""Texts: files, or the manual that every Python has -> documents, passages of them, and sentences planted in those."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
-
-from headwise.bench.workload import manual
 from headwise.errors import InputError
 from headwise.files import read_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The document that is there without a file.
 MANUAL = "Python's manual of topics"
@@ -59,6 +60,13 @@ def read_documents(files: Sequence[str | Path], undo_marks: bool = False) -> lis
     if not undo_marks:
         return documents
     return [Document(d.name, _MARK.sub(r"\1", d.text).replace(_RARE, "unknown")) for d in documents]
+
+
+def manual() -> str:
+    """English prose and code that every Python has: its manual of topics."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def take_passages(

@@ -1,4 +1,4 @@
-"""kvpress peer: requests on standard input -> answers on standard output, one JSON object per line each.
+"""kvpress worker: requests on standard input -> answers on standard output, one JSON object per line each.
 
 Run by an interpreter that has torch, transformers and kvpress, which need not be the one that has headwise; so
 nothing of headwise is imported here. Requests:
@@ -22,7 +22,7 @@ from typing import Any
 
 
 class Worker:
-    """The model, and of every candidate its cache and the positions it has seen."""
+    """The model, and of every contender its cache and the positions it has seen."""
 
     def __init__(self) -> None:
         self.model: Any = None

@@ -1,4 +1,4 @@
-"""Record: a folder -> what a run is and what it has finished, kept on disk from the moment it is known.
+"""Run folder: a folder -> what a run is and what it has finished, kept on disk from the moment it is known.
 
 `run.json` says what the run is: configuration, inputs, versions, machine. `units.jsonl` takes a line for every item
 under every policy. `results.json` holds both and the summary, and is all that tables need.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from headwise.errors import ConfigurationError, InputError, MismatchError
-from headwise.eval.task import Outcome
+from headwise.eval.task import Measured
 from headwise.files import write_text
 
 RUN, UNITS, RESULTS = "run.json", "units.jsonl", "results.json"
@@ -37,7 +37,7 @@ class Unit:
     item: str
     policy: str
     digest: str
-    outcome: Outcome
+    measured: Measured
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -45,19 +45,19 @@ class Unit:
         return self.task, self.item, self.policy
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, the outcome's among them."""
+        """Plain values, what was measured among them."""
         head = {"task": self.task, "item": self.item, "policy": self.policy, "digest": self.digest}
-        return head | asdict(self.outcome)
+        return head | asdict(self.measured)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Unit:
         """As `to_dict` made it."""
         rest = dict(values)
         head = {name: rest.pop(name) for name in ("task", "item", "policy", "digest")}
-        return cls(**head, outcome=Outcome(**rest))
+        return cls(**head, measured=Measured(**rest))
 
 
-class Journal:
+class RunFolder:
     """The folder of a run; made where it is missing.
 
     Args:

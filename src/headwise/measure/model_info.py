@@ -1,13 +1,17 @@
-"""Shapes: the name of a known model -> its dimensions and what it needs of memory; the weights are made up."""
+"""Model info: a model, or the name of a known shape -> its dimensions, as records have them, and bytes there are."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headwise.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,40 @@ SHAPES = {
     "qwen2.5-7b": Shape(28, 3584, 28, 4, 18944, 152064, 32768),
     "mistral-7b": Shape(32, 4096, 32, 8, 14336, 32768, 32768),
 }
+
+
+def describe_model(model: PreTrainedModel, name: str, *, random_weights: bool = False) -> dict[str, Any]:
+    """A model as records have it: plain values.
+
+    Args:
+        name: as the records call it.
+        random_weights: whether they were made up.
+    """
+    config = model.config.get_text_config(decoder=True)
+    return {
+        "name": name,
+        "random_weights": random_weights,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "kv_heads": kv_heads(config),
+    }
+
+
+def kv_heads(config: Any) -> int:
+    """KV heads of a layer, as the configuration of a decoder says or lets infer."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def query_heads_per_kv_head(config: Any) -> int:
+    """Query heads that share a KV head, by the configuration of a decoder."""
+    return int(config.num_attention_heads) // kv_heads(config)
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Tokens that a model has room for; None where its configuration does not say."""
+    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit
 
 
 def find_shape(name: str) -> Shape:

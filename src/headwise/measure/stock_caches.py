@@ -1,33 +1,16 @@
-"""Stock: what transformers has of its own -> its caches, a twin of a model, and models of a shape."""
+"""Stock caches: a model -> the caches that transformers has of its own, and the tensors and bytes that they hold."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from importlib.util import find_spec
-from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    QuantizedCache,
-)
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
-from headwise.bench.shapes import Shape
 from headwise.errors import ConfigurationError
+from headwise.report.report import LayerReport
 from headwise.types import Tensor
-
-# For the modules that do not import transformers.
-Model: TypeAlias = PreTrainedModel
-Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
 # The backends of `QuantizedCache`, in the order "auto" tries them, and the package each needs.
 _BACKENDS = {"quanto": "optimum-quanto", "hqq": "hqq"}
@@ -35,20 +18,12 @@ _MODULES = {"quanto": "optimum.quanto", "hqq": "hqq"}
 QUANTIZED = ("auto", *_BACKENDS, "fp8", "none")
 
 
-def twin(model: Model) -> Model:
-    """A model of the same weights, in the same memory, with an attention setting and hooks of its own; runs `sdpa`."""
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    other = copy.deepcopy(model, memo=shared)
-    other.set_attn_implementation("sdpa")
-    return other
-
-
-def dynamic_cache(model: Model) -> Cache:
+def dynamic_cache(model: PreTrainedModel) -> Cache:
     """The cache that `generate()` makes when it is given none."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def quantized_cache(model: Model, backend: str, bits: int | None = None) -> Cache:
+def quantized_cache(model: PreTrainedModel, backend: str, bits: int | None = None) -> Cache:
     """transformers' quantized cache with its own defaults.
 
     Args:
@@ -88,40 +63,9 @@ def tensors_of(cache: Cache) -> list[Tensor]:
     return [tensor for layer in cache.layers for value in vars(layer).values() for tensor in _plain_tensors(value)]
 
 
-def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Model:
-    """A Llama of that shape with normal random weights, made on the device in that dtype."""
-    config = LlamaConfig(**llama_dimensions(shape))
-    with torch.device(device):
-        model: Model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.eval()
-
-
-def llama_dimensions(shape: Shape) -> dict[str, Any]:
-    """The shape under the names of a `LlamaConfig`, of any release."""
-    return {
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "intermediate_size": shape.intermediate,
-        "vocab_size": shape.vocabulary,
-        "max_position_embeddings": shape.positions,
-        "tie_word_embeddings": shape.tied,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-
-
-@contextmanager
-def watched_attention(model: Model, watch: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Let every attention of that kind of model go through what `watch` makes of the function."""
-    name = model.get_decoder().config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[name] = watch(ALL_ATTENTION_FUNCTIONS[name])
-    try:
-        yield
-    finally:
-        # Only the override goes; what is registered stays.
-        del ALL_ATTENTION_FUNCTIONS[name]
+def held_by(cache: Cache) -> LayerReport:
+    """Bytes that a cache of transformers holds, all of its layers together."""
+    return LayerReport.of_stock(tensors_of(cache))
 
 
 def _plain_tensors(value: Any) -> Iterator[Tensor]:

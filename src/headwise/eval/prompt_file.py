@@ -1,4 +1,4 @@
-"""Records: a file of JSON objects, one per line or in one list, perhaps compressed -> the objects."""
+"""Prompt file: a file of JSON objects, one per line or in one list, perhaps compressed -> the objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running: a model, a prompt and a cache -> new tokens, their text, and the seconds they took."""
+"""Text generation: a model, a prompt and a cache -> new tokens, their text, and the seconds they took."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Run:
+class Generated:
     """What came of one call of `generate()`.
 
     Attributes:
@@ -67,14 +67,14 @@ class Run:
     rest: float
 
 
-def run(
+def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Tensor,
     cache: Cache,
     sampling: Sampling,
     write: Callable[[str], object],
-) -> Run:
+) -> Generated:
     """Generate, passing pieces of text to `write` as they come.
 
     Raises:
@@ -100,7 +100,7 @@ def run(
         ) from error
     finished = time.perf_counter()
     first = finished if stream.first_token_at is None else stream.first_token_at
-    return Run(stream.token_ids, stream.text, first - started, finished - first)
+    return Generated(stream.token_ids, stream.text, first - started, finished - first)
 
 
 def first_difference(one: list[int], other: list[int]) -> int | None:
@@ -129,9 +129,11 @@ def differing_words(one: str, other: str) -> tuple[str, str]:
 
 def stock_memory(cache: Cache) -> dict[str, int]:
     """Bytes of transformers' own cache, under the names of a report."""
-    from torch import Tensor
+    from headwise.measure.stock_caches import held_by
 
-    held = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
-    used = sum(tensor.nbytes for tensor in held)
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
-    return {"used_bytes": used, "allocated_bytes": sum(storages.values()), "full_bytes": used}
+    held = held_by(cache)
+    return {
+        "used_bytes": held.used_bytes,
+        "allocated_bytes": held.allocated_bytes,
+        "full_bytes": held.used_bytes,
+    }

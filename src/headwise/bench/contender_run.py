@@ -1,4 +1,4 @@
-"""Contestant: a candidate and a model -> something that reads a prompt, decodes in its turn, and tells its costs."""
+"""Contender run: a contender and a model -> what reads a prompt, decodes when it is its turn, and tells its costs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from typing import Any
 
 import torch
 
-from headwise.bench import stock
 from headwise.bench.bandwidth import KernelSpeed, last_level_cache, measure_kernel
-from headwise.bench.candidates import HEADWISE, QUANTIZED, Candidate
-from headwise.bench.memory import peak_memory
+from headwise.bench.contenders import HEADWISE, QUANTIZED, Contender
+from headwise.bench.models import Model, Tokenizer, share_weights, watched_attention
 from headwise.bench.plan import Plan
 from headwise.bench.record import Held, Prefill
+from headwise.measure.model_info import query_heads_per_kv_head
+from headwise.measure.peak_memory import peak_memory
+from headwise.measure.stock_caches import dynamic_cache, held_by, quantized_cache
 from headwise.types import Int, Tensor
-from headwise.units import clock, storage_bytes
+from headwise.units import clock
 
 
-class Contestant(ABC):
-    """One candidate at work."""
+class ContenderRun(ABC):
+    """One contender at work."""
 
-    def __init__(self, candidate: Candidate) -> None:
-        self.candidate = candidate
+    def __init__(self, contender: Contender) -> None:
+        self.contender = contender
 
     @property
     def kernel(self) -> str | None:
@@ -57,32 +59,29 @@ class Contestant(ABC):
         return
 
 
-class Local(Contestant):
-    """A candidate in this process, on a model of its own that shares its weights with the others.
+class LocalRun(ContenderRun):
+    """A contender in this process, on a model of its own that shares its weights with the others.
 
-    A living headwise cache changes its model's attention; on a twin, nobody else's.
+    While it is there, a headwise cache changes the attention of its model: this way of nobody else's.
     """
 
-    def __init__(self, candidate: Candidate, model: stock.Model, tokenizer: stock.Tokenizer | None, plan: Plan) -> None:
-        super().__init__(candidate)
-        self._model: Any = stock.twin(model)
+    def __init__(self, contender: Contender, model: Model, tokenizer: Tokenizer | None, plan: Plan) -> None:
+        super().__init__(contender)
+        self._model: Any = share_weights(model)
         self._device = model.device
         self._tokenizer = tokenizer
         self._plan = plan
         self._cache: Any = None
         self._graph: Any = None
-        config = model.config.get_text_config(decoder=True)
-        self._group = config.num_attention_heads // (
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        )
+        self._group = query_heads_per_kv_head(model.config.get_text_config(decoder=True))
         # Nobody reads the logits of a prompt but the last.
         takes = inspect.signature(model.forward).parameters
-        self._few = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     @property
     def kernel(self) -> str | None:
         """Name of headwise's kernels."""
-        return self._cache.kernel if self.candidate.kind == HEADWISE and self._cache is not None else None
+        return self._cache.kernel if self.contender.kind == HEADWISE and self._cache is not None else None
 
     def prefill(self, ids: Int[Tensor, "b t"], repeats: int = 1) -> Prefill:
         """Read the prompt into a new cache."""
@@ -98,7 +97,7 @@ class Local(Contestant):
             if repeats > 1:
                 self._cache.batch_repeat_interleave(repeats)
         profile = compact = None
-        if self.candidate.kind == HEADWISE:
+        if self.contender.kind == HEADWISE:
             report = self._cache.report()
             profile, compact = float(report.profile_seconds), float(report.compact_seconds)
         return Prefill(seconds, ids.numel(), profile, compact, peak.bytes)
@@ -107,8 +106,8 @@ class Local(Contestant):
         """Forward passes of one token, and the likeliest next token, which is not used."""
         columns = ids.to(self._device).split(1, dim=1)
         with torch.inference_mode():
-            if self.candidate.graph and self._graph is None:
-                from headwise import DecodeGraph
+            if self.contender.graph and self._graph is None:
+                from headwise.hosts.transformers.graph import DecodeGraph
 
                 self._graph = DecodeGraph(self._model, self._cache, room=self._plan.new_tokens)
             started = clock(self._device)
@@ -119,7 +118,7 @@ class Local(Contestant):
 
     def attention_share(self, ids: Int[Tensor, "b t"]) -> float | None:
         """On a GPU every call is waited for, so that the time is the call's own; a graph has no calls in it."""
-        if self.candidate.graph:
+        if self.contender.graph:
             return None
         spent = 0.0
 
@@ -136,7 +135,7 @@ class Local(Contestant):
 
         self._cache.update = watch(self._cache.update)
         try:
-            with stock.watched_attention(self._model, watch):
+            with watched_attention(self._model, watch):
                 total = self.decode(ids)
         finally:
             del self._cache.update
@@ -144,41 +143,41 @@ class Local(Contestant):
 
     def held(self) -> Held:
         """By the storage of its tensors."""
-        if self.candidate.kind == HEADWISE:
+        if self.contender.kind == HEADWISE:
             report = self._cache.report()
             return Held(report.used_bytes, report.allocated_bytes, float(report.kept_ratio))
-        tensors = stock.tensors_of(self._cache)
-        return Held(sum(tensor.nbytes for tensor in tensors), storage_bytes(tensors), 1.0)
+        held = held_by(self._cache)
+        return Held(held.used_bytes, held.allocated_bytes, 1.0)
 
     def kernel_speed(self) -> KernelSpeed | None:
         """Over the pages as they are now."""
-        if self.candidate.kind != HEADWISE:
+        if self.contender.kind != HEADWISE:
             return None
         with torch.inference_mode():
             return measure_kernel(self._cache, self._group, last_level_cache(self._device))
 
     def close(self) -> None:
-        """Drop cache and twin."""
+        """Drop the cache and its model."""
         self._cache = self._graph = self._model = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _forward(self, ids: Int[Tensor, "b t"]) -> Any:
-        return self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._few)
+        return self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._last_logits_only)
 
     def _new_cache(self) -> Any:
-        if self.candidate.policy is not None:
-            from headwise import HeadwiseCache
+        if self.contender.policy is not None:
+            from headwise.hosts.transformers.cache import HeadwiseCache
 
             return HeadwiseCache(
                 self._model,
-                self.candidate.policy,
+                self.contender.policy,
                 tokenizer=self._tokenizer,
                 kernel=self._plan.kernel,
                 evict_every=self._plan.evict_every,
-                cache_dtype=self.candidate.rows,
+                cache_dtype=self.contender.rows,
             )
-        if self.candidate.kind == QUANTIZED:
-            return stock.quantized_cache(self._model, str(self.candidate.backend))
-        return stock.dynamic_cache(self._model)
+        if self.contender.kind == QUANTIZED:
+            return quantized_cache(self._model, str(self.contender.backend))
+        return dynamic_cache(self._model)

@@ -9,24 +9,24 @@ import types
 
 import pytest
 import torch
-from benching import ROUNDS, ROW, STEPS, TINY, Fake, call, compete, small
+from benching import ROUNDS, ROW, STEPS, TINY, Fake, bench, run_by_hand, small
 from transformers import DynamicCache, LlamaForCausalLM
 
 import tiny
-from headwise.bench import candidates, kvpress_peer, run, stock, workload
-from headwise.bench.peer import Peer, PeerError, Remote
+from headwise.bench import contenders, kvpress_worker, models, run, workload
+from headwise.bench.kvpress_process import KvpressError, KvpressProcess, KvpressRun
 from headwise.bench.record import Record
 
-# Peers.
+# The other process.
 
 
 def asked(python):
     return [json.loads(line) for line in python.with_name("python.log").read_text().splitlines()]
 
 
-def test_peer_takes_its_turn_with_the_same_tokens(fake_python):
+def test_kvpress_process_takes_its_turn_with_the_same_tokens(fake_python):
     python = fake_python()
-    found = call(*small("--kvpress", python, "--kvpress-press", "SomePress", "--json")).json
+    found = bench(*small("--kvpress", python, "--kvpress-press", "SomePress", "--json")).json
     candidate = found["results"][0]["candidates"][-1]
     assert candidate["name"] == "kvpress 50%"
     assert candidate["round_seconds"] == [0.5] * ROUNDS
@@ -43,12 +43,12 @@ def test_peer_takes_its_turn_with_the_same_tokens(fake_python):
     assert torch.equal(fed, workload.random_ids(TINY.vocabulary, 1, 24 + STEPS * (ROUNDS + 2))[:, : fed.shape[1]])
 
 
-def test_peer_gets_the_folder_of_a_model(fake_python, folder):
+def test_kvpress_process_gets_the_folder_of_a_model(fake_python, folder):
     python = fake_python()
     model = LlamaForCausalLM.from_pretrained(folder)
-    peer = Peer(str(python))
-    assert run._load(peer, run.Subject(model, tiny.tokenizer()), Record(), lambda _: None) is None
-    peer.close()
+    process = KvpressProcess(str(python))
+    assert run._load(process, run.BenchModel(model, tiny.tokenizer()), Record(), lambda _: None) is None
+    process.close()
     assert asked(python)[0]["folder"] == str(folder)
 
 
@@ -62,22 +62,22 @@ def test_peer_gets_the_folder_of_a_model(fake_python, folder):
     ],
     ids=["cannot read", "too large", "talks nonsense", "dies"],
 )
-def test_peer_that_fails_is_left_out(fake_python, options, says):
-    peer = Peer(str(fake_python(*options)))
-    result, _ = compete(Fake("stock", []), Remote(candidates.pressed("P", 0.5), peer))
-    peer.close()
+def test_kvpress_process_that_fails_is_left_out(fake_python, options, says):
+    process = KvpressProcess(str(fake_python(*options)))
+    result, _ = run_by_hand(Fake("stock", []), KvpressRun(contenders.kvpress("P", 0.5), process))
+    process.close()
     assert says in result.measurements[1].failure
     assert result.measurements[0].round_seconds == [3.0, 4.0]
 
 
-def test_peer_that_does_not_end_by_itself_is_ended(tmp_path):
+def test_kvpress_process_that_does_not_end_by_itself_is_ended(tmp_path):
     path = tmp_path / "python"
     path.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
     path.chmod(0o755)
-    peer = Peer(str(path))
-    process = peer._process
-    peer.close(patience=0.1)
-    assert process.poll() is not None
+    process = KvpressProcess(str(path))
+    started = process._process
+    process.close(patience=0.1)
+    assert started.poll() is not None
 
 
 class KeepHalf:
@@ -105,28 +105,28 @@ def worker(monkeypatch):
     module = types.ModuleType("kvpress")
     module.KeepHalf = KeepHalf
     monkeypatch.setitem(sys.modules, "kvpress", module)
-    version = kvpress_peer.metadata.version
-    monkeypatch.setattr(kvpress_peer.metadata, "version", lambda name: "9.9" if name == "kvpress" else version(name))
-    made = kvpress_peer.Worker()
-    config = stock.llama_dimensions(TINY)
+    version = kvpress_worker.metadata.version
+    monkeypatch.setattr(kvpress_worker.metadata, "version", lambda name: "9.9" if name == "kvpress" else version(name))
+    made = kvpress_worker.Worker()
+    config = models.llama_dimensions(TINY)
     asked = {"do": "load", "config": config, "dtype": "float32", "device": "cpu", "threads": torch.get_num_threads()}
-    assert kvpress_peer.answer(made, asked)["kvpress"] == "9.9"
+    assert kvpress_worker.answer(made, asked)["kvpress"] == "9.9"
     return made
 
 
 def test_worker_presses_the_prompt_and_goes_on_at_its_end(worker):
     ids = workload.random_ids(TINY.vocabulary, 2, 26)
     read = {"do": "prefill", "name": "a", "ids": ids[:, :20].tolist(), "repeats": 1, "press": "KeepHalf", "keep": 0.5}
-    found = kvpress_peer.answer(worker, read)
+    found = kvpress_worker.answer(worker, read)
     rows = 2 * TINY.layers * TINY.kv_heads
     assert (found["used_bytes"], found["allocated_bytes"], found["kept_ratio"]) == (
         rows * 10 * ROW,
         rows * 10 * ROW,
         0.5,
     )
-    kvpress_peer.answer(worker, {**read, "name": "b", "keep": 1.0})
+    kvpress_worker.answer(worker, {**read, "name": "b", "keep": 1.0})
     for name in "ab":
-        found = kvpress_peer.answer(worker, {"do": "decode", "name": name, "ids": ids[:, 20:].tolist()})
+        found = kvpress_worker.answer(worker, {"do": "decode", "name": name, "ids": ids[:, 20:].tolist()})
         assert found["seconds"] > 0
     assert found["kept_ratio"] == 1.0
     # What keeps everything decodes as stock does: every token at its own position.
@@ -138,51 +138,51 @@ def test_worker_presses_the_prompt_and_goes_on_at_its_end(worker):
     held, seen = worker.caches["a"]
     assert (seen, held.layers[0].keys.shape[2]) == (26, 16)
     torch.testing.assert_close(held.layers[0].keys, cache.layers[0].keys[:, :, 10:])
-    assert kvpress_peer.answer(worker, {"do": "drop", "name": "a"}) == {}
+    assert kvpress_worker.answer(worker, {"do": "drop", "name": "a"}) == {}
     assert list(worker.caches) == ["b"]
 
 
 def test_worker_repeats_sequences(worker):
     read = {"do": "prefill", "name": "a", "ids": [[1, 2, 3, 4]], "repeats": 3, "press": "KeepHalf", "keep": 0.5}
-    kvpress_peer.answer(worker, read)
+    kvpress_worker.answer(worker, read)
     assert worker.caches["a"][0].layers[0].keys.shape[0] == 3
-    assert kvpress_peer.answer(worker, {"do": "decode", "name": "a", "ids": [[1], [1], [1]]})["seconds"] > 0
+    assert kvpress_worker.answer(worker, {"do": "decode", "name": "a", "ids": [[1], [1], [1]]})["seconds"] > 0
 
 
 def test_worker_says_what_went_wrong(worker):
-    found = kvpress_peer.answer(worker, {"do": "prefill", "ids": [[1]], "press": "NoPress", "keep": 0.5})
+    found = kvpress_worker.answer(worker, {"do": "prefill", "ids": [[1]], "press": "NoPress", "keep": 0.5})
     assert found["error"].startswith("AttributeError: ")
     assert not found["out_of_memory"]
 
 
-def test_remote_closes_only_its_cache(fake_python):
+def test_a_run_of_kvpress_closes_only_its_cache(fake_python):
     python = fake_python()
-    peer = Peer(str(python))
-    Remote(candidates.pressed("P", 0.5), peer).close()
-    assert peer.load({"folder": "here"}, torch.bfloat16, torch.device("cpu")) == {"kvpress": "9.9"}
-    peer.close()
+    process = KvpressProcess(str(python))
+    KvpressRun(contenders.kvpress("P", 0.5), process).close()
+    assert process.load({"folder": "here"}, torch.bfloat16, torch.device("cpu")) == {"kvpress": "9.9"}
+    process.close()
     assert [request["do"] for request in asked(python)] == ["drop", "load"]
-    with pytest.raises(PeerError):
-        peer.ask("load")
+    with pytest.raises(KvpressError):
+        process.ask("load")
 
 
-def test_peer_that_is_broken_off_is_not_waited_for(tmp_path, monkeypatch):
+def test_kvpress_process_that_is_broken_off_is_not_waited_for(tmp_path, monkeypatch):
     path = tmp_path / "python"
     path.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
     path.chmod(0o755)
-    peer = Peer(str(path))
-    silent = types.SimpleNamespace(readline=interrupt, close=peer._process.stdout.close)
-    monkeypatch.setattr(peer._process, "stdout", silent)
+    process = KvpressProcess(str(path))
+    silent = types.SimpleNamespace(readline=interrupt, close=process._process.stdout.close)
+    monkeypatch.setattr(process._process, "stdout", silent)
     with pytest.raises(KeyboardInterrupt):
-        peer.ask("decode")
+        process.ask("decode")
     # Neither asked for more nor given time to end.
-    done, kill, wait = [], peer._process.kill, peer._process.wait
-    monkeypatch.setattr(peer._process, "kill", lambda: (done.append("kill"), kill()))
-    monkeypatch.setattr(peer._process, "wait", lambda **_: (done.append("wait"), wait(timeout=20)))
-    Remote(candidates.pressed("P", 0.5), peer).close()
-    peer.close()
+    done, kill, wait = [], process._process.kill, process._process.wait
+    monkeypatch.setattr(process._process, "kill", lambda: (done.append("kill"), kill()))
+    monkeypatch.setattr(process._process, "wait", lambda **_: (done.append("wait"), wait(timeout=20)))
+    KvpressRun(contenders.kvpress("P", 0.5), process).close()
+    process.close()
     assert done == ["kill", "wait"]
-    assert peer._process.returncode == -9
+    assert process._process.returncode == -9
 
 
 def interrupt():

@@ -1,4 +1,4 @@
-"""Source: a model's name and options -> the model under test, in whichever process needs it."""
+"""Model source: a model's name and options -> the model under test, in whichever process needs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headwise.kernels import AUTO
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """How to load what is measured. Holds names only, so that it can travel to another process.
 
     Args:

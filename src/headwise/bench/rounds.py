@@ -1,21 +1,19 @@
-"""Measure: contestants and token ids -> a result, filled in turn by turn, so that what is there is there."""
+"""Rounds: contenders at work and token ids -> a result, filled in turn by turn: an interruption loses nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 
 from headwise.bench.bandwidth import Ceiling, measure_ceiling
-from headwise.bench.contestant import Contestant
-from headwise.bench.peer import PeerError
+from headwise.bench.contender_run import ContenderRun
+from headwise.bench.kvpress_process import KvpressError
 from headwise.bench.plan import Plan
 from headwise.bench.record import Measurement, Result
 from headwise.errors import ConfigurationError
+from headwise.measure.turns import turns
 from headwise.types import Int, Tensor
-
-T = TypeVar("T")
 
 _OUT_OF_MEMORY = "out of memory"
 
@@ -24,15 +22,15 @@ _WARM_PROMPT = 128
 _WARM_STEPS = 2
 
 
-def measure(
-    pairs: Sequence[tuple[Contestant, Measurement]],
+def run_rounds(
+    pairs: Sequence[tuple[ContenderRun, Measurement]],
     result: Result,
     ids: Int[Tensor, "b t"],
     plan: Plan,
     device: torch.device,
     say: Callable[[str], None],
 ) -> None:
-    """Let the contestants read the prompt one after the other, decode in turn, and be looked at.
+    """Let the contenders read the prompt one after the other, decode in turn, and measure what they hold.
 
     Args:
         pairs: who takes part, and where to write down how it went; stock is the first.
@@ -46,50 +44,44 @@ def measure(
     # The batch as it stands when some of its sequences are repeated.
     ids = ids[: configuration.distinct].repeat_interleave(repeats, dim=0)
 
-    def warm_up(contestant: Contestant, _: Measurement) -> None:
-        contestant.prefill(prompt[:, :_WARM_PROMPT])
-        contestant.decode(prompt[:, :_WARM_STEPS])
+    def warm_up(contender: ContenderRun, _: Measurement) -> None:
+        contender.prefill(prompt[:, :_WARM_PROMPT])
+        contender.decode(prompt[:, :_WARM_STEPS])
 
-    def prefill(contestant: Contestant, measurement: Measurement) -> None:
+    def prefill(contender: ContenderRun, measurement: Measurement) -> None:
         say(f"{configuration.title}: {measurement.name} reads the prompt")
-        measurement.prefill = contestant.prefill(prompt, repeats)
-        measurement.kernel = contestant.kernel
-        measurement.after_prompt = contestant.held()
+        measurement.prefill = contender.prefill(prompt, repeats)
+        measurement.kernel = contender.kernel
+        measurement.after_prompt = contender.held()
 
-    def take_apart(contestant: Contestant, measurement: Measurement) -> None:
-        measurement.attention_share = contestant.attention_share(ids[:, plan.round_ids(plan.rounds + 1, context)])
+    def measure_attention(contender: ContenderRun, measurement: Measurement) -> None:
+        measurement.attention_share = contender.attention_share(ids[:, plan.round_ids(plan.rounds + 1, context)])
 
-    def look_at(contestant: Contestant, measurement: Measurement) -> None:
-        measurement.after_decode = contestant.held()
-        measurement.kernel_speed = contestant.kernel_speed()
+    def measure_held(contender: ContenderRun, measurement: Measurement) -> None:
+        measurement.after_decode = contender.held()
+        measurement.kernel_speed = contender.kernel_speed()
 
     for action in (warm_up, prefill):
         for pair in pairs:
             _guarded(action, *pair)
     for number in range(plan.rounds + 1):
         say(f"{configuration.title}: " + (f"round {number} of {plan.rounds}" if number else "warm-up round"))
-        for contestant, measurement in turns(pairs, number):
+        for contender, measurement in turns(pairs, number):
 
-            def decode(contestant: Contestant, measurement: Measurement, number: int = number) -> None:
-                seconds = contestant.decode(ids[:, plan.round_ids(number, context)])
+            def decode(contender: ContenderRun, measurement: Measurement, number: int = number) -> None:
+                seconds = contender.decode(ids[:, plan.round_ids(number, context)])
                 if number:
                     measurement.round_seconds.append(seconds)
 
-            _guarded(decode, contestant, measurement)
+            _guarded(decode, contender, measurement)
     for pair in pairs:
-        _guarded(take_apart, *pair)
+        _guarded(measure_attention, *pair)
     say(f"{configuration.title}: bandwidth")
     result.ceiling = _better(result.ceiling, device)
     for pair in pairs:
-        _guarded(look_at, *pair)
+        _guarded(measure_held, *pair)
     # Once more, for a machine that was busy the first time.
     result.ceiling = _better(result.ceiling, device)
-
-
-def turns(pairs: Sequence[T], number: int) -> list[T]:
-    """The order of a round: everyone's turn comes, and nobody is always the first."""
-    start = number % len(pairs)
-    return [*pairs[start:], *pairs[:start]]
 
 
 def _better(known: Ceiling | None, device: torch.device) -> Ceiling | None:
@@ -102,22 +94,22 @@ def _better(known: Ceiling | None, device: torch.device) -> Ceiling | None:
 
 
 def _guarded(
-    action: Callable[[Contestant, Measurement], None], contestant: Contestant, measurement: Measurement
+    action: Callable[[ContenderRun, Measurement], None], contender: ContenderRun, measurement: Measurement
 ) -> None:
-    """Do it, and take note where a candidate cannot; it is left out from then on."""
+    """Do it, and take note where a contender cannot; it is left out from then on."""
     if measurement.failure is not None:
         return
     try:
-        action(contestant, measurement)
+        action(contender, measurement)
         return
-    except (PeerError, ConfigurationError) as error:
+    except (KvpressError, ConfigurationError) as error:
         measurement.failure = str(error)
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
         measurement.failure = _OUT_OF_MEMORY
     # Behind the handler: the error's traceback would keep alive what has to go.
-    contestant.close()
+    contender.close()
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -1,4 +1,4 @@
-"""Memory: a block of code -> the bytes it had allocated at its highest, beyond what was there before."""
+"""Peak memory: a block of code -> the bytes it had allocated at its highest, beyond what was there before."""
 
 from __future__ import annotations
 

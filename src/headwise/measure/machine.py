@@ -1,4 +1,4 @@
-"""Machine: nothing -> what a measurement depends on beside the code: processor, threads, device and versions."""
+"""Machine: a device -> what a measurement depends on beside the code: processor, threads, device and versions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from importlib import metadata
 from typing import Any
 
 import torch
+
+from headwise.version import __version__
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -26,8 +28,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def describe_versions() -> dict[str, str | None]:
     """Of everything that takes part."""
-    from headwise import __version__
-
     return {
         "headwise": __version__,
         "python": platform.python_version(),
