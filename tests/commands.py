@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+from jaxtyping import config as shape_checks
 
 from headwise.cli.main import main
 
@@ -25,13 +26,14 @@ class Answer:
 
 
 def call(*arguments, stdin=None):
-    """Run a command in this process.
+    """Run a command in this process, without the checks of shapes: they take most of the time of a tiny model.
 
     Args:
         stdin: bytes that it finds on standard input; None leaves that alone.
     """
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shape_checks, "jaxtyping_disable", True)
         if stdin is not None:
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         with pytest.raises(SystemExit) as left:
