@@ -1,49 +1,33 @@
-"""Generation: files of prompts as others publish them, texts compared, answers judged, programs run within limits."""
+"""Generation: greedy answers to a file's prompts, compared with those of the full cache."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-import time
-from decimal import Decimal
-from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from evaluating import (
+    ALPACA_RECORD,
+    GSM8K_RECORD,
+    HUMAN_EVAL_RECORD,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headwise import Full, HeadwiseCache, StreamingLLM
 from headwise.errors import ConfigurationError, InputError
 from headwise.eval import generation
-from headwise.eval.answers import MEASURES, final_number, program
 from headwise.eval.cache_kinds import FULL_CACHE, PolicyCache
 from headwise.eval.generation import Generation
 from headwise.eval.greedy import continue_greedily
-from headwise.eval.layouts import ALPACA_EVAL, GSM8K, HUMAN_EVAL, find_layout
-from headwise.eval.programs import Limits, check_can_run, runs
-from headwise.eval.prompt_file import read_records
 from headwise.eval.rouge import rouge_l
 from headwise.eval.task import Subject
 
 EVICTING = StreamingLLM(window=6, sinks=1)
+
 TEMPLATE = (
     "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
 )
-
-GSM8K_RECORD = {"question": "Two and 3,000?", "answer": "2+3000=<<2+3000=3002>>3,002.\n#### 3,002"}
-HUMAN_EVAL_RECORD = {
-    "task_id": "Test/0",
-    "prompt": 'import math\n\n\ndef half(n):\n    """Half of n."""\n',
-    "canonical_solution": "    return n / 2\n",
-    "test": "def check(candidate):\n    assert candidate(6) == 3\n",
-    "entry_point": "half",
-}
-ALPACA_RECORD = {"instruction": "Name a colour.", "output": "Blue is one.", "generator": "someone", "dataset": "x"}
 
 
 @pytest.fixture(scope="module")
@@ -91,201 +75,6 @@ def write(tmp_path):
     return lines
 
 
-# Files.
-
-
-def test_records_are_read_from_lines_a_list_or_gzip(tmp_path):
-    records = [{"a": 1}, {"b": "x\u2028y"}]
-    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    contents = {
-        "lines.jsonl": lines.encode(),
-        "blank.jsonl": f"\ufeff\n{lines}\n\n".encode(),
-        "windows.jsonl": lines.replace("\n", "\r\n").encode(),
-        "list.json": json.dumps(records).encode(),
-        "lines.jsonl.gz": gzip.compress(lines.encode()),
-    }
-    for name, data in contents.items():
-        (tmp_path / name).write_bytes(data)
-        assert read_records(tmp_path / name) == records, name
-
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (b'{"a": 1}\n{"a": \n', "line 2 of .*bad.* is not JSON"),
-        (b"[1]", "entry 0 of .* must be a JSON object .* got 1"),
-        (b'{"a": 1}\n"text"\n', "line 2 .* got 'text'"),
-        (b"[]", "holds no records"),
-        (b"", "empty"),
-        (b"\xff\xfe", "not UTF-8"),
-        (gzip.compress(b'{"a": 1}', mtime=0)[:-9], "broken gzip"),
-    ],
-)
-def test_a_file_that_is_none_says_why(tmp_path, data, says):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(data)
-    with pytest.raises(InputError, match=says):
-        read_records(path)
-
-
-def test_published_files_are_recognised():
-    assert find_layout(GSM8K_RECORD, None, None) is GSM8K
-    assert find_layout(HUMAN_EVAL_RECORD, None, None) is HUMAN_EVAL
-    assert find_layout(ALPACA_RECORD, None, None) is ALPACA_EVAL
-    # Questions with answers of another kind are no sums.
-    with pytest.raises(InputError, match=r"which field is the prompt.*: question, answer;"):
-        find_layout({"question": "Who?", "answer": "Ada, in 1843"}, None, None)
-
-
-def test_fields_of_other_files_are_named():
-    record = {"ask": "Who?", "reply": "Ada", "prompt": "p"}
-    assert find_layout(record, None, None).prompt == "prompt"
-    assert find_layout(record, None, None).measure is None
-    layout = find_layout(record, "ask", "reply")
-    assert (layout.prompt, layout.answer, layout.measure, layout.chat) == ("ask", "reply", "rouge", True)
-    assert find_layout(ALPACA_RECORD, "instruction", None) is ALPACA_EVAL
-    assert find_layout(ALPACA_RECORD, None, "dataset").answer == "dataset"
-    with pytest.raises(InputError, match="no field 'question' in the file; it has: ask, reply, prompt"):
-        find_layout(record, "question", None)
-
-
-# Texts compared.
-
-
-def test_rouge_l_by_hand():
-    # the, cat, on, mat: 4 of 6 words and of 5.
-    assert rouge_l("The cat sat on the mat.", "the CAT is on mat") == pytest.approx(2 * 4 / 11)
-    assert rouge_l("a b c", "c b a") == pytest.approx(1 / 3)
-    assert rouge_l("", "...") == 1.0
-    assert rouge_l("word", "") == 0.0
-
-
-words = st.lists(st.sampled_from(["a", "b", "cd"]), max_size=6)
-
-
-@given(words, words)
-def test_rouge_l_is_the_longest_common_subsequence(one, other):
-    def subsequences(items):
-        return {chosen for size in range(len(items) + 1) for chosen in combinations(items, size)}
-
-    longest = max(len(common) for common in subsequences(one) & subsequences(other))
-    expected = 2 * longest / (len(one) + len(other)) if one or other else 1.0
-    assert rouge_l(" ".join(one), " ".join(other)) == pytest.approx(expected)
-
-
-# Answers judged.
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("She has 9 * 2 = <<9*2=18>>18 dollars.\n#### 18", "18"),
-        ("#### 1,234,567.50 and 3 more", "1234567.5"),
-        ("####$-5", "-5"),
-        ("#### −7", "-7"),
-        ("first #### 1\nthen #### 2", "2"),
-        ("The answer is 42.", "42"),
-        ("16-3=13", "13"),
-        ("it fell to -4 degrees", "-4"),
-        ("from 10-5", "5"),
-        ("It costs $1,080.", "1080"),
-        ("between 2, 3 and 4,000", "4000"),
-        ("in 2020,500 people", "500"),
-        ("no thousands: 1,2345", "2345"),
-        ("a share of .5", "0.5"),
-        ("3.0", "3"),
-        ("-$20", "-20"),
-        ("**18**", "18"),
-        ("\\boxed{18}", "18"),
-        ("none at all. #### ", None),
-        ("no idea...", None),
-        ("", None),
-    ],
-)
-def test_final_number(text, number):
-    assert final_number(text) == (None if number is None else Decimal(number))
-
-
-def test_measures_of_answers():
-    number, rouge, code = (MEASURES[name].score for name in ("number", "rouge", "code"))
-    assert number(GSM8K_RECORD, "That makes 3002.00!") == 1.0
-    assert number(GSM8K_RECORD, "That makes 3003.") == 0.0
-    assert number({"answer": "none"}, "none") == 0.0
-    assert rouge({"answer": "Blue is one."}, "blue") == pytest.approx(2 / 4)
-    assert code(HUMAN_EVAL_RECORD, HUMAN_EVAL_RECORD["canonical_solution"]) == 1.0
-    assert code(HUMAN_EVAL_RECORD, "    return n\n") == 0.0
-
-
-def test_program_is_the_body_or_the_whole_function():
-    parts = {name: HUMAN_EVAL_RECORD[name] for name in ("prompt", "entry_point", "test")}
-    body = program(answer="    n = 2 * n\n\n    return n / 4\nprint(half(1))\n", **parts)
-    assert body.startswith(parts["prompt"] + "    n = 2 * n\n\n    return n / 4\n")
-    assert "print" not in body
-    assert body.endswith("check(half)\n")
-    whole = program(answer="Sure!\n```python\ndef half(n):\n    return n / 2\n```\nDone.", **parts)
-    assert whole.startswith("import math\n\n\ndef half(n):\n    return n / 2\n")
-    assert "Sure" not in whole and "Done" not in whole
-    other = program(answer="    return 1\n```python\nprint(2)\n```", **parts)
-    assert other.startswith(parts["prompt"] + "    return 1")
-
-
-# Programs.
-
-
-QUICK = Limits(seconds=2, memory_bytes=2**29, output_bytes=2**16)
-
-
-@pytest.mark.parametrize(
-    ("source", "passes"),
-    [
-        ("assert 1 + 1 == 2", True),
-        ("print('x' * 1000)", True),
-        ("assert __name__ == '__main__'", True),
-        ("assert False", False),
-        ("import sys; sys.exit(0)", False),
-        ("import os; os._exit(0)", False),
-        ("def (", False),
-        ("while True: pass", False),
-        ("import time; time.sleep(60)", False),
-        ("x = bytearray(2**30)", False),
-        ("print('x' * 2**17)", False),
-        ("import os; assert 'HEADWISE_TEST_SECRET' not in os.environ", True),
-        ("import sys; assert sys.stdin.read() == ''", True),
-        ("'\udc80'", True),
-    ],
-)
-def test_programs_run_within_limits(source, passes, monkeypatch):
-    monkeypatch.setenv("HEADWISE_TEST_SECRET", "1")
-    started = time.perf_counter()
-    assert runs(source, QUICK) is passes
-    assert time.perf_counter() - started < 20
-
-
-def test_what_a_program_starts_ends_with_it(tmp_path):
-    noted = tmp_path / "pid"
-    source = f"""
-import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-open({str(noted)!r}, "w").write(str(child.pid))
-"""
-    assert runs(source, QUICK)
-    # Killed, and soon collected by whoever has taken it over.
-    status = Path(f"/proc/{noted.read_text()}/status")
-    deadline = time.perf_counter() + 10
-    while status.exists() and "(zombie)" not in status.read_text() and time.perf_counter() < deadline:
-        time.sleep(0.05)
-    assert not status.exists() or "(zombie)" in status.read_text()
-
-
-def test_programs_are_refused_where_they_cannot_run():
-    check_can_run(QUICK)
-    with pytest.raises(ConfigurationError, match="cannot be run here"):
-        check_can_run(Limits(memory_bytes=2**20))
-
-
-# Greedy.
-
-
 def test_greedy_is_what_generate_writes(subject, tokenizer):
     ids = torch.tensor([tokenizer("A prompt of some length, to be continued.")["input_ids"]])
     for policy in (Full(), EVICTING):
@@ -306,9 +95,6 @@ def test_greedy_ends_with_the_token_that_ends_a_text(subject, tokenizer, monkeyp
         monkeypatch.setattr(subject.model.generation_config, "eos_token_id", ends)
         assert continue_greedily(subject, subject.read(ids, FULL_CACHE), 12) == new[: place + 1]
     assert continue_greedily(subject, subject.read(ids, FULL_CACHE), 1) == new[:1]
-
-
-# The task.
 
 
 def measured(subject, task, policy):
@@ -436,9 +222,3 @@ def test_options_out_of_range_are_refused(write, options, says):
 def test_records_that_cannot_be_used_are_refused(write, tokenizer, records, options, says):
     with pytest.raises(InputError, match=says):
         Generation(write(*records), **options).items(tokenizer)
-
-
-def test_rouge_says_what_it_needs(monkeypatch):
-    monkeypatch.setitem(os.sys.modules, "rapidfuzz.distance", None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'headwise\[eval\]'"):
-        rouge_l("a", "b")

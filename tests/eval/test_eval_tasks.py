@@ -22,16 +22,7 @@ from headwise.policies import Full, Random, Window
 
 CONTEXT, STEPS = 40, 6
 
-# The manual is long, and tokenising it takes longer than all the rest.
-TEXT = " ".join(f"{number} times: {chatty.TEXT}" for number in range(20))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_manual():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headwise.measure.texts.manual", lambda: TEXT)
-        yield
-
+pytestmark = pytest.mark.usefixtures("short_manual")
 
 FIDELITY = Fidelity(context=CONTEXT, steps=STEPS, passages=2)
 
