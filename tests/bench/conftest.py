@@ -12,6 +12,7 @@ from benching import bench, small
 import tiny
 from headwise.bench import bandwidth, run
 from headwise.less.checkpoint import save_kernels
+from headwise.measure.texts import manual
 from less_oracle import kernels_of, networks_of
 
 
@@ -20,6 +21,15 @@ def quick_ceiling():
     """A buffer that the processor's cache holds: what it yields is not looked at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headwise.bench.rounds.measure_ceiling", partial(bandwidth.measure_ceiling, size=2**16))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_manual():
+    """Its beginning: tokenising all of it takes longer than a run."""
+    beginning = manual()[:20_000]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headwise.bench.workload.manual", lambda: beginning)
         yield
 
 

@@ -55,7 +55,7 @@ class ContenderRun(ABC):
         return None
 
     def close(self) -> None:
-        """Give everything back."""
+        """Let go of everything; `free_memory` then gives it back."""
         return
 
 
@@ -159,9 +159,6 @@ class LocalRun(ContenderRun):
     def close(self) -> None:
         """Drop the cache and its model."""
         self._cache = self._graph = self._model = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _forward(self, ids: Int[Tensor, "b t"]) -> Any:
         return self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._last_logits_only)
@@ -181,3 +178,10 @@ class LocalRun(ContenderRun):
         if self.contender.kind == QUANTIZED:
             return quantized_cache(self._model, str(self.contender.backend))
         return dynamic_cache(self._model)
+
+
+def free_memory() -> None:
+    """Give back what closed runs held: caches and models refer to each other in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

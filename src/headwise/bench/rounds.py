@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from headwise.bench.bandwidth import Ceiling, measure_ceiling
-from headwise.bench.contender_run import ContenderRun
+from headwise.bench.contender_run import ContenderRun, free_memory
 from headwise.bench.kvpress_process import KvpressError
 from headwise.bench.plan import Plan
 from headwise.bench.record import Measurement, Result
@@ -110,6 +110,7 @@ def _guarded(
         measurement.failure = _OUT_OF_MEMORY
     # Behind the handler: the error's traceback would keep alive what has to go.
     contender.close()
+    free_memory()
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

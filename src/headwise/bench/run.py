@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from headwise.bench.contender_run import ContenderRun, LocalRun
+from headwise.bench.contender_run import ContenderRun, LocalRun, free_memory
 from headwise.bench.contenders import KVPRESS, Contender, dtype_name
 from headwise.bench.kvpress_process import KvpressError, KvpressProcess, KvpressRun
 from headwise.bench.models import Model, Tokenizer, llama_dimensions
@@ -148,6 +148,7 @@ def _run_one(
     finally:
         for contender_run, _ in pairs:
             contender_run.close()
+        free_memory()
 
 
 def _load(process: KvpressProcess, made: BenchModel, record: Record, say: Callable[[str], None]) -> str | None:
@@ -185,3 +186,4 @@ def _run_profile(plan: Plan, made: BenchModel, record: Record, say: Callable[[st
     finally:
         for contender_run in runs.values():
             contender_run.close()
+        free_memory()
