@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+SOURCE = str(Path(__file__).parents[2] / "src")
+
 
 def start(folder, *arguments):
-    environment = {**os.environ, "HEADWISE_MODEL": str(folder), "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    environment = {**os.environ, "HEADWISE_MODEL": str(folder), "PYTHONPATH": SOURCE}
     return subprocess.Popen(
         [sys.executable, "-m", "headwise.cli.main", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -55,3 +57,18 @@ def test_a_reader_who_leaves_early_hears_no_complaint(folder):
         err = process.stderr.read()
     assert err == ""
     assert process.returncode == 1
+
+
+def test_help_loads_no_heavy_package():
+    program = """
+import sys
+from headwise.cli.main import main
+try:
+    main(["--help"])
+finally:
+    print(sorted({"torch", "transformers", "numpy", "matplotlib"} & set(sys.modules)), file=sys.stderr)
+"""
+    environment = {**os.environ, "PYTHONPATH": SOURCE}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert "generate" in done.stdout

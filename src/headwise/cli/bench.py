@@ -17,7 +17,6 @@ from headwise.cli.exit_codes import INTERRUPTED
 from headwise.cli.loading import load, parse_device
 from headwise.cli.tables import message
 from headwise.errors import ConfigurationError
-from headwise.report.picture import check_target
 
 if TYPE_CHECKING:
     import torch
@@ -61,15 +60,16 @@ def bench(
 
     Takes two or three minutes unless told otherwise. Progress goes to standard error.
     """
-    if png is not None:
-        check_target(png)
-
     from headwise.bench.plan import PROFILE_CONTEXT, Plan
     from headwise.bench.record import Record
     from headwise.bench.run import run
     from headwise.hosts.transformers.models import default_device
     from headwise.kernels import choose
     from headwise.measure.machine import describe_machine, describe_versions
+    from headwise.report.picture import check_target
+
+    if png is not None:
+        check_target(png)
 
     where = parse_device(device) or default_device()
     choose(kernel, where)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from headwise.cli.loading import check_kernel, parse_dtype
-from headwise.policies.words import build_policy, in_bits, read_budget, remembering
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,6 +75,8 @@ def read_cache_request(
         ConfigurationError: for a word or number that cannot be.
         InputError: when there are no kernels of LESS in the folder, or none came with headwise.
     """
+    from headwise.policies.words import build_policy, in_bits, read_budget, remembering
+
     chosen = build_policy(policy, recovery, settings or (), budgeted=budget is not None)
     if bits is not None:
         chosen = in_bits(chosen, bits)

@@ -19,7 +19,6 @@ from headwise.cli.outcome import GenerateResult
 from headwise.cli.prompt import check_fit, encode, read_prompt
 from headwise.cli.tables import heading, message
 from headwise.cli.text_generation import Generated, Sampling, generate_text, stock_memory
-from headwise.report.picture import check_target, save_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +82,8 @@ def generate(
 
     The text goes to standard output, everything else to standard error.
     """
+    from headwise.report.picture import check_target, save_map
+
     request = read_cache_request(
         policy, recovery, settings, budget, bits, less, less_kernels, kernel, cache_dtype, evict_every
     )

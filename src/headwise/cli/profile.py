@@ -19,7 +19,6 @@ from headwise.cli.report_output import (
     summary_table,
 )
 from headwise.cli.tables import message, output
-from headwise.report.picture import check_target, save_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +49,8 @@ def profile(
     png: options.Png = None,
 ) -> None:
     """Profile a prompt: which rule every KV head gets, and what every rule recovers of its attention."""
+    from headwise.report.picture import check_target, save_map
+
     request = read_cache_request(policy, recovery, settings, budget, bits, less, less_kernels, kernel, cache_dtype)
     text = read_prompt(prompt, file)
     if png is not None:

@@ -8,7 +8,6 @@ from rich.table import Table
 from rich.text import Text
 
 from headwise.cli.tables import facts_table, plain_table
-from headwise.policies.words import describe_policy
 
 if TYPE_CHECKING:
     from headwise.policies import Policy
@@ -20,6 +19,8 @@ _SECTION = 5
 
 def describe_report(policy: Policy, report: Report) -> dict[str, Any]:
     """What every command tells of a report, under the same names."""
+    from headwise.policies.words import describe_policy
+
     return {
         "policy": describe_policy(policy),
         "memory": {

@@ -87,7 +87,7 @@ class PolicyContender(Contender):
 
 
 @dataclass(frozen=True)
-class RandomTwin(Contender):
+class RandomOfSameSize(Contender):
     """Random eviction that keeps as much of the same item as another contender.
 
     Attributes:
@@ -166,5 +166,5 @@ def make_contenders(
             add((sized.policy, sized.bytes), PolicyContender(sized.label, series, sized.policy, sized.bytes))
             # A draw needs no other draw beside it.
             if random and not drawn:
-                add(sized.label, RandomTwin(f"random, size of {sized.label}", RANDOM, sized.label, seed))
+                add(sized.label, RandomOfSameSize(f"random, size of {sized.label}", RANDOM, sized.label, seed))
     return tuple(made.values())

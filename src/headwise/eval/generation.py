@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from headwise.errors import ConfigurationError, InputError
 from headwise.eval.answers import MEASURES, check_answer
 from headwise.eval.cache_kinds import FULL_CACHE, CacheKind
-from headwise.eval.greedy import agreement, continue_greedily
+from headwise.eval.greedy import common_prefix, continue_greedily
 from headwise.eval.layouts import Layout, find_layout
 from headwise.eval.programs import Limits, check_can_run
 from headwise.eval.prompt_file import read_records
@@ -121,7 +121,7 @@ class Generation(Task):
         text, expected = (_decode(subject.tokenizer, item.data["ids"], ids) for ids in (new, reference))
         metrics = {
             "exact_match": float(new == reference),
-            "first_difference": float(agreement(new, reference)),
+            "first_difference": float(common_prefix(new, reference)),
             "rouge_l": rouge_l(text, expected),
         }
         if item.data["measure"] is not None:

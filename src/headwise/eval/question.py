@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from headwise.errors import ConfigurationError
 from headwise.eval.cache_kinds import CacheKind
-from headwise.eval.greedy import agreement, continue_greedily
+from headwise.eval.greedy import common_prefix, continue_greedily
 from headwise.eval.task import Context, Item, Measured, Query, Subject, Task
 from headwise.policies.size import check_count
 from headwise.types import Int, Tensor
@@ -125,7 +125,7 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, question: Question) -> t
     options = {"add_special_tokens": tokenizer.chat_template is None, "verbose": False}
     whole = list(tokenizer(text, **options)["input_ids"])
     before = list(tokenizer(text[: text.rindex(question.question)], **options)["input_ids"])
-    return whole, agreement(before, whole)
+    return whole, common_prefix(before, whole)
 
 
 def found(expected: Sequence[str], answer: str) -> float:

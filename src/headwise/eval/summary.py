@@ -32,7 +32,9 @@ def summarise(
 
 def _summarise(task: Task, contenders: Sequence[Contender], units: Sequence[Unit], seed: int) -> dict[str, Any]:
     units_of = {contender.label: [unit for unit in units if unit.policy == contender.label] for contender in contenders}
-    twins = {contender.twin_of: units_of[contender.label] for contender in contenders if contender.twin_of is not None}
+    at_random = {
+        contender.twin_of: units_of[contender.label] for contender in contenders if contender.twin_of is not None
+    }
     return {
         "task": task.label,
         "title": task.title,
@@ -40,18 +42,20 @@ def _summarise(task: Task, contenders: Sequence[Contender], units: Sequence[Unit
         "primary": task.primary,
         "higher_is_better": task.higher_is_better,
         "rows": [
-            _row(contender, units_of[contender.label], twins.get(contender.label, []), task.primary, seed)
+            _row(contender, units_of[contender.label], at_random.get(contender.label, []), task.primary, seed)
             for contender in contenders
             if units_of[contender.label]
         ],
     }
 
 
-def _row(contender: Contender, units: Sequence[Unit], twins: Sequence[Unit], primary: str, seed: int) -> dict[str, Any]:
+def _row(
+    contender: Contender, units: Sequence[Unit], at_random: Sequence[Unit], primary: str, seed: int
+) -> dict[str, Any]:
     # A metric may be missing from some items, such as a task metric where an item has no answer.
     names = dict.fromkeys(name for unit in units for name in unit.measured.metrics)
     metrics = {name: [u.measured.metrics[name] for u in units if name in u.measured.metrics] for name in names}
-    theirs = {unit.item: unit.measured.metrics[primary] for unit in twins}
+    theirs = {unit.item: unit.measured.metrics[primary] for unit in at_random}
     gains = [unit.measured.metrics[primary] - theirs[unit.item] for unit in units if unit.item in theirs]
     costs = {name: sum(getattr(unit.measured, name) for unit in units) / len(units) for name in _COSTS}
     return {
