@@ -82,6 +82,10 @@ def test_the_cache_of_transformers_is_one_row_without_a_draw():
     model = chatty.model(64)
     assert [each.cache_kind(model, {}) for each in made[1:]] == [StockQuantized("quanto", 4), StockQuantized("fp8")]
     assert made[1].describe()["policy"] == {"name": "transformers", "parameters": {"backend": "quanto", "bits": 4}}
+    assert [str(each.cache_kind(model, {})) for each in made[1:]] == [
+        "StockQuantized(backend='quanto', bits=4)",
+        "StockQuantized(backend='fp8')",
+    ]
     for wrong in ("quanto", "quanto-int9", "fp8-int4", "fp16", ""):
         with pytest.raises(ConfigurationError, match="transformers: takes quanto-int4"):
             make_contenders([f"transformers:{wrong}"])

@@ -85,7 +85,10 @@ class Worker:
         return {}
 
     def _held(self, name: str) -> dict[str, Any]:
-        """By the tensors: a press that only masks has not freed anything."""
+        """By the tensors: a press that only masks has not freed anything.
+
+        Counted as `headwise.measure.stock_caches` counts, which cannot be imported here.
+        """
         cache, seen = self.caches[name]
         tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}

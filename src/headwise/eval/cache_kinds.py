@@ -92,6 +92,10 @@ class StockQuantized(CacheKind):
     backend: str
     bits: int | None = None
 
+    def __str__(self) -> str:
+        bits = "" if self.bits is None else f", bits={self.bits}"
+        return f"StockQuantized(backend={self.backend!r}{bits})"
+
     def make(
         self,
         model: PreTrainedModel,
