@@ -18,7 +18,7 @@ import headwise
 import tiny
 from headwise.errors import ConfigurationError, HeadwiseError
 from headwise.eval.task import Subject
-from test_scored import kept, read
+from oracle import rows_of
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -31,6 +31,15 @@ def load(name):
 
 
 check, other_side = load("check_kvpress"), load("kvpress_kept")
+
+
+def read(policy, ids):
+    """The cache after the prompt."""
+    model = tiny.llama(layers=3)
+    cache = headwise.HeadwiseCache(model, policy, tokenizer=tiny.tokenizer())
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+    return cache
 
 
 def choice(*heads):
@@ -75,7 +84,7 @@ def test_kept_of_prompt_is_what_the_cache_keeps():
     ids, policy = tiny.prompt(47, seed=3), headwise.KVzip(0.3)
     found = check.kept_of_prompt(Subject(tiny.llama(layers=3), tiny.tokenizer()), ids, policy)
     sets = [[set(head.nonzero().flatten().tolist()) for head in layer] for layer in found]
-    assert sets == [layer[0] for layer in kept(read(policy, ids))]
+    assert sets == [rows_of(layer.core)[0] for layer in read(policy, ids).headwise_layers]
 
 
 # Presses that keep long values, or mask short ones.

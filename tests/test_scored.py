@@ -226,7 +226,7 @@ def expect_shared(policy, whole):
 
 
 def expect_repeated(policy, ids, chunk):
-    """KVzip and Recite: a pass for every chunk, over the prompt, the request and the chunk once more."""
+    """KVzip and PeakAttention: a pass for every chunk, over the prompt, the request and the chunk once more."""
     tokenizer = tiny.tokenizer()
     worth, heads = {}, 2
     for start in range(0, ids.shape[1], chunk):

@@ -22,13 +22,14 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from headwise.bench.machine import describe_machine, describe_versions
 from headwise.cli.loading import load
 from headwise.cli.tables import message, output, plain_table
 from headwise.errors import ConfigurationError, HeadwiseError
+from headwise.eval.cache_kinds import PolicyCache
 from headwise.eval.task import Subject
-from headwise.eval.text import read_documents, take_passages
 from headwise.hosts.transformers.models import find_default_model
+from headwise.measure.machine import describe_machine, describe_versions
+from headwise.measure.texts import read_documents, take_passages
 from headwise.policies import Policy, create_policy
 from headwise.types import Bool, Float, Int, Tensor
 
@@ -182,7 +183,7 @@ def ask_kvpress(python: str, request: dict[str, Any]) -> dict[str, Any]:
 
 def kept_of_prompt(subject: Subject, ids: Int[Tensor, "1 t"], policy: Policy) -> Bool[Tensor, "layers h t"]:
     """Which columns of the prompt every head keeps."""
-    stores = [layer.core.store for layer in subject.read(ids, policy).cache.headwise_layers]
+    stores = [layer.core.store for layer in subject.read(ids, PolicyCache(policy)).cache.headwise_layers]
     layers = []
     for store in stores:
         occupied = store.occupied()

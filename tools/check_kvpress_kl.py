@@ -18,13 +18,14 @@ import typer
 from check_kvpress import PAIRS, ask_kvpress
 from safetensors.torch import load_file
 
-from headwise.bench.machine import describe_machine, describe_versions
 from headwise.cli.loading import load
 from headwise.cli.tables import message, output, plain_table
 from headwise.errors import ConfigurationError, HeadwiseError
+from headwise.eval.cache_kinds import PolicyCache
 from headwise.eval.fidelity import Fidelity, compare
 from headwise.eval.task import Item, Subject
 from headwise.hosts.transformers.models import find_default_model
+from headwise.measure.machine import describe_machine, describe_versions
 
 
 def measure(
@@ -44,7 +45,8 @@ def measure(
             theirs, _ = compare(reference, found["predictions"], ids[0, task.context + 1 :])
             # A fraction is rounded up here and down there: both get the count that came of it there.
             count = round(float(found["kept"].sum(dim=-1).double().mean()))
-            ours = task.measure(subject, item, PAIRS[name].policy.with_keep(count), reference).metrics
+            kind = PolicyCache(PAIRS[name].policy.with_keep(count))
+            ours = task.measure(subject, item, kind, reference).metrics
             place = {"document": item.data["document"], "start": item.data["start"]}
             rows.append({"policy": name, "share": share, **place, "theirs": theirs["kl"], "ours": ours["kl"]})
     return rows

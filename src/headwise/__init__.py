@@ -9,6 +9,8 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from headwise.version import __version__
+
 if TYPE_CHECKING:
     from headwise.errors import (
         CacheStateError,
@@ -55,8 +57,6 @@ if TYPE_CHECKING:
         register,
     )
     from headwise.report.report import Report
-
-__version__ = "0.1.0"
 
 __all__ = [
     "H2O",

@@ -1,44 +1,24 @@
-"""The bench as the tests call it, its smallest run, and results and contestants made by hand."""
+"""The bench as the tests call it, its smallest run, and results and contenders made by hand."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-from dataclasses import dataclass
-
-import pytest
 import torch
 
-from headwise.bench import shapes
-from headwise.bench.candidates import Candidate
-from headwise.bench.contestant import Contestant
-from headwise.bench.measure import measure
+from commands import call
+from headwise.bench.contender_run import ContenderRun
+from headwise.bench.contenders import Contender
 from headwise.bench.plan import Configuration, Plan
 from headwise.bench.record import Held, Measurement, Prefill, Result
-from headwise.cli.main import main
+from headwise.bench.rounds import run_rounds
+from headwise.measure.model_info import SHAPES
 
-TINY = shapes.SHAPES["tiny"]
+TINY = SHAPES["tiny"]
 STEPS, ROUNDS = 4, 2
 ROW = 2 * TINY.head_dim * 4  # key and value in fp32
 
 
-@dataclass
-class Answer:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
-
-def call(*arguments):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left:
-        main(["bench", *(str(argument) for argument in arguments)])
-    return Answer(left.value.code, out.getvalue(), err.getvalue())
+def bench(*arguments):
+    return call("bench", *arguments)
 
 
 def small(*more):
@@ -58,24 +38,24 @@ def result_of(batch, context, *measurements, dtype=torch.float32, ceiling=None, 
     return Result(Configuration(batch, context, dtype, (), distinct or batch), 1, list(measurements), ceiling)
 
 
-def rival(rounds=(2.0,), **more):
+def stock_measured(rounds=(2.0,), **more):
     return measured("stock", "stock", rounds, **more)
 
 
-class Fake(Contestant):
+class Fake(ContenderRun):
     """Writes down what it is asked to do."""
 
     def __init__(self, name, log, fails_at=None, error=None):
-        super().__init__(Candidate(name, "stock"))
+        super().__init__(Contender(name, "stock"))
         self.log, self.fails_at, self.error, self.fed = log, fails_at, error, []
 
     def prefill(self, ids, repeats=1):
-        self.log.append((self.candidate.name, "prefill", tuple(ids.shape), repeats))
+        self.log.append((self.contender.name, "prefill", tuple(ids.shape), repeats))
         return Prefill(1.0, ids.numel())
 
     def decode(self, ids):
         self.fed.append(ids)
-        self.log.append((self.candidate.name, "decode"))
+        self.log.append((self.contender.name, "decode"))
         if len(self.fed) == self.fails_at:
             raise self.error
         return float(len(self.fed))
@@ -84,14 +64,14 @@ class Fake(Contestant):
         return Held(1, 1, 1.0)
 
     def close(self):
-        self.log.append((self.candidate.name, "close"))
+        self.log.append((self.contender.name, "close"))
 
 
-def compete(*fakes, batch=2, distinct=2, context=200):
+def run_by_hand(*fakes, batch=2, distinct=2, context=200):
     made = Configuration(batch, context, torch.float32, (), distinct)
-    result = Result(made, STEPS, [Measurement(fake.candidate.name, "stock", "") for fake in fakes])
+    result = Result(made, STEPS, [Measurement(fake.contender.name, "stock", "") for fake in fakes])
     ids = torch.arange(batch * (context + a_plan().new_tokens)).view(batch, -1)
-    measure(
+    run_rounds(
         list(zip(fakes, result.measurements, strict=True)), result, ids, a_plan(), torch.device("cpu"), lambda _: None
     )
     return result, ids

@@ -1,4 +1,4 @@
-"""What the tests of the bench have in common: a quick ceiling, a tiny model, plans that are not run, a peer."""
+"""What the tests of the bench have in common: a quick ceiling, a tiny model, plans that are not run, an interpreter."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import textwrap
 from functools import partial
 
 import pytest
-from benching import call, small
+from benching import bench, small
 
 import tiny
 from headwise.bench import bandwidth, run
 from headwise.less.checkpoint import save_kernels
+from headwise.measure.texts import manual
 from less_oracle import kernels_of, networks_of
 
 
@@ -19,7 +20,16 @@ from less_oracle import kernels_of, networks_of
 def quick_ceiling():
     """A buffer that the processor's cache holds: what it yields is not looked at."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headwise.bench.measure.measure_ceiling", partial(bandwidth.measure_ceiling, size=2**16))
+        patch.setattr("headwise.bench.rounds.measure_ceiling", partial(bandwidth.measure_ceiling, size=2**16))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_manual():
+    """Its beginning: tokenising all of it takes longer than a run."""
+    beginning = manual()[:20_000]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headwise.bench.workload.manual", lambda: beginning)
         yield
 
 
@@ -31,7 +41,7 @@ def picture(tmp_path_factory):
 @pytest.fixture(scope="module")
 def told(picture):
     """One run, whose JSON and picture several tests look at."""
-    answer = call(*small("--context", "24,40", "--batch", 2, "--keep", "0.5,0.25", "--json", "--png", picture))
+    answer = bench(*small("--context", "24,40", "--batch", 2, "--keep", "0.5,0.25", "--json", "--png", picture))
     assert answer.code == 0, answer.err
     return answer
 
@@ -57,7 +67,7 @@ def folder(tmp_path_factory):
 
 FAKE = """
     import json, sys
-    assert sys.argv[1].endswith("kvpress_peer.py")
+    assert sys.argv[1].endswith("kvpress_worker.py")
     for line in sys.stdin:
         ask = json.loads(line)
         print(json.dumps(ask), file=open(sys.argv[0] + ".log", "a"))

@@ -8,16 +8,17 @@ import types
 import matplotlib.image
 import pytest
 import torch
-from benching import ROUNDS, ROW, STEPS, TINY, a_plan, call, measured, result_of, rival, small
+from benching import ROUNDS, ROW, STEPS, TINY, a_plan, bench, measured, result_of, small, stock_measured
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from headwise import FastGen, HeadwiseCache
-from headwise.bench import candidates, expectations, plan, run, stock, workload
-from headwise.bench.contestant import Local
+from headwise.bench import contenders, expectations, models, plan, run, workload
+from headwise.bench.contender_run import LocalRun
 from headwise.bench.expectations import MET, MISSED, NOT_RUN
 from headwise.bench.picture import save_picture
 from headwise.bench.record import Held, Prefill, Record
 from headwise.errors import CacheStateError, ConfigurationError
+from headwise.measure import stock_caches
 
 # What JSON says.
 
@@ -96,9 +97,9 @@ def test_bytes_are_those_of_caches_made_without_the_bench(told):
                 assert candidate["after_decode"]["used_bytes"] == rows * (context + decoded) * ROW
                 continue
             # Sizes do not depend on the weights: the rules keep a number of rows.
-            model = LlamaForCausalLM(LlamaConfig(**stock.llama_dimensions(TINY))).eval()
-            policy = candidates.kept("h2o", candidate["keep"], context).policy
-            policy = candidates.full().policy if candidate["name"] == "full" else policy
+            model = LlamaForCausalLM(LlamaConfig(**models.llama_dimensions(TINY))).eval()
+            policy = contenders.keeping("h2o", candidate["keep"], context).policy
+            policy = contenders.full().policy if candidate["name"] == "full" else policy
             cache = HeadwiseCache(model, policy, evict_every=STEPS)
             ids = workload.random_ids(TINY.vocabulary, 2, context + decoded)
             with torch.inference_mode():
@@ -124,9 +125,9 @@ def test_kernel_reads_the_rows_that_are_kept_at_the_end(told):
 
 
 def test_table_shows_every_candidate_and_every_expectation(fake_python, monkeypatch):
-    monkeypatch.setattr(stock, "QuantizedCache", lambda *_: (_ for _ in ()).throw(ValueError("no such backend")))
+    monkeypatch.setattr(stock_caches, "QuantizedCache", lambda *_: (_ for _ in ()).throw(ValueError("no such backend")))
     python = fake_python("load", {"error": "ModuleNotFoundError: No module named 'kvpress'"})
-    answer = call(*small("--quantized", "fp8", "--kvpress", python))
+    answer = bench(*small("--quantized", "fp8", "--kvpress", python))
     assert answer.code == 0
     for word in ("stock", "full", "keep 50%", "x stock", "prefill", "memory gives", "not run", "written for"):
         assert word in answer.out
@@ -139,7 +140,7 @@ def test_table_shows_every_candidate_and_every_expectation(fake_python, monkeypa
 
 
 def test_distinct_sequences_are_read_and_the_others_repeat_them():
-    found = call(*small("--batch", 4, "--distinct", 2, "--json")).json["results"][0]
+    found = bench(*small("--batch", 4, "--distinct", 2, "--json")).json["results"][0]
     for candidate in found["candidates"]:
         assert candidate["prefill"]["tokens"] == 2 * 24
     rows = 4 * TINY.layers * TINY.kv_heads
@@ -151,7 +152,7 @@ def test_a_model_with_a_tokenizer_reads_text_and_can_be_profiled(folder, monkeyp
     for module in (plan, run):
         monkeypatch.setattr(module, "PROFILE_CONTEXT", 32)
     arguments = ("--model", folder, "--context", 32, "--keep", 0.5, "--recovery", 0.9, "--steps", 2, "--rounds", 1)
-    found = call(*arguments, "--json").json
+    found = bench(*arguments, "--json").json
     names = [candidate["name"] for candidate in found["results"][0]["candidates"]]
     assert names == ["stock", "full", "keep 50%", "FastGen 0.9"]
     assert found["results"][0]["candidates"][-1]["setting"] == str(FastGen(0.9))
@@ -169,14 +170,14 @@ def test_interrupt_shows_what_there_is(monkeypatch):
             measurement.prefill = Prefill(1.0, 10)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "measure", broken_off)
-    answer = call(*small("--json"))
+    monkeypatch.setattr(run, "run_rounds", broken_off)
+    answer = bench(*small("--json"))
     assert answer.code == 130
     assert answer.err.endswith("interrupted\n")
     assert answer.json["interrupted"]
     assert [c["round_seconds"] for c in answer.json["results"][0]["candidates"]] == [[1.0]] * 3
     assert answer.json["results"][0]["candidates"][0]["after_prompt"] is None
-    shown = call(*small())
+    shown = bench(*small())
     assert shown.code == 130
     assert "4.0..4.0" in shown.out
 
@@ -185,30 +186,30 @@ def test_interrupt_shows_what_there_is(monkeypatch):
 
 
 def test_a_quantized_cache_that_is_not_installed_is_named(monkeypatch, planned):
-    monkeypatch.setattr(stock, "_importable", lambda module: False)
-    assert stock.find_backend("auto") == (None, "not installed (pip install optimum-quanto)")
-    assert stock.find_backend("hqq") == (None, "not installed (pip install hqq)")
-    assert stock.find_backend("none") == (None, None)
-    assert "quantized: not installed (pip install optimum-quanto)" in call(*small()).out
+    monkeypatch.setattr(stock_caches, "_importable", lambda module: False)
+    assert stock_caches.find_backend("auto") == (None, "not installed (pip install optimum-quanto)")
+    assert stock_caches.find_backend("hqq") == (None, "not installed (pip install hqq)")
+    assert stock_caches.find_backend("none") == (None, None)
+    assert "quantized: not installed (pip install optimum-quanto)" in bench(*small()).out
 
 
 def test_the_first_backend_that_is_installed_is_taken(monkeypatch):
-    monkeypatch.setattr(stock, "_importable", lambda module: module == "hqq")
-    assert stock.find_backend("auto") == ("hqq", None)
+    monkeypatch.setattr(stock_caches, "_importable", lambda module: module == "hqq")
+    assert stock_caches.find_backend("auto") == ("hqq", None)
 
 
 def test_bytes_of_a_quantized_cache_are_those_inside_its_tensors():
-    model = stock.random_model(TINY, torch.float32, torch.device("cpu"))
+    model = models.random_model(TINY, torch.float32, torch.device("cpu"))
     try:
-        cache = stock.quantized_cache(model, "fp8")
+        cache = stock_caches.quantized_cache(model, "fp8")
     except ConfigurationError:
         pytest.skip("this release of transformers has no fp8 cache")
-    local = Local(candidates.quantized("fp8"), model, None, a_plan())
+    local = LocalRun(contenders.quantized("fp8"), model, None, a_plan())
     local.prefill(workload.random_ids(TINY.vocabulary, 2, 20))
     numbers = 2 * TINY.layers * 2 * TINY.kv_heads * 20 * TINY.head_dim
     scales = 2 * TINY.layers * 4
     assert local.held() == Held(numbers + scales, numbers + scales, 1.0)
-    assert stock.tensors_of(cache) == []
+    assert stock_caches.tensors_of(cache) == []
 
 
 class Packed(torch.Tensor):
@@ -234,7 +235,7 @@ def test_what_a_tensor_stands_for_is_counted_instead_of_it():
     layer = types.SimpleNamespace(keys=Packed(inside), values=(Packed(inside), {"scale": scale}), bits=4)
     cache = DynamicCache()
     cache.layers = [layer]
-    found = stock.tensors_of(cache)
+    found = stock_caches.tensors_of(cache)
     assert [id(tensor) for tensor in found] == [id(inside), id(inside), id(scale)]
 
 
@@ -255,8 +256,8 @@ def test_picture_is_a_png_with_something_on_it(told, picture):
 
 
 def test_picture_has_a_row_for_every_batch_and_leaves_out_what_was_not_measured(tmp_path):
-    one = result_of(1, 64, rival(), measured(after_prompt=Held(5, 5, 0.5)), measured("late", rounds=()))
-    several = [one, result_of(8, 64, rival(), measured()), result_of(8, 32, rival())]
+    one = result_of(1, 64, stock_measured(), measured(after_prompt=Held(5, 5, 0.5)), measured("late", rounds=()))
+    several = [one, result_of(8, 64, stock_measured(), measured()), result_of(8, 32, stock_measured())]
     assert (
         drawn(Record(results=several), tmp_path / "b").shape[0] > drawn(Record(results=[one]), tmp_path / "a").shape[0]
     )
@@ -264,5 +265,5 @@ def test_picture_has_a_row_for_every_batch_and_leaves_out_what_was_not_measured(
 
 def test_there_is_no_picture_of_nothing(tmp_path):
     with pytest.raises(CacheStateError, match="nothing to draw"):
-        save_picture(Record(results=[result_of(1, 64, rival(()))]), tmp_path / "a.png")
+        save_picture(Record(results=[result_of(1, 64, stock_measured(()))]), tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []

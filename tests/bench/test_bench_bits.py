@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from benching import call
+from benching import bench
 
 from headwise.bench import run
-from headwise.bench.rivals import Rivals
+from headwise.bench.contenders import ContenderOptions
 from headwise.errors import ConfigurationError
 from headwise.policies import H2O, FastGen, Full
 from headwise.policies.quantized import Quantized
@@ -25,7 +25,7 @@ def small(*more):
 
 
 def test_every_headwise_cache_runs_once_more_in_each_format(folder):
-    said = call("--model", folder, *small("--bits", "int8, k8v4", "--json"))
+    said = bench("--model", folder, *small("--bits", "int8, k8v4", "--json"))
     assert said.code == 0, said.err
     found = {m["name"]: m for m in json.loads(said.out)["results"][0]["candidates"]}
     ours = ["full", "keep 75%"]
@@ -45,7 +45,7 @@ def test_every_headwise_cache_runs_once_more_in_each_format(folder):
 
 
 def test_every_headwise_cache_runs_once_more_in_each_dtype(folder):
-    said = call("--model", folder, *small("--cache-dtype", "float16", "--json"))
+    said = bench("--model", folder, *small("--cache-dtype", "float16", "--json"))
     assert said.code == 0, said.err
     found = {m["name"]: m for m in json.loads(said.out)["results"][0]["candidates"]}
     assert list(found) == ["stock", "full", "keep 75%", "full, float16", "keep 75%, float16"]
@@ -56,16 +56,16 @@ def test_every_headwise_cache_runs_once_more_in_each_dtype(folder):
 
 
 def test_random_weights_have_bits_too():
-    said = call("--shape", "tiny", *small("--bits", "int4"))
+    said = bench("--shape", "tiny", *small("--bits", "int4"))
     assert said.code == 0, said.err
     assert "keep 75%, int4" in said.out
 
 
 def test_bits_come_before_graphs_and_less():
-    rivals = Rivals(
+    asked = ContenderOptions(
         "h2o", [0.5], [0.9], [torch.float16], ["int4"], graph=True, less=True, backend="hqq", press="KnormPress"
     )
-    names = [candidate.name for candidate in rivals.at(80)]
+    names = [candidate.name for candidate in asked.at(80)]
     exact = ["full", "keep 50%", "FastGen 0.9"]
     plain = [*exact, *(f"{name}, float16" for name in exact), *(f"{name}, int4" for name in exact)]
     ours = [*plain, *(f"{name}, graph" for name in plain)]
@@ -74,7 +74,7 @@ def test_bits_come_before_graphs_and_less():
     less = [f"{name}, LESS" for name in evicting]
     assert names == ["stock", "quantized hqq", *ours, "kvpress 50%", *less]
     assert sorted(set(names)) == sorted(names)
-    by_name = {candidate.name: candidate for candidate in rivals.at(80)}
+    by_name = {candidate.name: candidate for candidate in asked.at(80)}
     both = by_name["keep 50%, int4, graph, LESS"]
     assert both.graph and both.keep == 0.5
     assert both.policy.policy == Quantized(H2O(heavy=0.25, recent=0.25))
@@ -84,7 +84,7 @@ def test_bits_come_before_graphs_and_less():
 
 
 def test_less_of_fewer_bits_runs(folder):
-    said = call("--model", folder, *small("--bits", "int8", "--less-kernels", folder / "kernels", "--json"))
+    said = bench("--model", folder, *small("--bits", "int8", "--less-kernels", folder / "kernels", "--json"))
     assert said.code == 0, said.err
     found = {m["name"]: m for m in json.loads(said.out)["results"][0]["candidates"]}
     assert [name for name in found if name.endswith("LESS")] == ["keep 75%, LESS", "keep 75%, int8, LESS"]
@@ -106,7 +106,7 @@ def test_less_of_fewer_bits_runs(folder):
 )
 def test_wrong_words_are_refused_before_anything_is_loaded(monkeypatch, given, says):
     monkeypatch.setattr(run, "run", lambda *_: pytest.fail("run"))
-    said = call("--shape", "tiny", *small(*given))
+    said = bench("--shape", "tiny", *small(*given))
     assert (said.code, said.out) == (2, "")
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
     assert says in said.err
@@ -122,11 +122,11 @@ def test_wrong_words_are_refused_before_anything_is_loaded(monkeypatch, given, s
     ],
 )
 def test_targets_have_neither_bits_nor_less(given, says):
-    said = call("--targets", "--shape", "tiny", *given)
+    said = bench("--targets", "--shape", "tiny", *given)
     assert said.code == 2
     assert says in said.err
 
 
 def test_shares_are_asked_only_of_policies_that_have_them():
     with pytest.raises(ConfigurationError, match="keeps a given share"):
-        Rivals("fastgen", [0.5])
+        ContenderOptions("fastgen", [0.5])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benching import call, measured, result_of, rival
+from benching import bench, measured, result_of, stock_measured
 
 from headwise.bench import expectations, plan
 from headwise.bench.bandwidth import Ceiling, KernelSpeed
@@ -26,13 +26,13 @@ SPEEDUP = expectations.speedup(8, 4096, torch.float32, "keep 50%")
     ("ours", "verdict"), [(1.0, MET), (0.9, MET), (1.0001, MISSED)], ids=["exactly", "more", "a hair less"]
 )
 def test_speed_is_judged_at_the_boundary(ours, verdict):
-    found = judge_one(SPEEDUP, Record(results=[result_of(8, 4096, rival(), measured(rounds=[ours]))]))
+    found = judge_one(SPEEDUP, Record(results=[result_of(8, 4096, stock_measured(), measured(rounds=[ours]))]))
     assert (found.verdict, found.measured) == (verdict, 2.0 / ours)
     assert found.target == ">= 2.00x"
 
 
 def test_speed_is_the_median_of_the_ratios_of_rounds():
-    record = Record(results=[result_of(8, 4096, rival([2.0, 4.0, 9.0]), measured(rounds=[1.0, 1.0, 9.0]))])
+    record = Record(results=[result_of(8, 4096, stock_measured([2.0, 4.0, 9.0]), measured(rounds=[1.0, 1.0, 9.0]))])
     assert judge_one(SPEEDUP, record).measured == 2.0
 
 
@@ -40,13 +40,13 @@ def test_speed_is_the_median_of_the_ratios_of_rounds():
     "results",
     [
         [],
-        [result_of(1, 4096, rival(), measured())],
-        [result_of(8, 512, rival(), measured())],
-        [result_of(8, 4096, rival(), measured("keep 25%"))],
-        [result_of(8, 4096, rival(), measured(), dtype=torch.bfloat16)],
-        [result_of(8, 4096, rival(), measured(failure="out of memory"))],
-        [result_of(8, 4096, rival(), measured(rounds=()))],
-        [result_of(8, 4096, rival(()), measured())],
+        [result_of(1, 4096, stock_measured(), measured())],
+        [result_of(8, 512, stock_measured(), measured())],
+        [result_of(8, 4096, stock_measured(), measured("keep 25%"))],
+        [result_of(8, 4096, stock_measured(), measured(), dtype=torch.bfloat16)],
+        [result_of(8, 4096, stock_measured(), measured(failure="out of memory"))],
+        [result_of(8, 4096, stock_measured(), measured(rounds=()))],
+        [result_of(8, 4096, stock_measured(()), measured())],
     ],
     ids=["nothing", "batch", "context", "candidate", "dtype", "failed", "broken off", "no stock"],
 )
@@ -57,10 +57,10 @@ def test_what_was_not_run_is_not_judged(results):
 
 def test_running_where_stock_does_not_fit_is_as_good_as_any_speed():
     outlives = expectations.outlives_full(32, 16384, torch.float32, "keep 50%")
-    fails = Record(results=[result_of(32, 16384, rival((), failure="out of memory"), measured())])
+    fails = Record(results=[result_of(32, 16384, stock_measured((), failure="out of memory"), measured())])
     found = judge_one(outlives, fails, bound=4.0)
     assert (found.verdict, found.measured, found.shown) == (MET, BOUNDLESS, "stock's cache does not fit")
-    runs = Record(results=[result_of(32, 16384, rival(), measured())])
+    runs = Record(results=[result_of(32, 16384, stock_measured(), measured())])
     assert judge_one(outlives, runs, bound=4.0).verdict == MISSED
     assert judge_one(outlives, Record()).verdict == NOT_RUN
 
@@ -88,7 +88,7 @@ def test_kernel_is_judged_by_its_worst_of_exact_rows_beyond_the_processors_cache
 
 def test_peak_is_judged_in_full_layers_beyond_what_is_held_and_what_stock_needs():
     # Four layers of 100 bytes, of which stock needs 50 beside; ours keeps half.
-    theirs = rival(prefill=Prefill(1.0, 1, peak_bytes=450), after_prompt=Held(400, 400, 1.0))
+    theirs = stock_measured(prefill=Prefill(1.0, 1, peak_bytes=450), after_prompt=Held(400, 400, 1.0))
     ours = measured(prefill=Prefill(1.0, 1, 0.1, 0.1, 200 + 50 + 150), after_prompt=Held(200, 200, 0.5))
     record = Record(model={"layers": 4}, results=[result_of(1, 512, theirs, ours)])
     excess = expectations.peak_excess(torch.float32)
@@ -113,7 +113,7 @@ def test_targets_run_everything_that_is_expected():
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         results = []
         for made in plan.targets(device, dtype, "h2o"):
-            ran = [measured(c.name, c.kind, **everything) for c in made.candidates]
+            ran = [measured(c.name, c.kind, **everything) for c in made.contenders]
             results.append(Result(made, 1, ran, Ceiling(1.0, "sum")))
         verdicts = expectations.judge(Record(results=results, profile=profile), device)
         assert verdicts
@@ -123,8 +123,8 @@ def test_targets_run_everything_that_is_expected():
 
 
 def test_targets_are_what_targets_runs(planned):
-    assert "one --dtype" in call("--targets", "--dtype", "float32,bfloat16").err
-    answer = call("--targets", "--shape", "smollm2-135m", "--json")
+    assert "one --dtype" in bench("--targets", "--dtype", "float32,bfloat16").err
+    answer = bench("--targets", "--shape", "smollm2-135m", "--json")
     assert answer.code == 0, answer.err
     assert [(c.batch, c.context) for c in planned[0].configurations] == [(1, 512), (1, 4096), (8, 4096)]
     assert {verdict["verdict"] for verdict in answer.json["expectations"]} == {NOT_RUN}

@@ -7,16 +7,18 @@ from functools import partial
 
 import pytest
 import torch
-from benching import STEPS, TINY, Fake, a_plan, call, compete
+from benching import STEPS, TINY, Fake, a_plan, bench, run_by_hand
 
 import headwise
 import tiny
 from headwise import HeadwiseCache
-from headwise.bench import bandwidth, candidates, shapes, stock, workload
-from headwise.bench.contestant import Local
-from headwise.bench.measure import turns
-from headwise.bench.memory import peak_memory
-from headwise.bench.peer import PeerError
+from headwise.bench import bandwidth, contenders, workload
+from headwise.bench.contender_run import LocalRun
+from headwise.bench.kvpress_process import KvpressError
+from headwise.bench.models import random_model, share_weights, watched_attention
+from headwise.measure.model_info import available_bytes, find_shape
+from headwise.measure.peak_memory import peak_memory
+from headwise.measure.turns import turns
 from headwise.policies.budget import row_bytes
 
 # Fairness.
@@ -26,11 +28,11 @@ def test_a_twin_shares_its_weights_and_keeps_its_own_attention():
     model = tiny.llama()
     ids = tiny.prompt(12)
     expected = model(input_ids=ids).logits
-    one, other = stock.twin(model), stock.twin(model)
+    one, other = share_weights(model), share_weights(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         for made in (one, other):
             assert dict([*made.named_parameters(), *made.named_buffers()])[name] is tensor
-    cache = HeadwiseCache(one, candidates.full().policy)
+    cache = HeadwiseCache(one, contenders.full().policy)
     assert one.get_decoder().config._attn_implementation == "headwise"
     assert other.get_decoder().config._attn_implementation == "sdpa"
     with torch.inference_mode():
@@ -42,13 +44,13 @@ def test_a_twin_shares_its_weights_and_keeps_its_own_attention():
 def test_a_twin_runs_sdpa_whatever_its_model_runs():
     model = tiny.llama()
     model.set_attn_implementation("eager")
-    assert stock.twin(model).get_decoder().config._attn_implementation == "sdpa"
+    assert share_weights(model).get_decoder().config._attn_implementation == "sdpa"
     assert model.get_decoder().config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("candidate", [candidates.stock(), candidates.full()], ids=["stock", "full"])
-def test_taking_a_step_apart_leaves_the_cache_as_it_was(candidate):
-    local = Local(candidate, tiny.llama(), None, a_plan())
+@pytest.mark.parametrize("contender", [contenders.stock(), contenders.full()], ids=["stock", "full"])
+def test_taking_a_step_apart_leaves_the_cache_as_it_was(contender):
+    local = LocalRun(contender, tiny.llama(), None, a_plan())
     ids = tiny.prompt(16)
     local.prefill(ids[:, :12])
     before = set(vars(local._cache))
@@ -64,35 +66,35 @@ def test_the_wrapper_that_times_attention_is_taken_off_again():
     def watch(function):
         return lambda *args, **kwargs: (calls.append(1), function(*args, **kwargs))[1]
 
-    with stock.watched_attention(model, watch):
+    with watched_attention(model, watch):
         model(input_ids=tiny.prompt(5))
     assert len(calls) == 3
     model(input_ids=tiny.prompt(5))
     assert len(calls) == 3
 
 
-def test_a_captured_candidate_decodes_as_the_plain_one(monkeypatch):
+def test_a_captured_contender_decodes_as_the_plain_one(monkeypatch):
     """Without a GPU the step is run again instead of replayed; the cache is held the same way."""
     graph_of = partial(headwise.DecodeGraph, capture=lambda step: step)
-    monkeypatch.setattr(headwise, "DecodeGraph", graph_of)
-    plain = candidates.kept("h2o", 0.5, 40)
+    monkeypatch.setattr("headwise.hosts.transformers.graph.DecodeGraph", graph_of)
+    plain = contenders.keeping("h2o", 0.5, 40)
     ids, model = tiny.prompt(70, batch=2), tiny.llama()
     held = []
-    for candidate in (plain, candidates.captured(plain)):
-        local = Local(candidate, model, None, a_plan())
+    for contender in (plain, contenders.with_graph(plain)):
+        local = LocalRun(contender, model, None, a_plan())
         local.prefill(ids[:, :40])
         local.decode(ids[:, 40:57])
         local.decode(ids[:, 57:])
         held.append(local.held())
-        share = local.attention_share(ids[:, :2]) if candidate is plain else local.attention_share(ids[:, :0])
-        assert (share is None) == candidate.graph
-    assert candidates.captured(plain).name == "keep 50%, graph"
+        share = local.attention_share(ids[:, :2]) if contender is plain else local.attention_share(ids[:, :0])
+        assert (share is None) == contender.graph
+    assert contenders.with_graph(plain).name == "keep 50%, graph"
     assert held[0].used_bytes == held[1].used_bytes
     assert held[0].kept_ratio == held[1].kept_ratio
 
 
 def test_a_graph_needs_a_gpu():
-    assert "--graph needs a GPU, not cpu" in call("--shape", "tiny", "--graph", "--device", "cpu").err
+    assert "--graph needs a GPU, not cpu" in bench("--shape", "tiny", "--graph", "--device", "cpu").err
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -105,7 +107,7 @@ def test_everyone_has_a_turn_in_every_round_and_nobody_is_always_first(count):
 def test_rounds_alternate_and_the_warm_up_does_not_count():
     log = []
     fakes = [Fake(name, log) for name in "abc"]
-    result, ids = compete(*fakes)
+    result, ids = run_by_hand(*fakes)
     prefills = [entry for entry in log if entry[1] == "prefill"]
     assert prefills == [(name, "prefill", (2, 128), 1) for name in "abc"] + [
         (name, "prefill", (2, 200), 1) for name in "abc"
@@ -120,7 +122,7 @@ def test_rounds_alternate_and_the_warm_up_does_not_count():
 
 def test_repeated_sequences_are_fed_what_they_repeat():
     fake = Fake("a", [])
-    _, ids = compete(fake, batch=4, distinct=2)
+    _, ids = run_by_hand(fake, batch=4, distinct=2)
     assert fake.log[1][1:] == ("decode",)
     assert fake.log[2] == ("a", "prefill", (2, 200), 2)
     assert torch.equal(fake.fed[1], ids[[0, 0, 1, 1], 200 : 200 + STEPS])
@@ -131,12 +133,12 @@ def test_repeated_sequences_are_fed_what_they_repeat():
     [
         (torch.OutOfMemoryError("CUDA out of memory."), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"),
-        (PeerError("it is gone"), "it is gone"),
+        (KvpressError("it is gone"), "it is gone"),
     ],
 )
 def test_who_cannot_go_on_is_left_out_and_the_others_go_on(error, says):
     log = []
-    result, _ = compete(Fake("a", log), Fake("b", log, fails_at=3, error=error))
+    result, _ = run_by_hand(Fake("a", log), Fake("b", log, fails_at=3, error=error))
     first, second = result.measurements
     assert (first.failure, first.round_seconds) == (None, [3.0, 4.0])
     assert (second.failure, second.round_seconds) == (says, [])
@@ -146,7 +148,7 @@ def test_who_cannot_go_on_is_left_out_and_the_others_go_on(error, says):
 
 def test_another_error_is_not_hidden():
     with pytest.raises(RuntimeError, match="a bug"):
-        compete(Fake("a", [], fails_at=2, error=RuntimeError("a bug")))
+        run_by_hand(Fake("a", [], fails_at=2, error=RuntimeError("a bug")))
 
 
 # What is measured.
@@ -187,7 +189,7 @@ def test_ceiling_takes_the_fastest_way_to_read():
 
 
 def test_kernel_speed_leaves_the_cache_as_it_is():
-    local = Local(candidates.kept("h2o", 0.5, 40), tiny.llama(), None, a_plan())
+    local = LocalRun(contenders.keeping("h2o", 0.5, 40), tiny.llama(), None, a_plan())
     ids = tiny.prompt(60, batch=2)
     local.prefill(ids[:, :40])
     held = local.held()
@@ -207,7 +209,7 @@ def test_sizes_as_linux_writes_them(text, count):
 @pytest.mark.parametrize("context", [40, 97])
 @pytest.mark.parametrize("keep", [0.25, 0.5, 1.0])
 def test_what_was_asked_for_is_kept_to_the_row(policy, context, keep):
-    local = Local(candidates.kept(policy, keep, context), tiny.llama(layers=1), None, a_plan())
+    local = LocalRun(contenders.keeping(policy, keep, context), tiny.llama(layers=1), None, a_plan())
     local.prefill(tiny.prompt(context))
     assert abs(local.held().kept_ratio * context - keep * context) <= 1
 
@@ -244,11 +246,11 @@ def test_random_ids_are_always_the_same():
     ],
 )
 def test_shapes_have_as_many_weights_as_the_models_they_are_named_after(name, parameters):
-    assert shapes.find_shape(name).parameters == parameters
+    assert find_shape(name).parameters == parameters
 
 
 def test_random_model_has_the_shape_and_the_dtype():
-    model = stock.random_model(TINY, torch.bfloat16, torch.device("cpu"))
+    model = random_model(TINY, torch.bfloat16, torch.device("cpu"))
     assert sum(parameter.numel() for parameter in model.parameters()) == TINY.parameters
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert row_bytes(model.config, torch.bfloat16) == TINY.row_bytes(torch.bfloat16)
@@ -256,4 +258,4 @@ def test_random_model_has_the_shape_and_the_dtype():
 
 
 def test_available_memory_is_asked_of_the_system():
-    assert 2**20 < shapes.available_bytes(torch.device("cpu")) < 2**50
+    assert 2**20 < available_bytes(torch.device("cpu")) < 2**50

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benching import ROUNDS, STEPS, a_plan, call, small
+from benching import ROUNDS, STEPS, a_plan, bench, small
 
-from headwise.bench import candidates, run, shapes
+from headwise.bench import contenders, run
 from headwise.bench.plan import Configuration
 from headwise.errors import InputError
+from headwise.measure.model_info import find_shape
 
 # Bad input.
 
@@ -49,7 +50,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_takes_one_line(case):
     arguments, says = BAD[case]
-    answer = call(*small(*arguments))
+    answer = bench(*small(*arguments))
     assert (answer.code, answer.out) == (2, "")
     complaint = answer.err.splitlines()[-1]
     assert complaint.startswith("error: ")
@@ -58,17 +59,17 @@ def test_bad_input_takes_one_line(case):
 
 def test_what_cannot_fit_is_refused_before_it_is_made(monkeypatch):
     monkeypatch.setattr(run, "available_bytes", lambda device: 2**33)
-    monkeypatch.setattr("headwise.bench.stock.random_model", lambda *_: pytest.fail("made"))
-    answer = call("--shape", "llama-7b")
+    monkeypatch.setattr("headwise.bench.models.random_model", lambda *_: pytest.fail("made"))
+    answer = bench("--shape", "llama-7b")
     assert answer.code == 2
     assert "of memory and cpu has 8.00 GiB available" in answer.err
 
 
 def test_caches_that_cannot_fit_are_refused_on_a_cpu_and_tried_on_a_gpu(monkeypatch):
     monkeypatch.setattr(run, "available_bytes", lambda device: 2**31)
-    field = (candidates.stock(), candidates.kept("h2o", 0.5, 4096))
+    field = (contenders.stock(), contenders.keeping("h2o", 0.5, 4096))
     made = a_plan(Configuration(8, 4096, torch.float32, field, 8))
-    row_bytes = shapes.find_shape("smollm2-135m").row_bytes
+    row_bytes = find_shape("smollm2-135m").row_bytes
     assert made.cache_bytes(row_bytes) == 1.5 * 8 * (4096 + STEPS * (ROUNDS + 2)) * row_bytes(torch.float32)
     with pytest.raises(InputError, match="fewer candidates"):
         run.check_memory(made, torch.device("cpu"), row_bytes)
@@ -77,5 +78,5 @@ def test_caches_that_cannot_fit_are_refused_on_a_cpu_and_tried_on_a_gpu(monkeypa
 
 def test_a_round_that_holds_part_of_an_eviction_is_noted(planned):
     said = "do not hold the same number of evictions"
-    assert said in call(*small("--steps", 6)).out
-    assert said not in call(*small("--steps", 8)).out
+    assert said in bench(*small("--steps", 6)).out
+    assert said not in bench(*small("--steps", 8)).out

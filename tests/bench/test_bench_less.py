@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
-from benching import call
+from benching import bench
 
 from less_oracle import FEATURES
 
 
 def test_what_evicts_runs_once_more_and_holds_the_state_too(folder):
     rounds = ("--context", 40, "--keep", "0.5", "--steps", 2, "--rounds", 1, "--evict-every", 2, "--quantized", "none")
-    said = call("--model", folder, *rounds, "--less-kernels", folder / "kernels", "--json")
+    said = bench("--model", folder, *rounds, "--less-kernels", folder / "kernels", "--json")
     assert said.code == 0, said.err
     found = {m["name"]: m for m in json.loads(said.out)["results"][0]["candidates"]}
     assert list(found) == ["stock", "full", "keep 50%", "keep 50%, LESS"]
@@ -23,6 +23,6 @@ def test_what_evicts_runs_once_more_and_holds_the_state_too(folder):
 
 
 def test_random_weights_have_no_kernels():
-    said = call("--shape", "tiny", "--less")
+    said = bench("--shape", "tiny", "--less")
     assert said.code == 2
     assert "--less needs a model" in said.err

@@ -17,7 +17,7 @@ from headwise.types import LogitOptions, Tensor
 from headwise.units import clock
 
 if TYPE_CHECKING:
-    from headwise import HeadwiseCache
+    from headwise.hosts.transformers.cache import HeadwiseCache
 
 # Far beyond any last-level cache.
 _BUFFER_BYTES = 512 * 2**20

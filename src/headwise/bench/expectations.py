@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from headwise.bench.candidates import FULL, HEADWISE, dtype_name, keep_name
+from headwise.bench.contenders import FULL, HEADWISE, dtype_name, keep_name
 from headwise.bench.record import Measurement, Record, Result
 
 MET, MISSED, NOT_RUN = "met", "missed", "not run"
@@ -98,7 +98,7 @@ def judge(record: Record, device: str) -> list[Verdict]:
 
 
 def speedup(batch: int, context: int, dtype: torch.dtype, name: str) -> Callable[[Record], float | None]:
-    """Decode speed of a candidate against stock: the median over the rounds of both."""
+    """Decode speed of a contender against stock: the median over the rounds of both."""
 
     def of(record: Record) -> float | None:
         for result, measurement in _measured(record, dtype):
@@ -154,7 +154,7 @@ def profile_share(dtype: torch.dtype, kind: str) -> Callable[[Record], float | N
 
 
 def _measured(record: Record, dtype: torch.dtype) -> Iterable[tuple[Result, Measurement]]:
-    """Every headwise candidate that ran, in results of that dtype."""
+    """Every headwise contender that ran, in results of that dtype."""
     for result in record.results:
         if result.configuration.dtype == dtype:
             for measurement in result.measurements:
@@ -163,7 +163,7 @@ def _measured(record: Record, dtype: torch.dtype) -> Iterable[tuple[Result, Meas
 
 
 def outlives_full(batch: int, context: int, dtype: torch.dtype, name: str) -> Callable[[Record], float | None]:
-    """Speed against stock; without limit where stock's full cache does not fit and the candidate's does."""
+    """Speed against stock; without limit where stock's full cache does not fit and the contender's does."""
     ratio = speedup(batch, context, dtype, name)
 
     def of(record: Record) -> float | None:

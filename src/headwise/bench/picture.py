@@ -1,4 +1,4 @@
-"""Picture: a record -> a PNG with decode speed and memory held against context length, one line per candidate."""
+"""Picture: a record -> a PNG with decode speed and memory held against context length, one line per contender."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from headwise.bench.candidates import dtype_name
+from headwise.bench.contenders import dtype_name
 from headwise.bench.record import Measurement, Record, Result
 from headwise.errors import CacheStateError
 from headwise.files import whole_file
+from headwise.measure.plot_style import COLOURS, MARKERS
 from headwise.report.picture import check_target
 
 _STOCK = "#222222"
 _PALE_INK = "#666666"
-# Okabe and Ito's colours, which the colour-blind can tell apart; the markers differ too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933")
-MARKERS = "osD^vPX"
 
 # Inches.
 _WIDTH, _ROW_HEIGHT, _TITLE = 10.5, 3.6, 0.95
@@ -85,7 +83,7 @@ def _draw(record: Record, rows: dict[tuple[int, str], list[Result]]) -> Any:
 
 
 def _line(axes: Any, results: list[Result], name: str, place: int, figure_of: Any) -> Any:
-    """The line that was drawn; None where the candidate has no figures here."""
+    """The line that was drawn; None where the contender has no figures here."""
     points = []
     for result in results:
         measurement = result.find(name)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.bench.candidates import Candidate, captured, check_names, dtype_name, full, kept, stock
+from headwise.bench.contenders import Contender, check_names, dtype_name, full, keeping, stock, with_graph
 from headwise.errors import ConfigurationError, InputError
 
 # What the cost of the profile is defined for: one prompt of so many tokens.
 PROFILE_CONTEXT = 2048
 
-# Rounds of tokens that are fed beside those that count: one warms up, one is taken apart.
+# Rounds of tokens that are fed beside those that count: one warms up, in one attention is timed by itself.
 _OTHER_ROUNDS = 2
 
 
@@ -31,7 +31,7 @@ class Configuration:
     batch: int
     context: int
     dtype: torch.dtype
-    candidates: tuple[Candidate, ...]
+    contenders: tuple[Contender, ...]
     distinct: int
 
     @property
@@ -45,8 +45,8 @@ class Plan:
     """Everything that a run does.
 
     Attributes:
-        steps: tokens that a candidate decodes before the next has its turn.
-        rounds: turns of every candidate that count.
+        steps: tokens that a contender decodes before the next has its turn.
+        rounds: turns of every contender that count.
         kernel, evict_every: of every headwise cache.
         profile_repeats: times the cost of the profile is measured; 0 where it is not.
     """
@@ -60,11 +60,11 @@ class Plan:
 
     @property
     def new_tokens(self) -> int:
-        """What every candidate decodes in all."""
+        """What every contender decodes in all."""
         return self.steps * (self.rounds + _OTHER_ROUNDS)
 
     def round_ids(self, number: int, context: int) -> slice:
-        """Columns of the tokens that a round feeds; round 0 warms up, the one behind the last is taken apart."""
+        """Columns of the tokens that a round feeds; round 0 warms up, in the one behind the last attention is timed."""
         return slice(context + number * self.steps, context + (number + 1) * self.steps)
 
     def check_positions(self, positions: int | None) -> None:
@@ -89,7 +89,7 @@ class Plan:
 
         def of(configuration: Configuration) -> float:
             # Those that decide by themselves may keep everything.
-            shares = [candidate.keep or 1.0 for candidate in configuration.candidates]
+            shares = [contender.keep or 1.0 for contender in configuration.contenders]
             tokens = configuration.batch * (configuration.context + self.new_tokens)
             return sum(shares) * tokens * row_bytes(configuration.dtype)
 
@@ -100,13 +100,13 @@ def grid(
     batches: Sequence[int],
     contexts: Sequence[int],
     dtypes: Sequence[torch.dtype],
-    rivals: Callable[[int], Sequence[Candidate]],
+    contenders: Callable[[int], Sequence[Contender]],
     distinct: int | None = None,
 ) -> tuple[Configuration, ...]:
     """Every batch with every context and dtype.
 
     Args:
-        rivals: the candidates for a context.
+        contenders: those for a context.
         distinct: as in `Configuration`, default the whole batch.
 
     Raises:
@@ -119,7 +119,7 @@ def grid(
         if distinct is not None and batch % distinct:
             raise ConfigurationError(f"--distinct {distinct} must divide every batch, and does not divide {batch}")
     return tuple(
-        Configuration(batch, context, dtype, check_names(rivals(context)), distinct or batch)
+        Configuration(batch, context, dtype, check_names(contenders(context)), distinct or batch)
         for dtype in dtypes
         for batch in batches
         for context in contexts
@@ -134,8 +134,8 @@ def targets(device: str, dtype: torch.dtype, policy: str) -> tuple[Configuration
     """
 
     def of(batch: int, context: int, *keeps: float, distinct: int | None = None, graph: bool = False) -> Configuration:
-        ours = [full() if keep == 1 else kept(policy, keep, context) for keep in keeps]
-        ours += [captured(candidate) for candidate in ours if graph]
+        ours = [full() if keep == 1 else keeping(policy, keep, context) for keep in keeps]
+        ours += [with_graph(contender) for contender in ours if graph]
         return Configuration(batch, context, dtype, (stock(), *ours), distinct or batch)
 
     if device == "cpu":

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from headwise.bench.bandwidth import Ceiling, KernelSpeed
-from headwise.bench.candidates import STOCK, dtype_name
+from headwise.bench.contenders import STOCK, dtype_name
 from headwise.bench.plan import Configuration
 
 
@@ -60,7 +60,7 @@ class Prefill:
 
 @dataclass
 class Measurement:
-    """One candidate in one configuration; what was not measured (yet) is None.
+    """One contender in one configuration; what was not measured (yet) is None.
 
     Attributes:
         kernel: name of headwise's kernels.
@@ -86,7 +86,7 @@ class Measurement:
 
 @dataclass
 class Result:
-    """All candidates of one configuration, stock the first of them."""
+    """All contenders of one configuration, stock the first of them."""
 
     configuration: Configuration
     steps: int
@@ -94,7 +94,7 @@ class Result:
     ceiling: Ceiling | None = None
 
     def find(self, name: str) -> Measurement | None:
-        """The candidate of that name."""
+        """The contender of that name."""
         return next((measurement for measurement in self.measurements if measurement.name == name), None)
 
     @property
@@ -212,7 +212,7 @@ class Record:
 
     Attributes:
         machine, model, settings, versions: plain values.
-        notes: what people should know, such as a rival that is not installed.
+        notes: what people should know, such as a contender that is not installed.
         results: one per configuration that was begun.
     """
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from headwise.bench import stock
-from headwise.bench.candidates import KVPRESS, Candidate, dtype_name
-from headwise.bench.contestant import Contestant, Local
-from headwise.bench.measure import measure
-from headwise.bench.peer import Peer, PeerError, Remote
+from headwise.bench.contender_run import ContenderRun, LocalRun, free_memory
+from headwise.bench.contenders import KVPRESS, Contender, dtype_name
+from headwise.bench.kvpress_process import KvpressError, KvpressProcess, KvpressRun
+from headwise.bench.models import Model, Tokenizer, llama_dimensions
 from headwise.bench.plan import PROFILE_CONTEXT, Configuration, Plan
 from headwise.bench.record import Measurement, ProfileCost, Record, Result
-from headwise.bench.shapes import Shape, available_bytes
+from headwise.bench.rounds import run_rounds
 from headwise.bench.workload import random_ids, text_ids
 from headwise.errors import InputError
 from headwise.hosts.transformers.model_facts import read_facts
+from headwise.measure.model_info import Shape, available_bytes, describe_model, positions
 from headwise.policies import FastGen
 from headwise.types import Int, Tensor
 from headwise.units import format_bytes
@@ -30,16 +30,16 @@ _HEADROOM = 2**30
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is measured with.
+class BenchModel:
+    """The model that all contenders run on.
 
     Attributes:
         tokenizer: None for made-up weights.
         shape: of made-up weights; None for a model that was loaded.
     """
 
-    model: stock.Model
-    tokenizer: stock.Tokenizer | None
+    model: Model
+    tokenizer: Tokenizer | None
     shape: Shape | None = None
 
     def ids(self, batch: int, length: int) -> Int[Tensor, "b t"]:
@@ -50,27 +50,19 @@ class Subject:
 
     def describe(self, name: str) -> dict[str, Any]:
         """Plain values."""
-        config = self.model.config.get_text_config(decoder=True)
-        return {
-            "name": name,
-            "random_weights": self.shape is not None,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "layers": config.num_hidden_layers,
-            "heads": config.num_attention_heads,
-            "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        }
+        return describe_model(self.model, name, random_weights=self.shape is not None)
 
-    def for_peer(self) -> dict[str, Any]:
+    def for_kvpress(self) -> dict[str, Any]:
         """How another process gets the same model."""
         if self.shape is not None:
-            return {"config": stock.llama_dimensions(self.shape)}
+            return {"config": llama_dimensions(self.shape)}
         return {"folder": self.model.config._name_or_path}
 
 
 def run(
     plan: Plan,
     name: str,
-    subject_of: Callable[[torch.dtype], Subject],
+    load_model: Callable[[torch.dtype], BenchModel],
     python: str | None,
     record: Record,
     say: Callable[[str], None],
@@ -79,8 +71,8 @@ def run(
 
     Args:
         name: of the model.
-        subject_of: loads it in a dtype.
-        python: an interpreter that has kvpress, where a candidate needs it.
+        load_model: loads it in a dtype.
+        python: an interpreter that has kvpress, where a contender needs it.
         record: what to fill.
         say: takes a word on how far it is.
 
@@ -88,22 +80,21 @@ def run(
         InputError: when contexts or memory do not suffice.
     """
     for dtype in dict.fromkeys(configuration.dtype for configuration in plan.configurations):
-        subject = subject_of(dtype)
-        config = subject.model.config.get_text_config(decoder=True)
-        plan.check_positions(getattr(config, "max_position_embeddings", None))
-        check_memory(plan, subject.model.device, read_facts(subject.model)[0].token_bytes)
-        record.model = subject.describe(name)
-        peer = None if python is None else Peer(python)
+        made = load_model(dtype)
+        plan.check_positions(positions(made.model))
+        check_memory(plan, made.model.device, read_facts(made.model)[0].token_bytes)
+        record.model = made.describe(name)
+        process = None if python is None else KvpressProcess(python)
         try:
-            obstacle = None if peer is None else _load(peer, subject, record, say)
+            obstacle = None if process is None else _load(process, made, record, say)
             for configuration in plan.configurations:
                 if configuration.dtype == dtype:
-                    _run_one(configuration, plan, subject, peer, obstacle, record, say)
+                    _run_one(configuration, plan, made, process, obstacle, record, say)
             if plan.profile_repeats and record.profile is None:
-                _run_profile(plan, subject, record, say)
+                _run_profile(plan, made, record, say)
         finally:
-            if peer is not None:
-                peer.close()
+            if process is not None:
+                process.close()
 
 
 def check_memory(plan: Plan, device: torch.device, row_bytes: Callable[[torch.dtype], int], weights: int = 0) -> None:
@@ -131,64 +122,66 @@ def check_memory(plan: Plan, device: torch.device, row_bytes: Callable[[torch.dt
 def _run_one(
     configuration: Configuration,
     plan: Plan,
-    subject: Subject,
-    peer: Peer | None,
+    made: BenchModel,
+    process: KvpressProcess | None,
     obstacle: str | None,
     record: Record,
     say: Callable[[str], None],
 ) -> None:
     result = Result(configuration, plan.steps, [])
     record.results.append(result)
-    pairs: list[tuple[Contestant, Measurement]] = []
-    for candidate in configuration.candidates:
-        measurement = Measurement(candidate.name, candidate.kind, candidate.setting, candidate.keep, candidate.coded)
+    pairs: list[tuple[ContenderRun, Measurement]] = []
+    for contender in configuration.contenders:
+        measurement = Measurement(contender.name, contender.kind, contender.setting, contender.keep, contender.coded)
         result.measurements.append(measurement)
-        if candidate.kind != KVPRESS:
-            pairs.append((Local(candidate, subject.model, subject.tokenizer, plan), measurement))
-        elif peer is not None and obstacle is None:
-            pairs.append((Remote(candidate, peer), measurement))
+        if contender.kind != KVPRESS:
+            pairs.append((LocalRun(contender, made.model, made.tokenizer, plan), measurement))
+        elif process is not None and obstacle is None:
+            pairs.append((KvpressRun(contender, process), measurement))
         else:
             measurement.failure = obstacle or "there is no Python to run it"
-    ids = subject.ids(configuration.batch, configuration.context + plan.new_tokens)
+    ids = made.ids(configuration.batch, configuration.context + plan.new_tokens)
     try:
-        measure(pairs, result, ids, plan, subject.model.device, say)
+        run_rounds(pairs, result, ids, plan, made.model.device, say)
     finally:
-        for contestant, _ in pairs:
-            contestant.close()
+        for contender_run, _ in pairs:
+            contender_run.close()
+        free_memory()
 
 
-def _load(peer: Peer, subject: Subject, record: Record, say: Callable[[str], None]) -> str | None:
-    """Let the peer load the model; returns why it cannot."""
+def _load(process: KvpressProcess, made: BenchModel, record: Record, say: Callable[[str], None]) -> str | None:
+    """Let the other process load the model; returns why it cannot."""
     say("kvpress loads the model")
     try:
-        versions = peer.load(subject.for_peer(), subject.model.dtype, subject.model.device)
-    except (PeerError, torch.OutOfMemoryError) as error:
+        versions = process.load(made.for_kvpress(), made.model.dtype, made.model.device)
+    except (KvpressError, torch.OutOfMemoryError) as error:
         return str(error)
     record.versions |= {f"peer: {package}": str(version) for package, version in versions.items()}
     return None
 
 
-def _run_profile(plan: Plan, subject: Subject, record: Record, say: Callable[[str], None]) -> None:
+def _run_profile(plan: Plan, made: BenchModel, record: Record, say: Callable[[str], None]) -> None:
     """The stock prefill and both profiles in turn, once per repetition."""
-    dtype = dtype_name(subject.model.dtype)
+    dtype = dtype_name(made.model.dtype)
     record.profile = cost = ProfileCost(PROFILE_CONTEXT, dtype)
-    ids = subject.ids(1, PROFILE_CONTEXT)
-    fields = {
-        "stock": Candidate("stock", "stock"),
-        "exact": Candidate("exact", "headwise", FastGen(0.95)),
-        "sampled": Candidate("sampled", "headwise", FastGen(0.95, profile_rows=_SAMPLE)),
+    ids = made.ids(1, PROFILE_CONTEXT)
+    contenders = {
+        "stock": Contender("stock", "stock"),
+        "exact": Contender("exact", "headwise", FastGen(0.95)),
+        "sampled": Contender("sampled", "headwise", FastGen(0.95, profile_rows=_SAMPLE)),
     }
-    contestants = {name: Local(c, subject.model, subject.tokenizer, plan) for name, c in fields.items()}
+    runs = {name: LocalRun(c, made.model, made.tokenizer, plan) for name, c in contenders.items()}
     try:
-        for contestant in contestants.values():
-            contestant.prefill(ids[:, : PROFILE_CONTEXT // 16])
+        for contender_run in runs.values():
+            contender_run.prefill(ids[:, : PROFILE_CONTEXT // 16])
         for number in range(plan.profile_repeats):
             say(f"profile of {PROFILE_CONTEXT:,} tokens in {dtype}, {number + 1} of {plan.profile_repeats}")
-            cost.stock_seconds.append(contestants["stock"].prefill(ids).seconds)
+            cost.stock_seconds.append(runs["stock"].prefill(ids).seconds)
             for name, seconds in (("exact", cost.exact_seconds), ("sampled", cost.sampled_seconds)):
-                profile = contestants[name].prefill(ids).profile_seconds
+                profile = runs[name].prefill(ids).profile_seconds
                 assert profile is not None
                 seconds.append(profile)
     finally:
-        for contestant in contestants.values():
-            contestant.close()
+        for contender_run in runs.values():
+            contender_run.close()
+        free_memory()

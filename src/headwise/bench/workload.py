@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from headwise.measure.texts import manual
 from headwise.types import Int, Tensor
 
 if TYPE_CHECKING:
-    from headwise.bench.stock import Tokenizer
+    from headwise.bench.models import Tokenizer
 
 
 def text_ids(tokenizer: Tokenizer, batch: int, length: int) -> Int[Tensor, "b t"]:
@@ -17,13 +18,6 @@ def text_ids(tokenizer: Tokenizer, batch: int, length: int) -> Int[Tensor, "b t"
     stream = torch.tensor(tokenizer(manual(), add_special_tokens=False)["input_ids"])
     starts = torch.arange(batch)[:, None] * (len(stream) // batch)
     return stream[(starts + torch.arange(length)) % len(stream)]
-
-
-def manual() -> str:
-    """English prose and code that every Python has: its manual of topics."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def random_ids(vocabulary: int, batch: int, length: int, seed: int = 0) -> Int[Tensor, "b t"]:

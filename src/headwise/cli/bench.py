@@ -6,201 +6,97 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING
 
 import typer
 
-from headwise.cli import options
+from headwise.cli import bench_options, options
+from headwise.cli.bench_request import BenchRequest, resolve_dtypes
 from headwise.cli.bench_tables import show_record
-from headwise.cli.loading import load, parse_device, parse_dtype
+from headwise.cli.exit_codes import INTERRUPTED
+from headwise.cli.loading import load, parse_device
 from headwise.cli.tables import message
 from headwise.errors import ConfigurationError
-from headwise.report.picture import check_target
 
 if TYPE_CHECKING:
     import torch
 
     from headwise.bench.plan import Plan
     from headwise.bench.record import Record
-    from headwise.bench.run import Subject
+    from headwise.bench.run import BenchModel
 
-_WORKLOAD = "Workload"
-_CANDIDATES = "Candidates"
-_INTERRUPTED = 130
-
-_DEFAULT_CONTEXT = "512,2048"
-_DEFAULT_KEEP = "0.5,0.25"
-
-T = TypeVar("T")
+# What the expectations of a GPU are about.
+_GPU_SHAPE = "llama-3-8b"
 
 
 def bench(
-    batch: Annotated[
-        str | None, typer.Option(metavar="N,...", help="Sequences at a time; 1.", rich_help_panel=_WORKLOAD)
-    ] = None,
-    context: Annotated[
-        str | None,
-        typer.Option(metavar="N,...", help=f"Tokens of the prompt; {_DEFAULT_CONTEXT}.", rich_help_panel=_WORKLOAD),
-    ] = None,
-    distinct: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Read so many sequences of a batch, and repeat them.", rich_help_panel=_WORKLOAD
-        ),
-    ] = None,
-    steps: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Tokens that a candidate decodes in a round.", rich_help_panel=_WORKLOAD),
-    ] = 32,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds that count.", rich_help_panel=_WORKLOAD)] = 5,
-    targets: Annotated[
-        bool,
-        typer.Option("--targets", help="Run what the expectations are about.", rich_help_panel=_WORKLOAD),
-    ] = False,
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE,...", help=f"Shares of the prompt to keep; {_DEFAULT_KEEP}.", rich_help_panel=_CANDIDATES
-        ),
-    ] = None,
-    policy: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="What keeps them: h2o, streamingllm, window or random. h2o costs the most.",
-            rich_help_panel=_CANDIDATES,
-        ),
-    ] = "h2o",
-    recovery: Annotated[
-        str | None,
-        typer.Option(metavar="SHARE,...", help="Run FastGen with these recoveries too.", rich_help_panel=_CANDIDATES),
-    ] = None,
-    graph: Annotated[
-        bool,
-        typer.Option(
-            "--graph", help="Run headwise's caches with a captured step too, on a GPU.", rich_help_panel=_CANDIDATES
-        ),
-    ] = False,
-    bits: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WORD,...",
-            help="Run headwise's caches with all but the newest rows in so few bits too: int8, int4, k8v4 or k4v8.",
-            rich_help_panel=_CANDIDATES,
-        ),
-    ] = None,
-    cache_dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...",
-            help="Run headwise's caches with exact rows in these too: float16, bfloat16 or float32.",
-            rich_help_panel=_CANDIDATES,
-        ),
-    ] = None,
+    batch: bench_options.Batch = None,
+    context: bench_options.Context = None,
+    distinct: bench_options.Distinct = None,
+    steps: bench_options.Steps = 32,
+    rounds: bench_options.Rounds = 5,
+    targets: bench_options.Targets = False,
+    keep: bench_options.Keep = None,
+    policy: bench_options.PolicyName = "h2o",
+    recovery: bench_options.Recoveries = None,
+    graph: bench_options.Graph = False,
+    bits: bench_options.Bits = None,
+    cache_dtype: bench_options.CacheDtypes = None,
     less: options.Less = False,
     less_kernels: options.LessKernels = None,
-    quantized: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="transformers' quantized cache: quanto, hqq, fp8, none, or auto: the first that is installed.",
-            rich_help_panel=_CANDIDATES,
-        ),
-    ] = "auto",
-    kvpress: Annotated[
-        str | None,
-        typer.Option(metavar="PYTHON", help="A Python that has kvpress, to run it too.", rich_help_panel=_CANDIDATES),
-    ] = None,
-    kvpress_press: Annotated[
-        str, typer.Option(metavar="CLASS", help="Which of its presses.", rich_help_panel=_CANDIDATES)
-    ] = "StreamingLLMPress",
+    quantized: bench_options.Quantized = "auto",
+    kvpress: bench_options.Kvpress = None,
+    kvpress_press: bench_options.KvpressPress = "StreamingLLMPress",
     evict_every: options.EvictEvery = 16,
     model: options.Model = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Random weights instead of a model: smollm2-135m, llama-7b, llama-3-8b, llama-3.2-1b, qwen2.5-7b, "
-            "mistral-7b or tiny.",
-            rich_help_panel=options.MODEL,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME,...",
-            help="float32, bfloat16, float16 or auto: float32 on a CPU, bfloat16 on a GPU.",
-            rich_help_panel=options.MODEL,
-        ),
-    ] = "auto",
+    shape: bench_options.Shape = None,
+    dtype: bench_options.Dtypes = "auto",
     device: options.Device = None,
     kernel: options.Kernel = "auto",
     json_output: options.Json = False,
-    png: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write a picture of speed and memory against context length to this file.",
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = None,
+    png: bench_options.Png = None,
 ) -> None:
     """Measure headwise against transformers' own caches, in turn, in one process.
 
     Takes two or three minutes unless told otherwise. Progress goes to standard error.
     """
-    if png is not None:
-        check_target(png)
-
-    from headwise.bench.machine import describe_machine, describe_versions
-    from headwise.bench.plan import PROFILE_CONTEXT, Plan, grid
-    from headwise.bench.plan import targets as target_configurations
+    from headwise.bench.plan import PROFILE_CONTEXT, Plan
     from headwise.bench.record import Record
-    from headwise.bench.rivals import Rivals
     from headwise.bench.run import run
-    from headwise.bench.stock import find_backend
     from headwise.hosts.transformers.models import default_device
     from headwise.kernels.backends import choose
+    from headwise.measure.machine import describe_machine, describe_versions
+    from headwise.report.picture import check_target
+
+    if png is not None:
+        check_target(png)
 
     where = parse_device(device) or default_device()
     choose(kernel, where)
     if graph and where.type != "cuda":
         raise ConfigurationError(f"--graph needs a GPU, not {where}")
-    dtypes = [_resolve(parse_dtype(name.strip()), where) for name in dtype.split(",")]
+    dtypes = resolve_dtypes(dtype, where)
+    if targets and where.type == "cuda" and model is None and shape is None:
+        shape = _GPU_SHAPE
+    request = BenchRequest(
+        batch=batch,
+        context=context,
+        distinct=distinct,
+        keep=keep,
+        policy=policy,
+        recovery=recovery,
+        graph=graph,
+        bits=bits,
+        cache_dtype=cache_dtype,
+        less=less,
+        less_kernels=less_kernels,
+        quantized=quantized,
+        kvpress=kvpress,
+        kvpress_press=kvpress_press,
+        shape=shape,
+    )
     notes: list[str] = []
-    remember = less or less_kernels is not None
-    if targets:
-        given = {"batch": batch, "context": context, "distinct": distinct, "keep": keep, "recovery": recovery}
-        _refuse(
-            "--targets says what to run",
-            **given,
-            bits=bits,
-            cache_dtype=cache_dtype,
-            less=remember or None,
-            kvpress=kvpress,
-        )
-        if len(dtypes) > 1:
-            raise ConfigurationError("--targets takes one --dtype")
-        if where.type == "cuda" and model is None and shape is None:
-            shape = "llama-3-8b"
-        configurations = target_configurations(where.type, dtypes[0], policy)
-    else:
-        if shape is not None and recovery is not None:
-            raise ConfigurationError("--recovery needs a tokenizer, which a --shape does not have")
-        shares = _shares("--keep", _DEFAULT_KEEP if keep is None else keep)
-        recoveries = [] if recovery is None else _shares("--recovery", recovery)
-        words = _words(bits)
-        rows = [_row_dtype(name) for name in _words(cache_dtype)]
-        if shape is not None and remember:
-            raise ConfigurationError("--less needs a model, kernels are trained for one; random weights have none")
-        backend, missing = find_backend(quantized)
-        if missing is not None:
-            notes.append(f"quantized: {missing}")
-        press = kvpress and kvpress_press
-        rivals = Rivals(policy, shares, recoveries, rows, words, graph, remember, less_kernels, backend, press)
-        batches = _numbers("--batch", "1" if batch is None else batch, int)
-        contexts = _numbers("--context", _DEFAULT_CONTEXT if context is None else context, int)
-        configurations = grid(batches, contexts, dtypes, rivals.at, distinct)
+    configurations = request.targets(where, dtypes) if targets else request.grid(dtypes, notes)
     if steps % evict_every:
         notes.append(f"rounds of {steps} steps do not hold the same number of evictions, one every {evict_every}")
     profiled = targets or any((c.batch, c.context) == (1, PROFILE_CONTEXT) for c in configurations)
@@ -209,14 +105,14 @@ def bench(
     record = Record(describe_machine(where), versions=describe_versions(), notes=notes)
     record.settings = {"steps": steps, "rounds": rounds, "policy": policy, "kernel": kernel}
     record.settings |= {"evict_every": evict_every, "targets": targets}
-    subject_of, name = _source(model, shape, where, plan)
+    load_model, name = _model_source(model, shape, where, plan)
     try:
-        run(plan, name, subject_of, kvpress, record, lambda text: message(f"{text}\n"))
+        run(plan, name, load_model, kvpress, record, lambda text: message(f"{text}\n"))
     except KeyboardInterrupt:
         record.interrupted = True
     _present(record, where.type, json_output, png)
     if record.interrupted:
-        raise typer.Exit(_INTERRUPTED)
+        raise typer.Exit(INTERRUPTED)
 
 
 def _present(record: Record, device: str, json_output: bool, png: Path | None) -> None:
@@ -234,19 +130,19 @@ def _present(record: Record, device: str, json_output: bool, png: Path | None) -
         message(f"picture: {png}\n")
 
 
-def _source(
+def _model_source(
     model: str | None, shape: str | None, device: torch.device, plan: Plan
-) -> tuple[Callable[[torch.dtype], Subject], str]:
+) -> tuple[Callable[[torch.dtype], BenchModel], str]:
     """What makes the model in a dtype, and how the tables call it; impossible shapes are refused here."""
-    from headwise.bench.run import Subject, check_memory
-    from headwise.bench.shapes import find_shape
-    from headwise.bench.stock import random_model
+    from headwise.bench.models import random_model
+    from headwise.bench.run import BenchModel, check_memory
     from headwise.hosts.transformers.models import DEFAULT_MODEL
+    from headwise.measure.model_info import find_shape
 
     if shape is None:
 
-        def loaded(dtype: torch.dtype) -> Subject:
-            return Subject(*load(model, dtype, device))
+        def loaded(dtype: torch.dtype) -> BenchModel:
+            return BenchModel(*load(model, dtype, device))
 
         return loaded, model or os.environ.get("HEADWISE_MODEL") or DEFAULT_MODEL
     if model is not None:
@@ -256,49 +152,8 @@ def _source(
     widest = max(configuration.dtype.itemsize for configuration in plan.configurations)
     check_memory(plan, device, dimensions.row_bytes, dimensions.parameters * widest)
 
-    def made(dtype: torch.dtype) -> Subject:
+    def made(dtype: torch.dtype) -> BenchModel:
         message(f"making {dimensions.parameters:,} random weights\n")
-        return Subject(random_model(dimensions, dtype, device), None, dimensions)
+        return BenchModel(random_model(dimensions, dtype, device), None, dimensions)
 
     return made, f"{shape} (random weights)"
-
-
-def _resolve(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
-    import torch
-
-    return dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-
-
-def _words(text: str | None) -> list[str]:
-    return [] if text is None else [word.strip() for word in text.split(",")]
-
-
-def _row_dtype(name: str) -> torch.dtype:
-    dtype = parse_dtype(name)
-    if dtype is None:
-        raise ConfigurationError(
-            "--cache-dtype takes float16, bfloat16 or float32 here; rows in the model's always run"
-        )
-    return dtype
-
-
-def _refuse(why: str, **given: object) -> None:
-    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
-    if named:
-        raise ConfigurationError(f"{why}; leave out {', '.join(named)}")
-
-
-def _shares(name: str, text: str) -> list[float]:
-    from headwise.bench.plan import check_share
-
-    shares = _numbers(name, text, float)
-    for share in shares:
-        check_share(name, share)
-    return shares
-
-
-def _numbers(name: str, text: str, kind: Callable[[str], T]) -> list[T]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigurationError(f"{name} takes numbers with commas between them, got {text!r}") from None

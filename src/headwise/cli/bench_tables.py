@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from headwise.cli.tables import output, plain_table
+from headwise.cli.tables import facts_table, output, plain_table
 
 if TYPE_CHECKING:
     from headwise.bench.expectations import Verdict
@@ -45,9 +45,7 @@ def show_record(record: Record, verdicts: list[Verdict], written_for: str | None
 
 def _setting(record: Record) -> Table:
     machine, settings = record.machine, record.settings
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+    table = facts_table()
     table.add_row("model", str(record.model.get("name", "not loaded")))
     cores = f"{machine['processor']}, {machine['cores']} cores, threads: {machine['threads']}"
     table.add_row("machine", f"{cores}, {machine['gpu']}" if "gpu" in machine else cores)

@@ -9,12 +9,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from headwise.cli import options
 from headwise.cli.loading import device_names
-from headwise.cli.tables import output
+from headwise.cli.tables import facts_table, output
 
 _EXTRAS = {
     "cli": ("typer", "rich"),
@@ -35,15 +34,10 @@ def doctor(json_output: options.Json = False) -> None:
 def _examine() -> dict[str, Any]:
     import torch
 
-    from headwise import __version__
+    from headwise.measure.machine import describe_versions
 
     return {
-        "versions": {
-            "headwise": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": metadata.version("transformers"),
-        },
+        "versions": describe_versions(),
         "extras": {extra: {name: _version(name) for name in names} for extra, names in _EXTRAS.items()},
         "devices": [{"name": name, "description": _device(name)} for name in device_names()],
         "threads": torch.get_num_threads(),
@@ -101,9 +95,7 @@ def _version(name: str) -> str | None:
 
 
 def _show(found: dict[str, Any]) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+    table = facts_table()
     for name, version in found["versions"].items():
         table.add_row(name, version)
     for extra, packages in found["extras"].items():

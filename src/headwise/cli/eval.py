@@ -9,14 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headwise.cli.eval_generation import generation
-from headwise.cli.eval_options import RunOptions, Seed, Texts, UndoMarks, parse_first_token, with_run_options
-from headwise.cli.eval_run import carry_out, present
+from headwise.cli.eval_options import (
+    WORKLOAD,
+    Context,
+    NewTokens,
+    RunOptions,
+    Seed,
+    Steps,
+    Texts,
+    UndoMarks,
+    parse_first_token,
+    with_run_options,
+)
+from headwise.cli.eval_run import present, run_tasks
 from headwise.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from headwise.eval.task import Query
 
-_WORKLOAD = "Workload"
 _BOTH = "both"
 _ALL = "all"
 
@@ -30,17 +40,48 @@ QueryMode = Annotated[
         "--query",
         metavar="NAME",
         help="aware: the question is there while compressing; agnostic: it comes after; or both.",
-        rich_help_panel=_WORKLOAD,
+        rich_help_panel=WORKLOAD,
     ),
+]
+Passages = Annotated[
+    int, typer.Option(metavar="N", help="At equal steps through every file.", rich_help_panel=WORKLOAD)
+]
+FirstToken = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ID",
+        help="Token to put before every passage, or bos for the tokenizer's.",
+        rich_help_panel=WORKLOAD,
+    ),
+]
+RealContext = Annotated[int, typer.Option(metavar="N", help="Tokens of real text.", rich_help_panel=WORKLOAD)]
+Facts = Annotated[
+    int, typer.Option(metavar="N", help="Facts in every text; one is asked for.", rich_help_panel=WORKLOAD)
+]
+Questions = Annotated[int, typer.Option(metavar="N", help="Questions.", rich_help_panel=WORKLOAD)]
+Kinds = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME,...",
+        help="single-needle, multi-key, multi-value, variables, common-words, frequent-words, or all.",
+        rich_help_panel=WORKLOAD,
+    ),
+]
+MadeUpContext = Annotated[int, typer.Option(metavar="N", help="Tokens of made-up text.", rich_help_panel=WORKLOAD)]
+Needles = Annotated[int, typer.Option(metavar="N", help="Codes, where there are several.", rich_help_panel=WORKLOAD)]
+Hops = Annotated[int, typer.Option(metavar="N", help="Times a variable is handed on.", rich_help_panel=WORKLOAD)]
+QuestionsPerKind = Annotated[int, typer.Option(metavar="N", help="Questions of every kind.", rich_help_panel=WORKLOAD)]
+MoreNewTokens = Annotated[
+    int, typer.Option(metavar="N", help="Of an answer beyond what is expected.", rich_help_panel=WORKLOAD)
 ]
 
 
 def evaluate(tasks: Sequence[Any], given: RunOptions) -> None:
     """Run the tasks and show what came out; leaves with 130 when interrupted."""
-    from headwise.eval.lineup import line_up
+    from headwise.eval.contenders import make_contenders
 
-    lineup = line_up(given.policy or ["fastgen"], not given.no_random, given.seed)
-    present(carry_out(tasks, lineup, given), given)
+    contenders = make_contenders(given.policy or ["fastgen"], not given.no_random, given.seed)
+    present(run_tasks(tasks, contenders, given), given)
 
 
 evaluation = with_run_options(evaluate)
@@ -51,23 +92,10 @@ evaluations.command()(evaluation(generation))
 @evaluation
 def fidelity(
     text: Texts = None,
-    context: Annotated[
-        int, typer.Option(metavar="N", help="Tokens that are read and compressed.", rich_help_panel=_WORKLOAD)
-    ] = 2048,
-    steps: Annotated[
-        int, typer.Option(metavar="N", help="Tokens that are then fed one by one.", rich_help_panel=_WORKLOAD)
-    ] = 128,
-    passages: Annotated[
-        int, typer.Option(metavar="N", help="At equal steps through every file.", rich_help_panel=_WORKLOAD)
-    ] = 8,
-    first_token: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID",
-            help="Token to put before every passage, or bos for the tokenizer's.",
-            rich_help_panel=_WORKLOAD,
-        ),
-    ] = None,
+    context: Context = 2048,
+    steps: Steps = 128,
+    passages: Passages = 8,
+    first_token: FirstToken = None,
     undo_marks: UndoMarks = False,
 ) -> list[Any]:
     """Continue real text on the compressed cache: how far do predictions move from the full cache's?"""
@@ -81,14 +109,10 @@ def fidelity(
 @evaluation
 def recall(
     text: Texts = None,
-    context: Annotated[int, typer.Option(metavar="N", help="Tokens of real text.", rich_help_panel=_WORKLOAD)] = 2048,
-    facts: Annotated[
-        int, typer.Option(metavar="N", help="Facts in every text; one is asked for.", rich_help_panel=_WORKLOAD)
-    ] = 4,
-    items: Annotated[int, typer.Option(metavar="N", help="Questions.", rich_help_panel=_WORKLOAD)] = 16,
-    new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Length of an answer at the most.", rich_help_panel=_WORKLOAD)
-    ] = 24,
+    context: RealContext = 2048,
+    facts: Facts = 4,
+    items: Questions = 16,
+    new_tokens: NewTokens = 24,
     query: QueryMode = _BOTH,
     undo_marks: UndoMarks = False,
     seed: Seed = 0,
@@ -103,27 +127,12 @@ def recall(
 @evaluations.command()
 @evaluation
 def synthetic(
-    kind: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME,...",
-            help="single-needle, multi-key, multi-value, variables, common-words, frequent-words, or all.",
-            rich_help_panel=_WORKLOAD,
-        ),
-    ] = _ALL,
-    context: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of made-up text.", rich_help_panel=_WORKLOAD)
-    ] = 2048,
-    needles: Annotated[
-        int, typer.Option(metavar="N", help="Codes, where there are several.", rich_help_panel=_WORKLOAD)
-    ] = 4,
-    hops: Annotated[
-        int, typer.Option(metavar="N", help="Times a variable is handed on.", rich_help_panel=_WORKLOAD)
-    ] = 4,
-    items: Annotated[int, typer.Option(metavar="N", help="Questions of every kind.", rich_help_panel=_WORKLOAD)] = 8,
-    new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Of an answer beyond what is expected.", rich_help_panel=_WORKLOAD)
-    ] = 24,
+    kind: Kinds = _ALL,
+    context: MadeUpContext = 2048,
+    needles: Needles = 4,
+    hops: Hops = 4,
+    items: QuestionsPerKind = 8,
+    new_tokens: MoreNewTokens = 24,
     query: QueryMode = _BOTH,
     seed: Seed = 0,
 ) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Eval options: what all evaluations take, defined once -> the signature of each, and the run that they ask for."""
+"""Eval options: what all evaluations take, defined once -> the signature of each, and the run they ask for."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from headwise.errors import ConfigurationError
 if TYPE_CHECKING:
     from headwise.eval.executor import Executor
 
+WORKLOAD = "Workload"
 _RUN = "Run"
 
 T = TypeVar("T")
@@ -46,54 +47,63 @@ UndoMarks = Annotated[
 ]
 
 
+Context = Annotated[
+    int, typer.Option(metavar="N", help="Tokens that are read and compressed.", rich_help_panel=WORKLOAD)
+]
+Steps = Annotated[int, typer.Option(metavar="N", help="Tokens that are then fed one by one.", rich_help_panel=WORKLOAD)]
+NewTokens = Annotated[int, typer.Option(metavar="N", help="Length of an answer at the most.", rich_help_panel=WORKLOAD)]
+Out = Annotated[
+    Path,
+    typer.Option("--out", "-o", metavar="DIR", help="Folder for the records.", rich_help_panel=options.OUTPUT),
+]
+Policies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        metavar="SPEC",
+        help="NAME or NAME:PARAMETER=VALUE,... such as snapkv:keep=0.25, or transformers' own quantized cache, "
+        "such as transformers:quanto-int4; may be repeated. fastgen unless given; for a comparison, what "
+        "--policies says.",
+        rich_help_panel=options.POLICY,
+    ),
+]
+NoRandom = Annotated[
+    bool,
+    typer.Option(
+        "--no-random",
+        help="Leave out random eviction of the same size, which every policy is otherwise held against.",
+        rich_help_panel=options.POLICY,
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in that folder.", rich_help_panel=_RUN)]
+Ray = Annotated[bool, typer.Option("--ray", help="Spread the items over processes, with Ray.", rich_help_panel=_RUN)]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address", metavar="ADDRESS", help="Of a Ray cluster, instead of one here.", rich_help_panel=_RUN
+    ),
+]
+RayCpus = Annotated[
+    int, typer.Option("--ray-cpus", metavar="N", min=1, help="Processors per item.", rich_help_panel=_RUN)
+]
+RayGpus = Annotated[float, typer.Option("--ray-gpus", metavar="N", min=0, help="GPUs per item.", rich_help_panel=_RUN)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Options that every evaluation has."""
 
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", metavar="DIR", help="Folder for the records.", rich_help_panel=options.OUTPUT),
-    ]
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--policy",
-            metavar="SPEC",
-            help="NAME or NAME:PARAMETER=VALUE,... such as snapkv:keep=0.25, or transformers' own quantized cache, "
-            "such as transformers:quanto-int4; may be repeated. fastgen unless given; for a comparison, what "
-            "--policies says.",
-            rich_help_panel=options.POLICY,
-        ),
-    ] = None
-    no_random: Annotated[
-        bool,
-        typer.Option(
-            "--no-random",
-            help="Leave out random eviction of the same size, which every policy is otherwise held against.",
-            rich_help_panel=options.POLICY,
-        ),
-    ] = False
+    out: Out
+    policy: Policies = None
+    no_random: NoRandom = False
     evict_every: options.EvictEvery = 16
     cache_dtype: options.CacheDtype = "auto"
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder.", rich_help_panel=_RUN)] = (
-        False
-    )
+    resume: Resume = False
     seed: Seed = 0
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Spread the items over processes, with Ray.", rich_help_panel=_RUN)
-    ] = False
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            "--ray-address", metavar="ADDRESS", help="Of a Ray cluster, instead of one here.", rich_help_panel=_RUN
-        ),
-    ] = None
-    ray_cpus: Annotated[
-        int, typer.Option("--ray-cpus", metavar="N", min=1, help="Processors per item.", rich_help_panel=_RUN)
-    ] = 1
-    ray_gpus: Annotated[
-        float, typer.Option("--ray-gpus", metavar="N", min=0, help="GPUs per item.", rich_help_panel=_RUN)
-    ] = 0.0
+    ray: Ray = False
+    ray_address: RayAddress = None
+    ray_cpus: RayCpus = 1
+    ray_gpus: RayGpus = 0.0
     model: options.Model = None
     dtype: options.Dtype = "auto"
     device: options.Device = None
@@ -106,18 +116,20 @@ class RunOptions:
         Raises:
             ConfigurationError: for a dtype, device or kernel that there is not, or where Ray is not installed.
         """
-        from headwise.eval.executor import Local
-        from headwise.eval.source import Source
-        from headwise.eval.spread import Spread
+        from headwise.eval.executor import LocalExecutor
+        from headwise.eval.model_source import ModelSource
+        from headwise.eval.ray_executor import RayExecutor
 
         check_kernel(self.kernel)
         dtype = None if parse_dtype(self.dtype) is None else self.dtype
-        spread = self.ray or self.ray_address is not None
-        if not spread:
+        ray = self.ray or self.ray_address is not None
+        if not ray:
             parse_device(self.device)
         rows = None if parse_dtype(self.cache_dtype) is None else self.cache_dtype
-        source = Source(self.model, dtype, self.device, self.kernel, self.evict_every, rows)
-        return Spread(source, self.ray_address, self.ray_cpus, self.ray_gpus) if spread else Local(source)
+        source = ModelSource(self.model, dtype, self.device, self.kernel, self.evict_every, rows)
+        if not ray:
+            return LocalExecutor(source)
+        return RayExecutor(source, self.ray_address, self.ray_cpus, self.ray_gpus)
 
 
 def with_run_options(act: Callable[[T, RunOptions], None]) -> Callable[[Callable[..., T]], Callable[..., None]]:

@@ -1,31 +1,28 @@
-"""Eval run: tasks, a lineup and the options of a run -> its results, with a bar while it runs, and words at its end."""
+"""Eval run: tasks, contenders and the options of a run -> its results, with a bar while it runs, shown at its end."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from headwise.cli.eval_options import RunOptions
 from headwise.cli.eval_tables import show_results
+from headwise.cli.exit_codes import INTERRUPTED
 from headwise.cli.invocation import command_line
 from headwise.cli.loading import quieten_loader
+from headwise.cli.progress import progress
 from headwise.cli.tables import message
 
 if TYPE_CHECKING:
-    from headwise.eval.lineup import Entry
-    from headwise.eval.run import Results, Tell
+    from headwise.eval.contenders import Contender
+    from headwise.eval.run import Results
     from headwise.eval.task import Task
 
-_INTERRUPTED = 130
 
-
-def carry_out(tasks: Sequence[Task], lineup: Sequence[Entry], given: RunOptions) -> Results:
+def run_tasks(tasks: Sequence[Task], contenders: Sequence[Contender], given: RunOptions) -> Results:
     """Run the tasks as the options say; what there is, when interrupted."""
     from headwise.eval.run import run
 
@@ -33,7 +30,9 @@ def carry_out(tasks: Sequence[Task], lineup: Sequence[Entry], given: RunOptions)
     quieten_loader()
     command = command_line()
     with progress() as tell:
-        return run(tasks, lineup, executor, given.out, seed=given.seed, command=command, resume=given.resume, tell=tell)
+        return run(
+            tasks, contenders, executor, given.out, seed=given.seed, command=command, resume=given.resume, tell=tell
+        )
 
 
 def present(results: Results, given: RunOptions) -> None:
@@ -44,17 +43,4 @@ def present(results: Results, given: RunOptions) -> None:
         show_results(results.to_dict())
     if results.interrupted:
         message(f"go on with --resume; what is finished lies in {given.out}\n")
-        raise typer.Exit(_INTERRUPTED)
-
-
-@contextmanager
-def progress() -> Iterator[Tell]:
-    """A bar on a terminal, and lines elsewhere; both on standard error."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done, total, what: message(f"{done} of {total}: {what}\n")
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        raise typer.Exit(INTERRUPTED)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from headwise.cli.tables import output, plain_table
+from headwise.cli.tables import facts_table, output, plain_table
 
 if TYPE_CHECKING:
     from headwise.eval.tables import Grid
@@ -35,9 +35,7 @@ def show_results(results: dict[str, Any]) -> None:
 
 def _setting(results: dict[str, Any]) -> Table:
     model, machine = results["model"], results["machine"]
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+    table = facts_table()
     table.add_row("model", f"{model['name']}, {model['dtype']}")
     table.add_row("machine", f"{machine.get('gpu', machine['processor'])}, threads: {machine['threads']}")
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items()))

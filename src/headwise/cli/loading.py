@@ -8,15 +8,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from headwise.errors import ConfigurationError
-from headwise.policies.words import in_bits, remembering
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from headwise.policies import Policy
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -78,22 +73,6 @@ def device_names() -> list[str]:
     return names
 
 
-def with_additions(policy: Policy, bits: str | None, less: bool, folder: Path | None) -> Policy:
-    """The policy with fewer bits, and with LESS where that or its kernels' folder is given.
-
-    Kernels are read before any model is.
-
-    Raises:
-        ConfigurationError: for bits that there are not.
-        InputError: when there are no kernels in the folder, or none came with headwise.
-    """
-    if bits is not None:
-        policy = in_bits(policy, bits)
-    if not less and folder is None:
-        return policy
-    return remembering(policy, "" if folder is None else str(folder)).read()
-
-
 def load(
     name: str | None, dtype: torch.dtype | None, device: torch.device | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -102,7 +81,7 @@ def load(
     Raises:
         ModelNotFoundError: when it cannot be found or read.
     """
-    from headwise import load_default_model, load_model
+    from headwise.hosts.transformers.models import load_default_model, load_model
 
     quieten_loader()
     if sys.stderr.isatty():

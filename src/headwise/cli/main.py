@@ -14,6 +14,7 @@ from headwise.cli.bench import bench
 from headwise.cli.compare import compare
 from headwise.cli.doctor import doctor
 from headwise.cli.eval import evaluations
+from headwise.cli.exit_codes import BAD_INPUT, BROKEN_PIPE, INTERRUPTED
 from headwise.cli.generate import generate
 from headwise.cli.invocation import words
 from headwise.cli.lm_eval import SETTINGS, lm_eval
@@ -23,10 +24,7 @@ from headwise.cli.results import results
 from headwise.cli.train_gate import train_gate
 from headwise.cli.train_less import train_less
 from headwise.errors import HeadwiseError
-
-_BAD_INPUT = 2
-_INTERRUPTED = 130
-_BROKEN_PIPE = 1
+from headwise.version import __version__
 
 # The base of typer's complaints about arguments, which has no public name.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
@@ -41,8 +39,6 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> bool:
     if wanted:
-        from headwise import __version__
-
         typer.echo(f"headwise {__version__}")
         raise typer.Exit
     return wanted
@@ -91,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # Whoever read the output has seen enough. Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = _BROKEN_PIPE
+        code = BROKEN_PIPE
     sys.exit(code)
 
 
@@ -99,19 +95,19 @@ def _run(arguments: list[str]) -> int:
     try:
         result = app(arguments, prog_name="headwise", standalone_mode=False)
     except HeadwiseError as error:
-        return _complain(str(error), _BAD_INPUT)
+        return _complain(str(error), BAD_INPUT)
     except _UsageError as error:
-        return _complain(error.format_message(), _BAD_INPUT)
+        return _complain(error.format_message(), BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
-        result = _INTERRUPTED
+        result = INTERRUPTED
     # Commands return nothing; a number is the exit code of one that left early.
     code = result if isinstance(result, int) else 0
-    return _complain("interrupted", code) if code == _INTERRUPTED else code
+    return _complain("interrupted", code) if code == INTERRUPTED else code
 
 
 def _complain(message: str, code: int) -> int:
     line = " ".join(message.split())
-    typer.echo(line if code == _INTERRUPTED else f"error: {line}", err=True)
+    typer.echo(line if code == INTERRUPTED else f"error: {line}", err=True)
     return code
 
 

@@ -11,7 +11,6 @@ from rich.text import Text
 
 from headwise.cli import options
 from headwise.cli.tables import output, plain_table
-from headwise.policies.words import DEFAULT_RECOVERY, plain
 
 if TYPE_CHECKING:
     from headwise.policies import Policy
@@ -37,6 +36,8 @@ def policies(json_output: options.Json = False) -> None:
 
 
 def _describe(name: str, policy: type[Policy]) -> dict[str, Any]:
+    from headwise.policies.words import DEFAULT_RECOVERY, plain
+
     parameters = []
     for field in fields(policy):  # type: ignore[arg-type]  # policies are dataclasses
         if not field.init:

@@ -65,14 +65,16 @@ def check_fit(model: PreTrainedModel, prompt_tokens: int, new_tokens: int = 0) -
     Raises:
         InputError: with the number that fits.
     """
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions is None or prompt_tokens + new_tokens <= positions:
+    from headwise.measure.model_info import positions
+
+    room = positions(model)
+    if room is None or prompt_tokens + new_tokens <= room:
         return
-    if prompt_tokens + min(new_tokens, 1) > positions:
-        raise InputError(f"the prompt has {prompt_tokens:,} tokens; the model has room for {positions:,} in all")
+    if prompt_tokens + min(new_tokens, 1) > room:
+        raise InputError(f"the prompt has {prompt_tokens:,} tokens; the model has room for {room:,} in all")
     raise InputError(
-        f"{new_tokens:,} new tokens do not fit: the prompt takes {prompt_tokens:,} of the model's {positions:,} "
-        f"positions; --max-new-tokens can be at most {positions - prompt_tokens:,}"
+        f"{new_tokens:,} new tokens do not fit: the prompt takes {prompt_tokens:,} of the model's {room:,} "
+        f"positions; --max-new-tokens can be at most {room - prompt_tokens:,}"
     )
 
 

@@ -11,24 +11,24 @@ from headwise.cli import options
 from headwise.cli.tables import message
 from headwise.errors import ConfigurationError
 
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the records are.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="FILE", help="Write here, not to standard output.", rich_help_panel=options.OUTPUT
+    ),
+]
+Add = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=DIR",
+        help="First copy the run in that folder to the records, without its texts and maps; may be repeated.",
+        rich_help_panel=options.INPUT,
+    ),
+]
 
-def results(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the records are.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", metavar="FILE", help="Write here, not to standard output.", rich_help_panel=options.OUTPUT
-        ),
-    ] = None,
-    add: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=DIR",
-            help="First copy the run in that folder to the records, without its texts and maps; may be repeated.",
-            rich_help_panel=options.INPUT,
-        ),
-    ] = None,
-) -> None:
+
+def results(folder: Folder, out: Out = None, add: Add = None) -> None:
     """Write the tables of all recorded runs as Markdown."""
     from headwise.eval.compare.published import publish, render_records
     from headwise.files import write_text

@@ -18,13 +18,20 @@ from headwise.cli.training import (
     Sequences,
     Shortest,
     Texts,
-    carry_out,
     check_lengths,
+    run_with_progress,
 )
+
+Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the gates go.", rich_help_panel=options.OUTPUT)]
+Width = Annotated[int, typer.Option(min=1, metavar="E", help="Hidden units of a gate.", rich_help_panel=TRAINING)]
+Epochs = Annotated[int, typer.Option(min=1, metavar="N", help="Passes over the tokens.", rich_help_panel=TRAINING)]
+Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens in a step.", rich_help_panel=TRAINING)]
+Rate = Annotated[float, typer.Option(min=0, metavar="X", help="Of AdamW, at its highest.", rich_help_panel=TRAINING)]
+Decay = Annotated[float, typer.Option(min=0, metavar="X", help="Of the weights.", rich_help_panel=TRAINING)]
 
 
 def train_gate(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the gates go.", rich_help_panel=options.OUTPUT)],
+    out: Out,
     text: Texts = None,
     model: options.Model = None,
     dtype: options.Dtype = "auto",
@@ -32,26 +39,20 @@ def train_gate(
     sequences: Sequences = 48,
     shortest: Shortest = 512,
     longest: Longest = 2048,
-    width: Annotated[
-        int, typer.Option(min=1, metavar="E", help="Hidden units of a gate.", rich_help_panel=TRAINING)
-    ] = 256,
-    epochs: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Passes over the tokens.", rich_help_panel=TRAINING)
-    ] = 8,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens in a step.", rich_help_panel=TRAINING)] = 512,
-    rate: Annotated[
-        float, typer.Option(min=0, metavar="X", help="Of AdamW, at its highest.", rich_help_panel=TRAINING)
-    ] = 3e-3,
-    decay: Annotated[float, typer.Option(min=0, metavar="X", help="Of the weights.", rich_help_panel=TRAINING)] = 0.01,
+    width: Width = 256,
+    epochs: Epochs = 8,
+    batch: Batch = 512,
+    rate: Rate = 3e-3,
+    decay: Decay = 0.01,
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
-    """Train the gates with which auto, recite and kvzip do without a repetition of the prompt.
+    """Train the gates with which auto, peak-attention and kvzip do without a repetition of the prompt.
 
     The model is frozen, and each layer is trained alone. What is captured lies in FOLDER/work until the end.
     """
-    from headwise.eval.text import read_documents
     from headwise.gate.checkpoint import save_gates
+    from headwise.measure.texts import read_documents
     from headwise.training.gate.one_layer import TrainingOptions
     from headwise.training.gate.run import GateRun, Recipe
 
@@ -61,7 +62,7 @@ def train_gate(
     loaded, tokenizer = load(model, parse_dtype(dtype), parse_device(device))
     recipe = Recipe(sequences, shortest, longest, training)
     run = GateRun(loaded, tokenizer, texts, recipe, out / "work", resume=resume)
-    gates = carry_out(run.run, out / "work")
+    gates = run_with_progress(run.run, out / "work")
     save_gates(gates, out)
     run.finish()
     _show(gates.about["layers"])

@@ -18,70 +18,78 @@ from headwise.cli.training import (
     Sequences,
     Shortest,
     Texts,
-    carry_out,
     check_lengths,
+    run_with_progress,
 )
 
 _POLICIES = ("fastgen:recovery=0.5", "h2o:heavy=0.025,recent=0.025", "streamingllm:window=0.05,within=true")
 
 
+Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the kernels go.", rich_help_panel=options.OUTPUT)]
+PolicySpecs = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SPEC",
+        help=f"What evicts; may be repeated, sequences take turns. Default: {', '.join(_POLICIES)}.",
+        rich_help_panel=options.POLICY,
+    ),
+]
+Start = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Kernels to start from, not random ones.", rich_help_panel=TRAINING),
+]
+Rows = Annotated[int, typer.Option(min=16, metavar="N", help="Tokens after each prompt.", rich_help_panel=TRAINING)]
+Features = Annotated[
+    int, typer.Option(min=1, metavar="R", help="Features: the size of the state.", rich_help_panel=TRAINING)
+]
+Width = Annotated[int, typer.Option(min=1, metavar="E", help="Hidden width of the kernels.", rich_help_panel=TRAINING)]
+Epochs = Annotated[
+    int,
+    typer.Option(
+        min=0, metavar="N", help="Passes over the sequences; 0 leaves this part out.", rich_help_panel=TRAINING
+    ),
+]
+Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Sequences in a step.", rich_help_panel=TRAINING)]
+Rate = Annotated[float, typer.Option(min=0, metavar="X", help="Of Adam, at the start.", rich_help_panel=TRAINING)]
+HalveEvery = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Epochs after which it is halved.", rich_help_panel=TRAINING)
+]
+TogetherEpochs = Annotated[
+    int,
+    typer.Option(
+        min=0, metavar="N", help="Then, passes in which all layers are trained at once.", rich_help_panel=TRAINING
+    ),
+]
+TogetherRate = Annotated[
+    float, typer.Option(min=0, metavar="X", help="Of Adam in those, at the start.", rich_help_panel=TRAINING)
+]
+StoreLimit = Annotated[
+    str, typer.Option(metavar="SIZE", help="What is captured may take on disk.", rich_help_panel=TRAINING)
+]
+
+
 def train_less(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the kernels go.", rich_help_panel=options.OUTPUT)],
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SPEC",
-            help=f"What evicts; may be repeated, sequences take turns. Default: {', '.join(_POLICIES)}.",
-            rich_help_panel=options.POLICY,
-        ),
-    ] = None,
+    out: Out,
+    policy: PolicySpecs = None,
     text: Texts = None,
     model: options.Model = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     sequences: Sequences = 160,
-    start: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Kernels to start from, not random ones.", rich_help_panel=TRAINING),
-    ] = None,
+    start: Start = None,
     shortest: Shortest = 256,
     longest: Longest = 2048,
-    rows: Annotated[
-        int, typer.Option(min=16, metavar="N", help="Tokens after each prompt.", rich_help_panel=TRAINING)
-    ] = 192,
-    features: Annotated[
-        int, typer.Option(min=1, metavar="R", help="Features: the size of the state.", rich_help_panel=TRAINING)
-    ] = 8,
-    width: Annotated[
-        int, typer.Option(min=1, metavar="E", help="Hidden width of the kernels.", rich_help_panel=TRAINING)
-    ] = 64,
-    epochs: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", help="Passes over the sequences; 0 leaves this part out.", rich_help_panel=TRAINING
-        ),
-    ] = 8,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences in a step.", rich_help_panel=TRAINING)] = 2,
-    rate: Annotated[
-        float, typer.Option(min=0, metavar="X", help="Of Adam, at the start.", rich_help_panel=TRAINING)
-    ] = 3e-3,
-    halve_every: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Epochs after which it is halved.", rich_help_panel=TRAINING)
-    ] = 2,
-    together: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", help="Then, passes in which all layers are trained at once.", rich_help_panel=TRAINING
-        ),
-    ] = 0,
-    together_rate: Annotated[
-        float, typer.Option(min=0, metavar="X", help="Of Adam in those, at the start.", rich_help_panel=TRAINING)
-    ] = 1e-3,
+    rows: Rows = 192,
+    features: Features = 8,
+    width: Width = 64,
+    epochs: Epochs = 8,
+    batch: Batch = 2,
+    rate: Rate = 3e-3,
+    halve_every: HalveEvery = 2,
+    together: TogetherEpochs = 0,
+    together_rate: TogetherRate = 1e-3,
     seed: Seed = 0,
-    store_limit: Annotated[
-        str,
-        typer.Option(metavar="SIZE", help="What is captured may take on disk.", rich_help_panel=TRAINING),
-    ] = "16GiB",
+    store_limit: StoreLimit = "16GiB",
     resume: Resume = False,
 ) -> None:
     """Train the kernels of LESS, with which a cache remembers what its policy evicts.
@@ -89,8 +97,8 @@ def train_less(
     The model is frozen. Each layer is trained alone by the error of its output; then, with --together, all at once by
     what the model says. What is captured lies in FOLDER/work until the end.
     """
-    from headwise.eval.text import read_documents
     from headwise.less.checkpoint import load_kernels, save_kernels
+    from headwise.measure.texts import read_documents
     from headwise.policies.words import parse_policy
     from headwise.training.less.jointly import JointOptions
     from headwise.training.less.one_layer import TrainingOptions
@@ -107,7 +115,7 @@ def train_less(
     where = parse_dtype(dtype), parse_device(device)
     loaded, tokenizer = load(model, *where)
     run = TrainingRun(loaded, tokenizer, policies, texts, recipe, out / "work", resume=resume, start=earlier)
-    kernels = carry_out(run.run, out / "work")
+    kernels = run_with_progress(run.run, out / "work")
     save_kernels(kernels, out)
     run.finish()
     _show(kernels.about["layers"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from headwise.cli import options
-from headwise.cli.eval_run import progress
+from headwise.cli.progress import progress
 from headwise.cli.tables import message
 from headwise.errors import ConfigurationError
 
@@ -54,7 +54,7 @@ def check_lengths(shortest: int, longest: int) -> None:
         raise ConfigurationError(f"the shortest prompt cannot be longer than the longest: {shortest} and {longest}")
 
 
-def carry_out(run: Callable[[Tell], Result], work: Path) -> Result:
+def run_with_progress(run: Callable[[Tell], Result], work: Path) -> Result:
     """Run it with a bar; an interruption says how to go on.
 
     Args:

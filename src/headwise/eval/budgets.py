@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 
 from headwise.errors import ConfigurationError
-from headwise.eval.stock import parse_stock
 from headwise.policies import Policy, list_policies
 from headwise.policies.size import Size, check_size
 from headwise.policies.words import parse_policy
@@ -17,8 +16,8 @@ _EVERYTHING = 1.0
 
 
 @dataclass(frozen=True)
-class Allotted:
-    """A policy and its room.
+class SizedPolicy:
+    """A policy at one of the sizes that were asked for.
 
     Attributes:
         spec: as it was given.
@@ -33,11 +32,11 @@ class Allotted:
     bytes: str | None = None
 
 
-def allot(spec: str, budgets: Sequence[str]) -> Iterator[Allotted]:
+def at_budgets(spec: str, budgets: Sequence[str]) -> Iterator[SizedPolicy]:
     """The policy at every budget; once, as it is, where it states its size or has none to set.
 
     Args:
-        spec: such as `snapkv`, or `snapkv:keep=0.25`, which states its size; or transformers' quantized cache.
+        spec: such as `snapkv`, or `snapkv:keep=0.25`, which states its size.
         budgets: tokens per KV head such as "512", shares of the prompt such as "0.25", or bytes such as "64MiB".
 
     Raises:
@@ -45,14 +44,14 @@ def allot(spec: str, budgets: Sequence[str]) -> Iterator[Allotted]:
     """
     policy = _without_size(spec) if budgets else None
     if policy is None:
-        yield Allotted(spec, spec, parse_stock(spec) or parse_policy(spec))
+        yield SizedPolicy(spec, spec, parse_policy(spec))
         return
     for text in (budget.strip() for budget in budgets):
         size, label = _read(text), f"{spec} at {text}"
         if isinstance(size, str):
-            yield Allotted(spec, label, policy, size)
+            yield SizedPolicy(spec, label, policy, size)
         else:
-            yield Allotted(spec, label, policy.with_keep(size))
+            yield SizedPolicy(spec, label, policy.with_keep(size))
 
 
 def split_specs(text: str) -> list[str]:

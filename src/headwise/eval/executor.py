@@ -7,26 +7,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headwise.bench.machine import describe_machine, describe_versions
-from headwise.bench.run import Subject as Described
-from headwise.eval.lineup import Entry
-from headwise.eval.record import Unit
-from headwise.eval.source import Source
-from headwise.eval.task import Item, Outcome, Subject, Task
-from headwise.policies import Policy
+from headwise.eval.cache_kinds import CacheKind
+from headwise.eval.contenders import Contender
+from headwise.eval.model_source import ModelSource
+from headwise.eval.run_folder import Unit
+from headwise.eval.task import Item, Measured, Subject, Task
+from headwise.measure.machine import describe_machine, describe_versions
+from headwise.measure.model_info import describe_model
 
 
 @dataclass(frozen=True)
 class Job:
-    """One item and the policies that it has not been measured under yet.
+    """One item and the contenders that it has not been measured with yet.
 
     Attributes:
-        kept: share of rows kept of it, by label of the policies that are finished.
+        kept: share of rows kept of it, by label of the contenders that are finished.
     """
 
     task: Task
     item: Item
-    entries: tuple[Entry, ...]
+    contenders: tuple[Contender, ...]
     kept: dict[str, float]
 
 
@@ -61,7 +61,7 @@ class Executor(ABC):
         """The units of all jobs, as they are finished."""
 
 
-class Local(Executor):
+class LocalExecutor(Executor):
     """Jobs in turn, in this process.
 
     Args:
@@ -69,7 +69,7 @@ class Local(Executor):
         subject: the model, where it is loaded already.
     """
 
-    def __init__(self, source: Source, subject: Subject | None = None) -> None:
+    def __init__(self, source: ModelSource, subject: Subject | None = None) -> None:
         self._source = source
         self._subject = subject
 
@@ -98,21 +98,21 @@ def prepare(subject: Subject, name: str, tasks: Sequence[Task]) -> Prepared:
         name: of the model.
     """
     items = {task.label: task.items(subject.tokenizer) for task in tasks}
-    model = Described(subject.model, subject.tokenizer).describe(name) | {"dtype": str(subject.model.dtype)}
+    model = describe_model(subject.model, name) | {"dtype": str(subject.model.dtype)}
     return Prepared(items, model, describe_machine(subject.model.device), describe_versions())
 
 
 def measure(subject: Subject, job: Job) -> Iterator[Unit]:
-    """One item under the policies of the job, in turn; what they are compared with is made once.
+    """One item with the contenders of the job, in turn; what they are compared with is made once.
 
-    Nor is a policy measured twice: what keeps as much has the same random eviction.
+    Nor is the same cache measured twice: what keeps as much has the same random eviction.
     """
     reference, kept = job.task.reference(subject, job.item), dict(job.kept)
-    outcomes: dict[Policy, Outcome] = {}
-    for entry in job.entries:
-        policy = entry.policy_for(subject.model, kept, subject.options.get("cache_dtype"))
-        if policy not in outcomes:
-            outcomes[policy] = job.task.measure(subject, job.item, policy, reference)
-        outcome = outcomes[policy]
-        kept[entry.label] = outcome.kept_ratio
-        yield Unit(job.task.label, job.item.key, entry.label, job.item.digest, outcome)
+    finished: dict[CacheKind, Measured] = {}
+    for contender in job.contenders:
+        kind = contender.cache_kind(subject.model, kept, subject.options.get("cache_dtype"))
+        if kind not in finished:
+            finished[kind] = job.task.measure(subject, job.item, kind, reference)
+        measured = finished[kind]
+        kept[contender.label] = measured.kept_ratio
+        yield Unit(job.task.label, job.item.key, contender.label, job.item.digest, measured)

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
+from headwise.eval.cache_kinds import CacheKind
 from headwise.eval.passages import Passages
-from headwise.eval.task import Item, Outcome, Subject
-from headwise.policies.base import Policy
+from headwise.eval.task import Item, Measured, Subject
 from headwise.types import Float, Int, Tensor
 
 
@@ -43,14 +43,14 @@ class Fidelity(Passages):
         return logits.float().log_softmax(dim=-1)
 
     def measure(
-        self, subject: Subject, item: Item, policy: Policy, reference: Float[Tensor, "steps vocabulary"]
-    ) -> Outcome:
+        self, subject: Subject, item: Item, kind: CacheKind, reference: Float[Tensor, "steps vocabulary"]
+    ) -> Measured:
         """Compress the context, and feed the rest."""
         ids = self.ids(subject, item)
-        context = subject.read(ids[:, : self.context], policy)
+        context = subject.read(ids[:, : self.context], kind)
         rows = subject.feed(context.cache, ids[:, self.context : -1]).float().log_softmax(dim=-1)
         metrics, nll = compare(reference, rows, ids[0, self.context + 1 :])
-        return context.outcome(metrics, nll=nll, document=item.data["document"], start=item.data["start"])
+        return context.measured(metrics, nll=nll, document=item.data["document"], start=item.data["start"])
 
 
 def compare(

@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from headwise.errors import ConfigurationError, InputError
 from headwise.eval.answers import MEASURES, check_answer
-from headwise.eval.greedy import agreement, continue_greedily
+from headwise.eval.cache_kinds import FULL_CACHE, CacheKind
+from headwise.eval.greedy import common_prefix, continue_greedily
 from headwise.eval.layouts import Layout, find_layout
 from headwise.eval.programs import Limits, check_can_run
-from headwise.eval.records import read_records
+from headwise.eval.prompt_file import read_records
 from headwise.eval.rouge import rouge_l
-from headwise.eval.task import Context, Item, Outcome, Query, Subject, Task
+from headwise.eval.task import Context, Item, Measured, Query, Subject, Task
 from headwise.files import read_text
-from headwise.policies import Full, Policy
 from headwise.policies.base import check_choice
 from headwise.policies.size import check_count
 
@@ -113,24 +113,24 @@ class Generation(Task):
             InputError: when the model has no room for the prompt and the new tokens.
         """
         subject.check_room(len(item.data["ids"]) + self.max_new_tokens)
-        return self._write(subject, item, Full())[1]
+        return self._write(subject, item, FULL_CACHE)[1]
 
-    def measure(self, subject: Subject, item: Item, policy: Policy, reference: list[int]) -> Outcome:
-        """What that policy writes, against the full cache and the file's answer."""
-        context, new = self._write(subject, item, policy)
+    def measure(self, subject: Subject, item: Item, kind: CacheKind, reference: list[int]) -> Measured:
+        """What is written with that cache, against the full cache and the file's answer."""
+        context, new = self._write(subject, item, kind)
         text, expected = (_decode(subject.tokenizer, item.data["ids"], ids) for ids in (new, reference))
         metrics = {
             "exact_match": float(new == reference),
-            "first_difference": float(agreement(new, reference)),
+            "first_difference": float(common_prefix(new, reference)),
             "rouge_l": rouge_l(text, expected),
         }
         if item.data["measure"] is not None:
             measure = MEASURES[item.data["measure"]]
             metrics[measure.metric] = measure.score(item.data, text)
-        return context.outcome(metrics, text=text, new_tokens=len(new))
+        return context.measured(metrics, text=text, new_tokens=len(new))
 
-    def _write(self, subject: Subject, item: Item, policy: Policy) -> tuple[Context, list[int]]:
-        context = subject.read(torch.tensor([item.data["ids"]]), policy)
+    def _write(self, subject: Subject, item: Item, kind: CacheKind) -> tuple[Context, list[int]]:
+        context = subject.read(torch.tensor([item.data["ids"]]), kind)
         return context, continue_greedily(subject, context, self.max_new_tokens)
 
     def _choose_measure(self, layout: Layout) -> str | None:

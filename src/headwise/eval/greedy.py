@@ -34,6 +34,6 @@ def _end_ids(subject: Subject) -> set[int]:
     return {int(end) for ends in stated if ends is not None for end in (ends if isinstance(ends, list) else [ends])}
 
 
-def agreement(one: Iterable[int], other: Iterable[int]) -> int:
+def common_prefix(one: Iterable[int], other: Iterable[int]) -> int:
     """How many tokens two texts have in common before the first in which they differ."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

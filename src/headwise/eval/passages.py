@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from headwise.errors import ConfigurationError
 from headwise.eval.task import Item, Subject, Task
-from headwise.eval.text import read_documents, take_passages
+from headwise.measure.texts import read_documents, take_passages
 from headwise.policies.size import check_count
 from headwise.types import Int, Tensor
 

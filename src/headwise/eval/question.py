@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from headwise.errors import ConfigurationError
-from headwise.eval.greedy import agreement, continue_greedily
-from headwise.eval.task import Context, Item, Outcome, Query, Subject, Task
-from headwise.policies.base import Policy
+from headwise.eval.cache_kinds import CacheKind
+from headwise.eval.greedy import common_prefix, continue_greedily
+from headwise.eval.task import Context, Item, Measured, Query, Subject, Task
 from headwise.policies.size import check_count
 from headwise.types import Int, Tensor
 
@@ -41,7 +41,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Asking(Task):
+class QuestionTask(Task):
     """A task of questions. Its metric `recall` is the share of what is expected that the greedy answer holds.
 
     Args:
@@ -89,16 +89,16 @@ class Asking(Task):
             for number, question in enumerate(self.questions(tokenizer))
         ]
 
-    def measure(self, subject: Subject, item: Item, policy: Policy, reference: None) -> Outcome:
+    def measure(self, subject: Subject, item: Item, kind: CacheKind, reference: None) -> Measured:
         """Compress the context, read what is left of the prompt, and answer greedily."""
         ids = torch.tensor([item.data["ids"]], device=subject.model.device)
         subject.check_room(ids.shape[-1] + item.data["limit"])
-        context = subject.read(ids[:, : item.data["context"]], policy)
+        context = subject.read(ids[:, : item.data["context"]], kind)
         asked = _ask(subject, context, ids[:, item.data["context"] :])
         new = continue_greedily(subject, asked, item.data["limit"])
         answer = str(subject.tokenizer.decode(new, skip_special_tokens=True))
         metrics = {"recall": found(item.data["expected"], answer)}
-        return context.outcome(metrics, answer=answer, expected=item.data["expected"], **item.data["details"])
+        return context.measured(metrics, answer=answer, expected=item.data["expected"], **item.data["details"])
 
     def _data(self, tokenizer: PreTrainedTokenizerBase, question: Question) -> dict[str, Any]:
         ids, context = encode_question(tokenizer, question)
@@ -125,7 +125,7 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, question: Question) -> t
     options = {"add_special_tokens": tokenizer.chat_template is None, "verbose": False}
     whole = list(tokenizer(text, **options)["input_ids"])
     before = list(tokenizer(text[: text.rindex(question.question)], **options)["input_ids"])
-    return whole, agreement(before, whole)
+    return whole, common_prefix(before, whole)
 
 
 def found(expected: Sequence[str], answer: str) -> float:

@@ -11,8 +11,8 @@ from typing import ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from headwise.errors import ConfigurationError
-from headwise.eval.question import Asking, Question
-from headwise.eval.text import plant, read_documents, take_passages
+from headwise.eval.question import Question, QuestionTask
+from headwise.measure.texts import plant, read_documents, take_passages
 
 # What facts are about: common words that no manual puts next to "secret number".
 PLACES = (
@@ -23,7 +23,7 @@ PLACES = (
 
 
 @dataclass(frozen=True)
-class Recall(Asking):
+class Recall(QuestionTask):
     """Facts at random depths in real text, one of which is asked for; the others are there to be mistaken for it.
 
     Args:

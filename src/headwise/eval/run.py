@@ -1,4 +1,4 @@
-"""Run: tasks, a lineup and a model -> every item under every policy, written down as it is finished, and a summary.
+"""Run: tasks, contenders and a model -> every item under every policy, written down as it is finished, and a summary.
 
 Item by item, so that what the policies are compared with is made once per item; every policy's size is known before
 random eviction has to have the same.
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import ConfigurationError
+from headwise.eval.contenders import Contender
 from headwise.eval.executor import Executor, Job, Prepared
-from headwise.eval.lineup import Entry
-from headwise.eval.record import Journal, Unit, write_unit
+from headwise.eval.run_folder import RunFolder, Unit, write_unit
 from headwise.eval.summary import summarise
 from headwise.eval.task import Item, Task
 
@@ -28,7 +28,7 @@ class Results:
 
     Attributes:
         header: what the run is.
-        units: finished ones, in the order of tasks, items and lineup.
+        units: finished ones, in the order of tasks, items and contenders.
         summaries: one per task.
         interrupted: whether units are missing.
     """
@@ -46,7 +46,7 @@ class Results:
 
 def run(
     tasks: Sequence[Task],
-    lineup: Sequence[Entry],
+    contenders: Sequence[Contender],
     executor: Executor,
     out: Path,
     *,
@@ -59,7 +59,7 @@ def run(
 
     Args:
         tasks: with different labels.
-        lineup: from `line_up`.
+        contenders: from `make_contenders`.
         executor: where the model is.
         out: folder for the records.
         seed: of the bootstrap.
@@ -75,53 +75,55 @@ def run(
     labels = [task.label for task in tasks]
     if len(set(labels)) < len(labels):
         raise ConfigurationError(f"two tasks have the same name; the tasks are: {'; '.join(labels)}")
-    journal = Journal(out, resume)
+    run_folder = RunFolder(out, resume)
     prepared = executor.prepare(tasks)
-    header, units = journal.begin({"command": command} | _header(tasks, lineup, executor, prepared, seed))
-    total = sum(map(len, prepared.items.values())) * len(lineup)
+    header, units = run_folder.begin({"command": command} | _header(tasks, contenders, executor, prepared, seed))
+    total = sum(map(len, prepared.items.values())) * len(contenders)
     tell(len(units), total, "resumed" if resume else "started")
-    jobs = list(_jobs(tasks, lineup, prepared, units))
+    jobs = list(_jobs(tasks, contenders, prepared, units))
     interrupted = False
     try:
-        with journal.writer() as file:
+        with run_folder.writer() as file:
             for unit in executor.measure(jobs):
                 write_unit(file, unit)
                 units.append(unit)
                 tell(len(units), total, f"{unit.task}: {unit.policy}")
     except KeyboardInterrupt:
         interrupted = True
-    units = _in_order(units, tasks, lineup, prepared)
-    results = Results(header, units, summarise(tasks, lineup, units, seed), interrupted)
-    journal.finish(results.to_dict())
+    units = _in_order(units, tasks, contenders, prepared)
+    results = Results(header, units, summarise(tasks, contenders, units, seed), interrupted)
+    run_folder.finish(results.to_dict())
     return results
 
 
 def _jobs(
-    tasks: Sequence[Task], lineup: Sequence[Entry], prepared: Prepared, finished: Iterable[Unit]
+    tasks: Sequence[Task], contenders: Sequence[Contender], prepared: Prepared, finished: Iterable[Unit]
 ) -> Iterator[Job]:
-    done = {unit.key: unit.outcome.kept_ratio for unit in finished}
+    done = {unit.key: unit.measured.kept_ratio for unit in finished}
     for task in tasks:
         for item in prepared.items[task.label]:
-            keys = {entry.label: (task.label, item.key, entry.label) for entry in lineup}
+            keys = {each.label: (task.label, item.key, each.label) for each in contenders}
             kept = {label: done[key] for label, key in keys.items() if key in done}
-            entries = tuple(entry for entry in lineup if entry.label not in kept)
-            if entries:
-                yield Job(task, item, entries, kept)
+            left = tuple(each for each in contenders if each.label not in kept)
+            if left:
+                yield Job(task, item, left, kept)
 
 
-def _in_order(units: Sequence[Unit], tasks: Sequence[Task], lineup: Sequence[Entry], prepared: Prepared) -> list[Unit]:
+def _in_order(
+    units: Sequence[Unit], tasks: Sequence[Task], contenders: Sequence[Contender], prepared: Prepared
+) -> list[Unit]:
     found = {unit.key: unit for unit in units}
-    keys = ((t.label, item.key, e.label) for t in tasks for item in prepared.items[t.label] for e in lineup)
+    keys = ((t.label, item.key, e.label) for t in tasks for item in prepared.items[t.label] for e in contenders)
     return [found[key] for key in keys if key in found]
 
 
 def _header(
-    tasks: Sequence[Task], lineup: Sequence[Entry], executor: Executor, prepared: Prepared, seed: int
+    tasks: Sequence[Task], contenders: Sequence[Contender], executor: Executor, prepared: Prepared, seed: int
 ) -> dict[str, Any]:
     return {
         "configuration": {
             "tasks": [_describe_task(task) for task in tasks],
-            "lineup": [entry.describe() for entry in lineup],
+            "lineup": [contender.describe() for contender in contenders],
             "source": executor.describe(),
             "seed": seed,
         },

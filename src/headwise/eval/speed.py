@@ -9,12 +9,11 @@ from typing import ClassVar
 import torch
 from transformers import Cache
 
-from headwise.bench.measure import turns
+from headwise.eval.cache_kinds import FULL_CACHE, CacheKind
 from headwise.eval.kept import describe_kept
 from headwise.eval.passages import Passages
-from headwise.eval.task import Context, Item, Outcome, Subject
-from headwise.policies.base import Policy
-from headwise.policies.full import Full
+from headwise.eval.task import Context, Item, Measured, Subject
+from headwise.measure.turns import turns
 from headwise.policies.size import check_count
 from headwise.types import Int, Tensor
 from headwise.units import clock
@@ -47,12 +46,12 @@ class Speed(Passages):
     def reference(self, subject: Subject, item: Item) -> Context:
         """The context in a full cache."""
         subject.check_room(self.context + (self.rounds + 1) * _per_round(subject))
-        return subject.read(self.ids(subject, item)[:, : self.context], Full())
+        return subject.read(self.ids(subject, item)[:, : self.context], FULL_CACHE)
 
-    def measure(self, subject: Subject, item: Item, policy: Policy, reference: Context) -> Outcome:
+    def measure(self, subject: Subject, item: Item, kind: CacheKind, reference: Context) -> Measured:
         """Compress the context, and let the two caches take turns."""
         ids, per_round = self.ids(subject, item), _per_round(subject)
-        context = subject.read(ids[:, : self.context], policy)
+        context = subject.read(ids[:, : self.context], kind)
         pair = {"full": reference.cache, "ours": context.cache}
         seconds: dict[str, list[float]] = {name: [] for name in pair}
         # Where there are more rounds than text, that begins anew.
@@ -61,7 +60,7 @@ class Speed(Passages):
         for number, tokens in enumerate(fed.split(per_round, dim=1)):
             for name in turns(list(pair), number):
                 seconds[name].append(_decode(subject, pair[name], tokens))
-        # As the next policy must find it.
+        # As the next cache must find it.
         with torch.inference_mode():
             reference.cache.crop(-fed.shape[1])
         full, ours = (rounds[1:] for rounds in seconds.values())
@@ -69,7 +68,7 @@ class Speed(Passages):
             "tokens_per_second": median(per_round / taken for taken in ours),
             "speedup": median(theirs / taken for theirs, taken in zip(full, ours, strict=True)),
         }
-        return context.outcome(metrics, rounds=ours, full_rounds=full, kept=describe_kept(context.report))
+        return context.measured(metrics, rounds=ours, full_rounds=full, kept=describe_kept(context.report))
 
 
 def _per_round(subject: Subject) -> int:

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from headwise.errors import ConfigurationError
 from headwise.eval.haystack import made_words, noise, token_count, word_list, zipf_words
-from headwise.eval.question import Asking, Question
-from headwise.eval.text import plant
+from headwise.eval.question import Question, QuestionTask
+from headwise.measure.texts import plant
 from headwise.policies.base import check_choice
 from headwise.policies.size import check_count
 
@@ -25,7 +25,7 @@ _COMMON, _FREQUENT = 10, 3
 
 
 @dataclass(frozen=True)
-class Synthetic(Asking):
+class Synthetic(QuestionTask):
     """Questions about made-up text.
 
     Args:

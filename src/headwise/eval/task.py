@@ -14,9 +14,8 @@ import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.errors import InputError
-from headwise.eval.stock import StockQuantized
-from headwise.hosts.transformers.cache import HeadwiseCache
-from headwise.policies.base import Policy
+from headwise.eval.cache_kinds import CacheKind
+from headwise.measure.model_info import positions
 from headwise.report.report import Report
 from headwise.types import Float, Int, Tensor
 
@@ -42,8 +41,8 @@ class Item:
 
 
 @dataclass
-class Outcome:
-    """What was found out about one item under one policy.
+class Measured:
+    """What was found out about one item with one kind of cache.
 
     Attributes:
         metrics: by name; tables show their mean over the items.
@@ -81,26 +80,19 @@ class Subject:
         Raises:
             InputError: with both numbers.
         """
-        positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if positions is not None and tokens > positions:
-            raise InputError(f"{tokens:,} tokens do not fit into the model's {positions:,} positions; take fewer")
+        room = positions(self.model)
+        if room is not None and tokens > room:
+            raise InputError(f"{tokens:,} tokens do not fit into the model's {room:,} positions; take fewer")
 
-    def read(self, ids: Int[Tensor, "b t"], policy: Policy) -> Context:
-        """Read a context into a new cache and compress it."""
+    def read(self, ids: Int[Tensor, "b t"], kind: CacheKind) -> Context:
+        """Read a context into a new cache of that kind and compress it."""
         length = ids.shape[-1]
-        # Its length is told, or a question that follows would be taken for the rest of it.
-        cache = (
-            policy.cache(self.model)
-            if isinstance(policy, StockQuantized)
-            else HeadwiseCache(self.model, policy, tokenizer=self.tokenizer, prompt_tokens=length, **self.options)
-        )
+        cache = kind.make(self.model, self.tokenizer, length, self.options)
         started = time.perf_counter()
         with torch.inference_mode():
             output = self.model(input_ids=ids.to(self.model.device), past_key_values=cache, logits_to_keep=1)
         seconds = time.perf_counter() - started
-        # The kind of the cache follows from the policy.
-        report = policy.report(self.model, cache, length) if isinstance(policy, StockQuantized) else cache.report()
-        return Context(cache, report, seconds, output.logits[:, -1].float())
+        return Context(cache, kind.report(self.model, cache, length), seconds, output.logits[:, -1].float())
 
     def feed(self, cache: Cache, ids: Int[Tensor, "1 t"]) -> Float[Tensor, "t vocabulary"]:
         """Logits of tokens that follow what the cache holds, as if they had come one at a time.
@@ -128,10 +120,10 @@ class Context:
     seconds: float
     logits: Float[Tensor, "b vocabulary"]
 
-    def outcome(self, metrics: dict[str, float], **details: Any) -> Outcome:
+    def measured(self, metrics: dict[str, float], **details: Any) -> Measured:
         """Those metrics, with what the compression took and left."""
         report = self.report
-        return Outcome(
+        return Measured(
             metrics=metrics,
             kept_ratio=report.kept_ratio,
             used_bytes=report.used_bytes,
@@ -143,7 +135,7 @@ class Context:
 
 
 class Task(ABC):
-    """Something that can be measured under any policy. Subclasses are frozen dataclasses: their options.
+    """Something that can be measured with any kind of cache. Subclasses are frozen dataclasses: their options.
 
     Attributes:
         name: as the command line and the records have it.
@@ -177,9 +169,9 @@ class Task(ABC):
         """
 
     def reference(self, subject: Subject, item: Item) -> Any:
-        """What the policies are compared with, made once per item; None where nothing is."""
+        """What all caches are compared with, made once per item; None where nothing is."""
         return None
 
     @abstractmethod
-    def measure(self, subject: Subject, item: Item, policy: Policy, reference: Any) -> Outcome:
-        """One item under one policy, which may be `Full`."""
+    def measure(self, subject: Subject, item: Item, kind: CacheKind, reference: Any) -> Measured:
+        """One item with one kind of cache, which may be the full one."""

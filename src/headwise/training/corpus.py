@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from headwise.eval.text import Document
+    from headwise.measure.texts import Document
 
 
 class Corpus:

@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from headwise.bench.picture import COLOURS, MARKERS
 from headwise.eval.compare.points import Panel, Point
-from headwise.eval.lineup import RANDOM
+from headwise.eval.contenders import RANDOM
 from headwise.files import whole_file
+from headwise.measure.plot_style import COLOURS, MARKERS
 from headwise.units import format_bytes
 
 _INK, _PALE_INK, _RANDOM_INK, _LINE = "#222222", "#666666", "#8A8A8A", "#E6E6E6"

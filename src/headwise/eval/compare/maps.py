@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from headwise.eval.compare.curves import fold
+from headwise.eval.contenders import FULL, RANDOM
 from headwise.eval.kept import rebuild_report
-from headwise.eval.lineup import FULL, RANDOM
 from headwise.eval.speed import Speed
 from headwise.files import whole_file
 from headwise.report.picture import save_map

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from headwise.eval.lineup import FULL, RANDOM
+from headwise.eval.contenders import FULL, RANDOM
 from headwise.eval.speed import Speed
 from headwise.eval.tables import QUERIES
 
@@ -87,10 +87,10 @@ def _panel(results: dict[str, Any], summary: dict[str, Any], costs: dict[str, fl
         for row, front in zip(rows, pareto_front(pairs), strict=True)
     }
     by_size = sorted(rows, key=lambda row: row["used_bytes"])
-    lineup = {entry["label"]: entry["series"] for entry in results["configuration"]["lineup"]}
-    # In the order of the lineup, and random eviction behind all others: pictures of all tasks have the same colours.
-    names = sorted(dict.fromkeys(lineup.values()), key=lambda name: name == RANDOM)
-    series = {name: [points[row["policy"]] for row in by_size if lineup[row["policy"]] == name] for name in names}
+    series_of = {entry["label"]: entry["series"] for entry in results["configuration"]["lineup"]}
+    # In the order of the contenders, and random eviction last: pictures of all tasks have the same colours.
+    names = sorted(dict.fromkeys(series_of.values()), key=lambda name: name == RANDOM)
+    series = {name: [points[row["policy"]] for row in by_size if series_of[row["policy"]] == name] for name in names}
     (full,) = series.pop(FULL) or (None,)
     title = f"{summary['title']}, {QUERIES[summary['query']]}".rstrip(", ")
     return Panel(title, primary, summary["higher_is_better"], series, full)

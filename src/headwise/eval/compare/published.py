@@ -10,7 +10,7 @@ from typing import Any
 
 from headwise.errors import InputError
 from headwise.eval.compare.page import make_environment
-from headwise.eval.record import RESULTS, write_json
+from headwise.eval.run_folder import RESULTS, write_json
 from headwise.eval.setting import describe_setting
 from headwise.eval.tables import LEGEND, make_grids
 

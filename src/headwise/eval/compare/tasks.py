@@ -28,7 +28,7 @@ class Workload:
         context: tokens that are compressed.
         steps: tokens that are then fed, where text is continued.
         items: passages of every text, questions, and prompts at the most.
-        new_tokens: of an answer to a question, as for `Asking`.
+        new_tokens: of an answer to a question, as for `QuestionTask`.
         rounds: that speed is timed in.
         prompts: file of `generation`.
         seed: of all that is drawn.

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headwise import __version__
-from headwise.eval.text import Document
 from headwise.gate.gate import Gates, LayerGate
+from headwise.measure.texts import Document
 from headwise.training.corpus import Corpus
 from headwise.training.gate.capture import ScoredPrompt, layers_in, read_scores, record_scores, write_scores
 from headwise.training.gate.one_layer import TrainingOptions, train
 from headwise.training.passages import draw_passages
 from headwise.training.run import Tell, begin_run, layer_file, load_layer, model_name, save_layer
+from headwise.version import __version__
 from headwise.weights import sample_weights
 
 if TYPE_CHECKING:

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headwise import __version__
 from headwise.errors import ConfigurationError
-from headwise.eval.text import Document
 from headwise.hosts.transformers.cache import HeadwiseCache
 from headwise.hosts.transformers.model_facts import output_projections, read_facts
 from headwise.less.checkpoint import check_kernels
 from headwise.less.features import LayerFeatures, LessKernels
+from headwise.measure.texts import Document
 from headwise.policies.base import Policy
 from headwise.policies.less import Less
 from headwise.stages.config import LayerConfig
@@ -36,6 +35,7 @@ from headwise.training.less.trace import trace_bytes
 from headwise.training.passages import Passage, draw_passages
 from headwise.training.run import Tell, begin_run, layer_file, load_layer, model_name, save_layer
 from headwise.types import Int, Tensor
+from headwise.version import __version__
 from headwise.weights import sample_weights
 
 if TYPE_CHECKING:

@@ -1,0 +1,87 @@
+"""Cache request: options about policy and cache -> a request, checked before any model is loaded -> the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from headwise.cli.loading import check_kernel, parse_dtype
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from headwise.hosts.transformers.cache import HeadwiseCache
+    from headwise.policies import Policy
+
+
+@dataclass(frozen=True)
+class CacheRequest:
+    """What a `HeadwiseCache` is made of, beside the model.
+
+    Attributes:
+        budget: room for the prompt; None for what the policy says.
+        rows: dtype of exact rows; None for the model's.
+    """
+
+    policy: Policy
+    budget: int | float | str | None
+    kernel: str
+    rows: torch.dtype | None
+    evict_every: int
+
+    def make(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int | None = None
+    ) -> HeadwiseCache:
+        """The cache.
+
+        Args:
+            prompt_tokens: where the prompt comes in pieces, of how many tokens it is.
+        """
+        from headwise.hosts.transformers.cache import HeadwiseCache
+
+        return HeadwiseCache(
+            model,
+            self.policy,
+            tokenizer=tokenizer,
+            prompt_tokens=prompt_tokens,
+            kernel=self.kernel,
+            evict_every=self.evict_every,
+            budget=self.budget,
+            cache_dtype=self.rows,
+        )
+
+
+def read_cache_request(
+    policy: str,
+    recovery: float | None,
+    settings: Sequence[str] | None,
+    budget: str | None,
+    bits: str | None,
+    less: bool,
+    less_kernels: Path | None,
+    kernel: str,
+    cache_dtype: str,
+    evict_every: int = 16,
+) -> CacheRequest:
+    """The options of the command line, in their own types.
+
+    Kernels of LESS are read here, before any model is.
+
+    Raises:
+        ConfigurationError: for a word or number that cannot be.
+        InputError: when there are no kernels of LESS in the folder, or none came with headwise.
+    """
+    from headwise.policies.words import build_policy, in_bits, read_budget, remembering
+
+    chosen = build_policy(policy, recovery, settings or (), budgeted=budget is not None)
+    if bits is not None:
+        chosen = in_bits(chosen, bits)
+    if less or less_kernels is not None:
+        chosen = remembering(chosen, "" if less_kernels is None else str(less_kernels)).read()
+    room = None if budget is None else read_budget(budget)
+    check_kernel(kernel)
+    return CacheRequest(chosen, room, kernel, parse_dtype(cache_dtype), evict_every)
