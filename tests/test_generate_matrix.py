@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -73,10 +72,7 @@ def run(family, mode, policy):
     # The look-up prompt is found with stock attention, before headwise is attached.
     models.lookup_prompt(models.shared(family))
     options = {"prompt_tokens": PROMPT} if mode == "chunked" and policy != "full" else {}
-    # Every model and every mode once with the shapes checked.
-    checked = policy == "fastgen-exact" and (family == "llama" or mode == "padded")
-    with contextlib.nullcontext() if checked else models.unchecked_shapes():
-        return run_once(family, MODES[mode], policy, **options)
+    return run_once(family, MODES[mode], policy, **options)
 
 
 def run_once(family, mode, policy, **options):
@@ -279,8 +275,7 @@ def test_a_row_of_a_batch_is_what_the_prompt_gives_alone(family, policy, mode):
 
 
 def generate_alone(family, policy, ids):
-    with models.unchecked_shapes():
-        return run_once(family, lambda model, cache: models.generate(model, ids, cache), policy)
+    return run_once(family, lambda model, cache: models.generate(model, ids, cache), policy)
 
 
 @pytest.mark.parametrize("policy", EVICTING)

@@ -21,7 +21,7 @@ from headwise.stages.layer import LayerCache
 from headwise.stages.token_log import Transcript
 from headwise.types import LogitOptions
 from less_oracle import Witness, close, draw, kernels_of, networks_of, use_less_oracle, watch
-from models import MIXED, MODES, unchecked_shapes
+from models import MIXED, MODES
 from oracle import rows_of
 from test_every_policy import EVERY
 from test_graph import NeverWaits, traced
@@ -30,13 +30,6 @@ from test_oracle import play
 TOKENIZER = tiny.tokenizer()
 REFERENCE = choose("reference", torch.device("cpu"))
 SMALL, SCORED = headwise.StreamingLLM(window=5, sinks=4), headwise.H2O(heavy=4, recent=5)
-
-
-@pytest.fixture(autouse=True)
-def quick():
-    """Shapes are checked where the parts are tested, and the command line."""
-    with unchecked_shapes():
-        yield
 
 
 def remembering(model, policy, networks=None, **options):
