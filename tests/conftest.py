@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from collections import Counter
+from pathlib import Path
 
 # Before triton is imported: its kernels run on the CPU, in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -48,36 +51,52 @@ def kernels(request):
     return choose(request.param, torch.device("cpu"))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    """Say which tests stay together where they are spread over processes (`--dist loadgroup`).
+# Which tests stay together where they are spread over processes. `xdist_group` marks would say it too, but pytest-xdist
+# 3.8 does not see them under pytest 9.2, and says nothing.
+
+
+def together(nodeid):
+    """The name of what a test shares with others; a test that shares nothing is alone.
 
     What is slow to make is made once: the default model, the tiny models of a family with what they generated, and
-    fixtures of a module. All other tests go wherever there is time, and come last, to fill what the groups leave.
+    the fixtures of a module.
     """
+    path, _, case = nodeid.partition("::")
+    if path.endswith("test_default_model.py"):
+        return DEFAULT_MODEL
+    family = next((each for each in case.partition("[")[2].rstrip("]").split("-") if each in _FAMILIES), None)
+    if family is not None:
+        return f"{path} {family}"
+    return path if path.startswith("tests/bench/") or _has_shared_fixtures(path) else nodeid
+
+
+ROOT = Path(__file__).parent.parent
+DEFAULT_MODEL = "the default model"
+# First parts of their names: "gpt" is that of three, which does no harm.
+_FAMILIES = {"llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt2", "gpt"}
+
+
+@functools.cache
+def _has_shared_fixtures(path):
+    return re.search(r'scope="(module|session)"', (ROOT / path).read_text(encoding="utf-8")) is not None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """The default model first, because it takes longest; then what stays together; single tests fill what is left."""
     if not hasattr(config, "workerinput"):
         return
-    names = {item: _group(item) for item in items}
-    for item, name in names.items():
-        if name is not None:
-            item.add_marker(pytest.mark.xdist_group(name))
-    sizes = Counter(names.values())
-    # The default model takes longest; then the larger groups, each in one piece.
-    items.sort(key=lambda item: _place(names[item], sizes))
+    groups = {item: together(item.nodeid) for item in items}
+    sizes = Counter(groups.values())
+    items.sort(key=lambda item: (groups[item] != DEFAULT_MODEL, sizes[groups[item]] == 1, -sizes[groups[item]]))
 
 
-def _group(item):
-    if item.get_closest_marker("model"):
-        return "default model"
-    given = item.callspec.params if hasattr(item, "callspec") else {}
-    if "family" in given:
-        return f"{item.path.name} {given['family']}"
-    fixtures = item._fixtureinfo.name2fixturedefs.values()
-    ours = [fixture for each in fixtures for fixture in each if fixture.baseid.startswith("tests")]
-    return item.path.name if any(fixture.scope != "function" for fixture in ours) else None
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
 
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return together(nodeid)
 
-def _place(name, sizes):
-    if name is None:
-        return 2, 0, ""
-    return name != "default model", -sizes[name], name
+    return Together(config, log)
