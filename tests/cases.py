@@ -1,4 +1,4 @@
-"""Cases: the axes of a test -> the combinations it runs: such that every two values meet, or all of them."""
+"""Cases: the axes of a test -> the combinations it runs: all, or such that every value or every two values occur."""
 
 from __future__ import annotations
 
@@ -22,8 +22,22 @@ def pairwise(indirect=(), **axes):
         indirect: axes that are the parameters of fixtures of that name; the test need not take them.
         axes: a list of values each.
     """
+    return _parametrized(indirect, axes, rows)
+
+
+def singly(indirect=(), **axes):
+    """The same with as few cases as the longest axis has values: the others take turns."""
+    return _parametrized(indirect, axes, lambda sizes: turns(sizes) if not EVERYTHING else rows(sizes))
+
+
+def turns(sizes):
+    """Combinations in which every index occurs."""
+    return [tuple(i % size for size in sizes) for i in range(max(sizes))]
+
+
+def _parametrized(indirect, axes, choose):
     values = [list(axis) for axis in axes.values()]
-    cases = [[axis[i] for axis, i in zip(values, case, strict=True)] for case in rows([len(v) for v in values])]
+    cases = [[axis[i] for axis, i in zip(values, case, strict=True)] for case in choose([len(v) for v in values])]
     parametrized = pytest.mark.parametrize(list(axes), cases, indirect=list(indirect), ids=str)
 
     def mark(test):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cases import pairwise, rows
+from cases import pairwise, rows, turns
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6))
@@ -20,6 +20,13 @@ def test_every_two_values_meet(sizes):
     assert {len(row) for row in found} == {len(sizes)}
     assert len(set(found)) == len(found) <= math.prod(sizes)
     assert found == rows(sizes, everything=False)
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6))
+def test_every_value_has_its_turn(sizes):
+    found = turns(sizes)
+    assert len(found) == max(sizes)
+    assert [len(set(column)) for column in zip(*found, strict=True)] == sizes
 
 
 def test_few_cases_are_enough():
