@@ -292,6 +292,17 @@ class _Served(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
         raise OSError(path)
 
 
+class _Examples:
+    """A plugin of pytest: the same examples of hypothesis each time, and none made smaller, which takes minutes."""
+
+    def pytest_collection(self) -> None:
+        from hypothesis import Phase, settings
+
+        phases = (Phase.explicit, Phase.generate)
+        settings.register_profile("mutants", deadline=None, derandomize=True, database=None, phases=phases)
+        settings.load_profile("mutants")
+
+
 def warm_up() -> None:
     """Import what every child needs, but nothing of the package, and start no thread: children are forked off."""
     os.environ["TRITON_INTERPRET"] = "1"
@@ -388,7 +399,7 @@ def _test(tests: list[str], said: Any, text: tuple[Path, str] | None, library: P
             "--rootdir",
             str(ROOT),
         ]
-        code = int(pytest.main([*plain, *tests]))
+        code = int(pytest.main([*plain, *tests], plugins=[_Examples()]))
         sys.stdout.flush()
     except BaseException as error:
         os.write(2, repr(error).encode())
