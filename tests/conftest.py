@@ -67,7 +67,8 @@ def together(nodeid):
     family = next((each for each in case.partition("[")[2].rstrip("]").split("-") if each in _FAMILIES), None)
     if family is not None:
         return f"{path} {family}"
-    return path if path.startswith("tests/bench/") or _has_shared_fixtures(path) else nodeid
+    shared = _has_shared_fixtures(path) or _has_shared_fixtures(str(Path(path).with_name("conftest.py")))
+    return path if shared else nodeid
 
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +79,8 @@ _FAMILIES = {"llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt2", "gp
 
 @functools.cache
 def _has_shared_fixtures(path):
-    return re.search(r'scope="(module|session)"', (ROOT / path).read_text(encoding="utf-8")) is not None
+    text = (ROOT / path).read_text(encoding="utf-8") if (ROOT / path).is_file() else ""
+    return re.search(r'scope="(module|session)"', text) is not None
 
 
 @pytest.hookimpl(trylast=True)
