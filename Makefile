@@ -10,20 +10,29 @@ OLD_VENV := .venv-oldest
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Tests whose subject is transformers' side of the contract; they also run on the oldest release.
-CONTRACT_TESTS := tests/test_generate_matrix.py tests/test_contract.py tests/test_persistence.py tests/test_oracle.py
+CONTRACT_TESTS := tests/test_generate_matrix.py tests/test_contract.py tests/test_persistence.py
+# Two processes; tests that share a model or a fixture stay together (tests/conftest.py says which).
+PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --durations=30
+SHAPES := --jaxtyping-packages=headwise,beartype.beartype
 
-.PHONY: demo test test-oldest check format results model clean
+.PHONY: demo test test-all test-oldest check format results model clean
 
 demo: model
 	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
 	$(BIN)/headwise generate --file - --prompt "What does this text explain?" \
 		--policy fastgen --recovery 0.95 --max-new-tokens 120 --png headwise-demo.png
 
+# Shapes are checked in a run of its own: the rest would take twice as long with the package instrumented.
 test: model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) -m "not shapes"
+	$(BIN)/python -m pytest $(PARALLEL) -m shapes $(SHAPES)
+
+# For a release: every case of every product of parameters, and every shape checked.
+test-all: model
+	HEADWISE_ALL_CASES=1 $(BIN)/python -m pytest $(PARALLEL) $(SHAPES)
 
 test-oldest: $(OLD_VENV)/.ready
-	$(OLD_VENV)/bin/python -m pytest $(CONTRACT_TESTS)
+	$(OLD_VENV)/bin/python -m pytest $(PARALLEL) -m "not own" $(CONTRACT_TESTS)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

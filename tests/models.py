@@ -230,7 +230,7 @@ class WatchedCache(HeadwiseCache):
 
 @contextlib.contextmanager
 def unchecked_shapes():
-    """Without jaxtyping's checks, which take most of the time of models this small."""
+    """Without the checks of shapes, where a run has them; they take most of the time of models this small."""
     jaxtyping_config.update("jaxtyping_disable", True)
     try:
         yield

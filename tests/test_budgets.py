@@ -15,7 +15,6 @@ import tiny
 from headwise.errors import ConfigurationError
 from headwise.stages import compact
 from headwise.units import parse_bytes
-from models import unchecked_shapes
 
 LONG, SHORT = 61, 40
 
@@ -33,13 +32,6 @@ def example(name):
     names = {field.name: field.default for field in fields(headwise.list_policies()[name])}
     given = {each: 0.5 for each, default in names.items() if default is MISSING or each == "recovery"}
     return headwise.create_policy(name, **given, **({"window": 4} if names.get("window") == 64 else {}))
-
-
-@pytest.fixture(autouse=True)
-def quick():
-    """Shapes are checked elsewhere."""
-    with unchecked_shapes():
-        yield
 
 
 def read(policy):

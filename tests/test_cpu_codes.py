@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 
+from cases import pairwise
 from headwise.kernels import reference
 from headwise.kernels.cpu import backend as cpu
 from headwise.kernels.interface import Coding
@@ -14,7 +14,7 @@ from headwise.quant.formats import RowFormat
 from headwise.store.rows import Rows
 from headwise.types import LogitOptions
 from kernel_calls import add_increments, coded_like, ragged_decode
-from test_cpu_kernels import CPU, DTYPES, check, choose, filled, threads, vectors
+from test_cpu_kernels import CPU, DTYPES, THREADS, VECTORS, check, choose, filled, threads, vectors
 
 __all__ = ["threads", "vectors"]
 
@@ -51,24 +51,21 @@ def both(
     return (ragged_decode(k, *arguments, with_mass=with_mass) for k in (reference, cpu))
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise(format=FORMATS, dtype=DTYPES, **THREADS)
 def test_every_format(format, dtype, threads):
     """Heads with rows of one kind, of the other, of both and of none; more than fit into one chunk."""
     exact = filled([[0, 5, 33, 0], [70, 0, 1, 0]], dtype=dtype)
     check(*both(exact, [coded_view([[131, 0, 7, 0], [64, 300, 1, 0]], format, dtype=dtype)]))
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 7])
+@pairwise(format=FORMATS, group=[1, 2, 3, 4, 7], **VECTORS)
 def test_every_group_size(format, group):
     check(*both(filled([[3, 0]]), [coded_view([[20, 77]], format)], group=group))
 
 
-@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (8, 4)], ids=str)
-@pytest.mark.parametrize(
-    ("dims", "channels"),
-    [
+@pairwise(
+    bits=[(8, 8), (4, 4), (8, 4)],
+    sizes=[
         ((2, 2), None),
         ((6, 10), 2),
         ((16, 32), 1),
@@ -81,33 +78,31 @@ def test_every_group_size(format, group):
         ((128, 64), 64),
         ((192, 256), None),
     ],
-    ids=str,
+    **VECTORS,
 )
-def test_every_head_dimension_and_channel_group(bits, dims, channels):
+def test_every_head_dimension_and_channel_group(bits, sizes):
+    dims, channels = sizes
     exact = filled([[5, 0], [1, 20]], key_dim=dims[0], value_dim=dims[1])
     coded = coded_view([[70, 33], [9, 0]], RowFormat(*bits, channels), key_dim=dims[0], value_dim=dims[1])
     check(*both(exact, [coded], key_dim=dims[0], queries=2))
 
 
-@pytest.mark.parametrize("dims", [(1, 1), (7, 11), (33, 9)], ids=str)
+@pairwise(dims=[(1, 1), (7, 11), (33, 9)], **VECTORS)
 def test_odd_head_dimensions_in_8_bits(dims):
     exact = filled([[5, 0]], key_dim=dims[0], value_dim=dims[1])
     coded = coded_view([[70, 33]], RowFormat(8, 8), key_dim=dims[0], value_dim=dims[1])
     check(*both(exact, [coded], key_dim=dims[0]))
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 16, 100])
-@pytest.mark.parametrize(("queries", "fresh"), [(1, 1), (2, 5), (7, 130)])
-def test_pages_and_fresh_rows(page_size, queries, fresh, threads):
+@pairwise(page_size=[1, 3, 16, 100], rows=[(1, 1), (2, 5), (7, 130)], **THREADS)
+def test_pages_and_fresh_rows(page_size, rows, threads):
+    queries, fresh = rows
     exact = filled([[0, 40], [12, 1]], page_size=page_size)
     coded = coded_view([[63, 0], [129, 2]], RowFormat(8, 4), page_size=page_size)
     check(*both(exact, [coded], queries=queries, fresh=fresh))
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise(softcap=[None, 2.0], sinks=[False, True], masked=[False, True], dtype=DTYPES, **THREADS)
 def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, threads):
     exact, queries, fresh = filled([[0, 50, 7], [90, 33, 1]], dtype=dtype), 3, 4
     coded = [
@@ -127,7 +122,7 @@ def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, threads):
         assert (found.output[1, :, :, 2] == 0).all()
 
 
-@pytest.mark.parametrize("shares", [1, 2, 3, 5, 16, 61])
+@pairwise(shares=[1, 2, 3, 5, 16, 61], **VECTORS)
 def test_every_cut_between_threads(shares, monkeypatch):
     """Cuts go through rows of every kind and between them."""
     monkeypatch.setattr("headwise.kernels.cpu.calls._BYTES_PER_SHARE", 1)
@@ -143,8 +138,7 @@ def test_every_cut_between_threads(shares, monkeypatch):
         check(*both(filled(exact), views, fresh=0, queries=2))
 
 
-@pytest.mark.parametrize("with_mass", [False, True])
-@pytest.mark.parametrize("longest", [0, 45])
+@pairwise(with_mass=[False, True], longest=[0, 45], **VECTORS)
 def test_views_may_be_empty(longest, with_mass):
     exact = filled([[0, 0]])
     none, some = coded_view([[0, 0]], RowFormat(8, 8)), coded_view([[longest, longest // 2]], RowFormat(4, 4))
@@ -157,6 +151,7 @@ def test_views_may_be_empty(longest, with_mass):
     assert (found.output[0, 0] == 0).all()
 
 
+@pairwise(**VECTORS)
 def test_a_view_may_be_as_long_as_its_pages_have_room_for():
     view = coded_view([[33, 0]], RowFormat(8, 4), page_size=3)
     expected, found = both(filled([[5, 20]]), [replace(view, longest=view.capacity)])
@@ -165,6 +160,7 @@ def test_a_view_may_be_as_long_as_its_pages_have_room_for():
     assert (found.on_kept[0, 0, 0, 20 + 33 :] == 0).all()
 
 
+@pairwise(**VECTORS)
 def test_codes_by_hand():
     """Two rows whose matrix swaps channels; groups of one channel; 4-bit keys, 8-bit values."""
     view = coded_view([[2]], RowFormat(4, 8, 1), key_dim=2, value_dim=2, page_size=2)
@@ -186,7 +182,7 @@ def test_codes_by_hand():
     torch.testing.assert_close(found.lse.exp(), torch.full((1, 1, 1, 1), 5.0))
 
 
-@pytest.mark.parametrize("sharpness", [1e-3, 30.0, 1e3])
+@pairwise(sharpness=[1e-3, 30.0, 1e3], **VECTORS)
 def test_flat_and_sharp_attention(sharpness):
     """Exact and coded rows have largest logits far apart, and either may vanish beside the other."""
     for exact, lengths in (([[300, 2]], [[5, 260]]), ([[0, 1]], [[130, 1]])):

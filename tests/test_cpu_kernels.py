@@ -15,6 +15,7 @@ import torch
 
 import headwise
 import tiny
+from cases import pairwise
 from headwise.hosts.transformers.cache import HeadwiseWarning
 from headwise.kernels import reference
 from headwise.kernels.backends import check_name, choose, obstacle
@@ -28,20 +29,25 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=cpu.vectors(), autouse=True)
+@pytest.fixture
 def vectors(request):
-    """Every test runs with each set of vector instructions that this processor has."""
+    """One of the sets of vector instructions that this processor has."""
     cpu.vectors(request.param)
     yield request.param
     cpu.vectors()
 
 
-@pytest.fixture(params=[1, 3])
+@pytest.fixture
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+# Axes of a test: each set of vector instructions; and with several threads too.
+VECTORS = {"indirect": ["vectors"], "vectors": cpu.vectors()}
+THREADS = {"indirect": ["vectors", "threads"], "vectors": cpu.vectors(), "threads": [1, 3]}
 
 
 def filled(lengths, *, key_dim=64, value_dim=64, dtype=torch.float32, page_size=16, scored=False):
@@ -82,30 +88,27 @@ def check(expected, found):
         torch.testing.assert_close(found.on_fresh, expected.on_fresh, **close)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("group", range(1, 9))
+@pairwise(group=range(1, 9), dtype=DTYPES, **THREADS)
 def test_every_group_size(group, dtype, threads):
     check(*both(filled([[0, 1, 17], [131, 257, 64]], dtype=dtype), group=group))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "dims", [(1, 1), (7, 11), (16, 16), (24, 40), (64, 64), (80, 80), (96, 128), (128, 64), (192, 128), (256, 256)]
+@pairwise(
+    dims=[(1, 1), (7, 11), (16, 16), (24, 40), (64, 64), (80, 80), (96, 128), (128, 64), (192, 128), (256, 256)],
+    dtype=DTYPES,
+    **VECTORS,
 )
 def test_every_head_dimension(dims, dtype):
     check(*both(filled([[5, 100], [33, 66]], key_dim=dims[0], value_dim=dims[1], dtype=dtype)))
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 16, 100])
-@pytest.mark.parametrize(("queries", "fresh"), [(1, 1), (3, 3), (2, 5), (7, 130)])
-def test_pages_and_fresh_rows(page_size, queries, fresh, threads):
+@pairwise(page_size=[1, 3, 16, 100], rows=[(1, 1), (3, 3), (2, 5), (7, 130)], **THREADS)
+def test_pages_and_fresh_rows(page_size, rows, threads):
+    queries, fresh = rows
     check(*both(filled([[0, 40], [129, 1]], page_size=page_size), queries=queries, fresh=fresh))
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise(softcap=[None, 2.0], sinks=[False, True], masked=[False, True], dtype=DTYPES, **THREADS)
 def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, threads):
     store, queries, fresh = filled([[0, 50, 7], [90, 33, 1]], dtype=dtype), 3, 4
     mask = None
@@ -120,7 +123,7 @@ def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, threads):
         assert (found.output[1, :, :, 2] == 0).all()
 
 
-@pytest.mark.parametrize("shares", [1, 2, 3, 5, 16, 61])
+@pairwise(shares=[1, 2, 3, 5, 16, 61], **VECTORS)
 def test_every_cut_between_threads(shares, monkeypatch):
     """Heads of all lengths are cut anywhere, and may span several shares."""
     monkeypatch.setattr("headwise.kernels.cpu.calls._BYTES_PER_SHARE", 1)
@@ -130,6 +133,7 @@ def test_every_cut_between_threads(shares, monkeypatch):
         check(*both(filled(lengths), fresh=0, queries=2) if any(map(any, lengths)) else both(filled(lengths)))
 
 
+@pairwise(**VECTORS)
 def test_nothing_to_see():
     expected, found = both(filled([[0, 0], [0, 4]]), fresh=0)
     check(expected, found)
@@ -137,13 +141,14 @@ def test_nothing_to_see():
     assert (found.lse[0] == -torch.inf).all()
 
 
+@pairwise(**VECTORS)
 def test_without_mass_nothing_is_returned_of_it():
     expected, found = both(filled([[40, 3]]), with_mass=False)
     check(expected, found)
     assert found.on_kept is None
 
 
-@pytest.mark.parametrize("sharpness", [1e-3, 30.0, 1e3])
+@pairwise(sharpness=[1e-3, 30.0, 1e3], **VECTORS)
 def test_flat_and_sharp_attention(sharpness):
     """Logits far apart and large: nothing overflows, and what vanishes vanishes."""
     expected, found = both(filled([[300, 65]]), sharpness=sharpness)
@@ -152,7 +157,7 @@ def test_flat_and_sharp_attention(sharpness):
     torch.testing.assert_close(found.lse, expected.lse, atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("value", [0.0, -0.0, 6e-8, 1e-5, 0.333, 65504.0, -1.5, float("inf")])
+@pairwise(value=[0.0, -0.0, 6e-8, 1e-5, 0.333, 65504.0, -1.5, float("inf")], **VECTORS)
 def test_half_precision_is_read_exactly(value):
     """One row alone comes back as it is, denormals and infinity included."""
     store = filled([[0]], key_dim=16, value_dim=17, dtype=torch.float16)
@@ -162,10 +167,7 @@ def test_half_precision_is_read_exactly(value):
     assert torch.equal(found.output[0, 0, 0], fresh[0, 0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scored", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("fresh", [1, 20])
+@pairwise(dtype=DTYPES, scored=[False, True], padded=[False, True], fresh=[1, 20])
 def test_append(dtype, scored, padded, fresh):
     torch.manual_seed(1)
     lengths = [[0, 15, 16], [1, 33, 100]]
@@ -204,10 +206,7 @@ def mass_inputs(dtype=torch.float32, *, queries, total=83, pads=(0, 0), group=3)
     return query, keys, columns, mask, weights, positions
 
 
-@pytest.mark.parametrize("pads", [(0, 0), (0, 29)], ids=str)
-@pytest.mark.parametrize("queries", [1, 40, 83])
-@pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise(pads=[(0, 0), (0, 29)], queries=[1, 40, 83], kind=["plain", "softcap", "sinks"], dtype=DTYPES, **THREADS)
 def test_column_mass(pads, queries, kind, dtype, threads, monkeypatch):
     query, keys, columns, mask, weights, positions = mass_inputs(dtype, queries=queries, pads=pads)
     options = LogitOptions(0.3, 2.0 if kind == "softcap" else None, torch.randn(2, 3) if kind == "sinks" else None)
@@ -222,6 +221,7 @@ def test_column_mass(pads, queries, kind, dtype, threads, monkeypatch):
     torch.testing.assert_close(expected[1][2], expected[0])
 
 
+@pairwise(**VECTORS)
 def test_column_mass_without_bands_or_rows():
     query, keys, columns, _, weights, positions = mass_inputs(queries=5)
     none = positions.new_zeros(0, 2)
@@ -250,11 +250,15 @@ def repeating(dtype=torch.float32, *, queries, total, pads=(0, 0), group=3):
     return query, keys, values, seen & real[:, None] & real[:, -queries:, None]
 
 
-@pytest.mark.parametrize("pads", [(0, 0), (0, 50)], ids=str)
-@pytest.mark.parametrize(("queries", "total", "group"), [(1, 83, 1), (40, 83, 3), (83, 83, 2)], ids=str)
-@pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_and_peaks(pads, queries, total, group, kind, dtype, threads, monkeypatch):
+@pairwise(
+    pads=[(0, 0), (0, 50)],
+    sizes=[(1, 83, 1), (40, 83, 3), (83, 83, 2)],
+    kind=["plain", "softcap", "sinks"],
+    dtype=DTYPES,
+    **THREADS,
+)
+def test_attention_and_peaks(pads, sizes, kind, dtype, threads, monkeypatch):
+    queries, total, group = sizes
     arguments = repeating(dtype, queries=queries, total=total, pads=pads, group=group)
     options = LogitOptions(0.3, 2.0 if kind == "softcap" else None, torch.randn(2, group) if kind == "sinks" else None)
     counted = [slice(0, 4), slice(9, 30), slice(total - queries, total)] if queries < 50 else [slice(0, total)]
@@ -267,7 +271,7 @@ def test_attention_and_peaks(pads, queries, total, group, kind, dtype, threads, 
         close(found, expected, output=rounding)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pairwise(name=["reference", "cpu"], **VECTORS)
 def test_peaks_by_hand(name):
     """Logits are logarithms: of the first row 1 1, of the second 1 2 3."""
     keys = torch.tensor([[1.0, 1], [1, 2], [1, 3]]).log()[None, None]
@@ -287,7 +291,7 @@ def test_peaks_by_hand(name):
     torch.testing.assert_close(peaks, torch.tensor([[[1 / 12, 2 / 12, 3 / 12]]]))
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pairwise(name=["reference", "cpu"], **VECTORS)
 def test_rows_that_see_nothing_raise_nothing(name):
     query, keys, values = torch.randn(1, 1, 2, 3, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
     mask = torch.ones(1, 3, 5, dtype=torch.bool)
@@ -304,7 +308,7 @@ def test_rows_that_see_nothing_raise_nothing(name):
     assert (peaks[0, 0, [2, 4]] == 0).all()
 
 
-@pytest.mark.parametrize("sharpness", [1e-3, 30.0, 1e3])
+@pairwise(sharpness=[1e-3, 30.0, 1e3], **VECTORS)
 def test_peaks_of_flat_and_sharp_attention(sharpness):
     """Also where nothing that counts comes near the largest logit."""
     query, keys, values, _ = repeating(queries=40, total=83)
@@ -314,6 +318,7 @@ def test_peaks_of_flat_and_sharp_attention(sharpness):
     close(found, expected, peaks=5e-3, output=5e-3)
 
 
+@pairwise(**THREADS)
 def test_reading_a_buffer_sums_its_bits(threads):
     numbers = torch.randint(-100, 100, (1001,))
     assert cpu.read(numbers) == int(numbers.sum())
@@ -411,6 +416,7 @@ print(cpu.obstacle(torch.device("cpu")))
     assert missing_line.startswith("they were not compiled")
 
 
+@pairwise(**VECTORS)
 def test_parallel_calls_from_several_threads_do_not_share_memory():
     from concurrent.futures import ThreadPoolExecutor
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
+from cases import EVERYTHING, pairwise
 from headwise.stages.decode import decode
 from headwise.store.rows import Rows
 from headwise.store.store import RowStore
@@ -35,11 +35,16 @@ def by_hand(query, keys, values, visible, options):
     return weights, values.double()[visible], total
 
 
-@pytest.mark.parametrize("group", [1, 2, 5])
-@pytest.mark.parametrize("queries", [1, 3])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", ["plain", "softcap", "sinks"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# The compiled kernels are held against the reference elsewhere (tests/test_cpu_kernels.py).
+@pairwise(
+    indirect=["kernels"],
+    group=[1, 2, 5],
+    queries=[1, 3],
+    masked=[False, True],
+    kind=["plain", "softcap", "sinks"],
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    kernels=["reference", "cpu"] if EVERYTHING else ["reference"],
+)
 def test_decode_equals_attention_by_hand(group, queries, masked, kind, dtype, kernels):
     store, keys, values = filled(dtype)
     fresh = queries + 2  # two rows that came before and are not stored yet

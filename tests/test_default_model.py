@@ -125,11 +125,20 @@ def test_the_text_stays_fluent(default, inputs, compressed, stock):
     assert len(set(words)) > 0.4 * len(words)
 
 
-def divergence(default, ids, prompt, policy):
-    """Mean KL to the full cache of what follows the prompt, nats per token."""
+@pytest.fixture(scope="module")
+def licence(default):
+    """A text of another kind: its ids, the tokens of it that are the prompt, and what follows with the full cache."""
     model, tokenizer = default
+    text, prompt = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8"), 1024
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :1152]
     with torch.inference_mode():
-        full = model(input_ids=ids).logits[0, prompt:].log_softmax(dim=-1)
+        return ids, prompt, model(input_ids=ids).logits[0, prompt:].log_softmax(dim=-1)
+
+
+def divergence(default, licence, policy):
+    """Mean KL to the full cache of what follows the prompt, nats per token."""
+    (model, tokenizer), (ids, prompt, full) = default, licence
+    with torch.inference_mode():
         cache = headwise.HeadwiseCache(model, policy, tokenizer=tokenizer, prompt_tokens=prompt)
         model(input_ids=ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
         pieces = [model(input_ids=piece, past_key_values=cache).logits[0] for piece in ids[:, prompt:].split(16, dim=1)]
@@ -142,18 +151,14 @@ def divergence(default, ids, prompt, policy):
     [headwise.StreamingLLM(51, within=True), headwise.H2O(heavy=26, recent=25)],
     ids=["streamingllm", "h2o"],
 )
-def test_the_kernels_that_come_with_headwise_remember(default, policy):
+def test_the_kernels_that_come_with_headwise_remember(default, licence, policy):
     """On text of another kind than they learnt from, a tenth of what a small budget costs comes back, and more."""
-    text = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
-    ids = default[1](text, return_tensors="pt").input_ids[:, :1152]
-    remembering = divergence(default, ids, 1024, headwise.Less(policy))
-    assert remembering < 0.9 * divergence(default, ids, 1024, policy)
+    remembering = divergence(default, licence, headwise.Less(policy))
+    assert remembering < 0.9 * divergence(default, licence, policy)
 
 
-def test_a_quarter_of_the_bytes_is_nearly_all_with_the_gates_that_come_with_headwise(default):
+def test_a_quarter_of_the_bytes_is_nearly_all_with_the_gates_that_come_with_headwise(default, licence):
     """Auto loses less than the same number of bytes spent on exact rows, both chosen by predicted scores."""
-    text = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
-    ids = default[1](text, return_tensors="pt").input_ids[:, :1152]
-    auto = divergence(default, ids, 1024, headwise.Auto(ratio=0.25, gate=True))
+    auto = divergence(default, licence, headwise.Auto(ratio=0.25, gate=True))
     assert auto < 0.02
-    assert auto < 0.5 * divergence(default, ids, 1024, headwise.PeakAttention(keep=0.25, gate=True))
+    assert auto < 0.5 * divergence(default, licence, headwise.PeakAttention(keep=0.25, gate=True))

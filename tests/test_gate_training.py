@@ -24,6 +24,7 @@ from headwise.training.gate.one_layer import (
 )
 
 
+@pytest.mark.shapes
 def test_what_is_captured_is_what_kvzip_chooses_by():
     model, ids = tiny.llama(layers=3), tiny.prompt(47, seed=5)
     found = record_scores(model, tiny.tokenizer(), ids)
@@ -37,6 +38,7 @@ def test_what_is_captured_is_what_kvzip_chooses_by():
     assert (scores >= worst).sum(dim=1).tolist() == kept
 
 
+@pytest.mark.shapes
 def test_inputs_that_are_captured_are_keys_before_their_rotation():
     model, ids = tiny.llama(layers=3), tiny.prompt(47, seed=5)
     asked = []
@@ -83,6 +85,7 @@ def prompts(count, seed):
     return made
 
 
+@pytest.mark.shapes
 def test_what_can_be_learnt_is():
     result = train(prompts(20, 0), prompts(3, 1), TrainingOptions(width=32, epochs=15, batch=64))
     assert len(result.correlations) == 15

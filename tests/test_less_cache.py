@@ -11,6 +11,7 @@ import torch
 import headwise
 import models
 import tiny
+from cases import EVERYTHING, pairwise, singly
 from headwise.errors import CacheStateError
 from headwise.hosts.transformers.graph import DecodeGraph
 from headwise.kernels.attention import dense_attention
@@ -22,7 +23,7 @@ from headwise.stages.layer import LayerCache
 from headwise.stages.token_log import TokenLog
 from headwise.types import LogitOptions
 from less_oracle import StateChecker, close, draw, kernels_of, networks_of, use_less_oracle, watch
-from models import MIXED, MODES, unchecked_shapes
+from models import MIXED, MODES
 from oracle import rows_of
 from test_every_policy import EVERY
 from test_graph import NeverWaits, traced
@@ -31,13 +32,6 @@ from test_oracle import play
 TOKENIZER = tiny.tokenizer()
 REFERENCE = choose("reference", torch.device("cpu"))
 SMALL, SCORED = headwise.StreamingLLM(window=5, sinks=4), headwise.H2O(heavy=4, recent=5)
-
-
-@pytest.fixture(autouse=True)
-def quick():
-    """Shapes are checked where the parts are tested, and the command line."""
-    with unchecked_shapes():
-        yield
 
 
 def remembering(model, policy, networks=None, **options):
@@ -72,10 +66,8 @@ def same_states(mine, its, tolerance=0.0):
 # Against the oracle, which decides for itself what to keep.
 
 
-@pytest.mark.parametrize(("kernel", "evict_every"), [("cpu", 1), ("cpu", 3), ("reference", 1), ("reference", 16)])
-@pytest.mark.parametrize(
-    "policy",
-    [
+@singly(
+    policy=[
         headwise.Full(),
         SMALL,
         SCORED,
@@ -86,9 +78,10 @@ def same_states(mine, its, tolerance=0.0):
         headwise.FastGen(0.4),
         headwise.FastGen(0.75),
     ],
-    ids=str,
+    way=[("cpu", 1), ("cpu", 3), ("reference", 1), ("reference", 16)],
 )
-def test_left_padded_batch_agrees_with_the_oracle(policy, kernel, evict_every):
+def test_left_padded_batch_agrees_with_the_oracle(policy, way):
+    kernel, evict_every = way
     model, steps = tiny.llama(layers=2), (1, 1, 1, 1, 5, 1, 2, 1, 1, 1, 1)
     networks, (ids, mask) = networks_of(model), batch()
     options = {"evict_every": evict_every, "kernel": kernel, "page_size": 4}
@@ -135,14 +128,15 @@ def random_rows(b=2, h=2, g=3, t=50, d=16, e=16):
     return torch.randn(b, h, g, t, d), torch.randn(b, h, t, d), torch.randn(b, h, t, e)
 
 
-@pytest.mark.parametrize(
-    ("heads", "group", "value_dim", "kind"),
-    [(3, 1, 16, "plain"), (2, 3, 16, "sinks"), (1, 6, 16, "softcap"), (2, 2, 7, "plain")],
-    ids=str,
+@pairwise(
+    indirect=["kernels"],
+    shape=[(3, 1, 16, "plain"), (2, 3, 16, "sinks"), (1, 6, 16, "softcap"), (2, 2, 7, "plain")],
+    policy=[SMALL, SCORED],
+    prompt=[1, 6, 9, 20],
+    kernels=["reference", "cpu"],
 )
-@pytest.mark.parametrize("policy", [SMALL, SCORED], ids=lambda policy: policy.name)
-@pytest.mark.parametrize("prompt", [1, 6, 9, 20])
-def test_every_step_of_a_layer_agrees_with_the_definition(policy, prompt, heads, group, value_dim, kind, kernels):
+def test_every_step_of_a_layer_agrees_with_the_definition(policy, prompt, shape, kernels):
+    heads, group, value_dim, kind = shape
     networks = draw(heads, group, 16)
     core = layer(policy, networks.folded(), kernels=kernels)
     checker = StateChecker(core, networks, tolerance=1e-5)
@@ -218,7 +212,8 @@ class Exact(LayerFeatures):
         return self
 
 
-@pytest.mark.parametrize("seed", range(50))
+# Twelve meet every policy with every interval.
+@pytest.mark.parametrize("seed", range(50 if EVERYTHING else 12))
 def test_with_exact_features_the_output_is_full_attention(seed):
     torch.manual_seed(seed)
     query, keys, values = random_rows(b=1, t=40, d=8, e=8)
@@ -267,9 +262,9 @@ def step_by_step(model, cache, ids, mask, count):
     play(model, cache, ids, mask, further, [1] * count)
 
 
-@pytest.mark.parametrize(("evict_every", "page_size"), [(1, 3), (16, 16)])
-@pytest.mark.parametrize("policy", [policy for policy in EVERY if policy.precision is None], ids=str)
-def test_every_policy_remembers_each_token_it_evicts_once(policy, evict_every, page_size):
+@singly(policy=[policy for policy in EVERY if policy.precision is None], way=[(1, 3), (16, 16)])
+def test_every_policy_remembers_each_token_it_evicts_once(policy, way):
+    evict_every, page_size = way
     model = tiny.llama(layers=2)
     networks, (ids, mask) = networks_of(model), batch()
     cache = remembering(model, policy, networks, evict_every=evict_every, page_size=page_size)
@@ -285,6 +280,8 @@ CASES = [
     pytest.param(family, [SMALL, SCORED, headwise.SnapKV(keep=0.4)][(turn + number) % 3], mode, id=f"{family}-{mode}")
     for turn, family in enumerate(["llama", "gemma3", "gpt-oss", "gpt2"])
     for number, mode in enumerate(MODES)
+    # One family takes all, the others every third.
+    if EVERYTHING or turn == 0 or (turn + number) % 3 == 0
 ]
 
 

@@ -78,6 +78,7 @@ def test_the_student_predicts_what_the_cache_in_use_does(family, policy):
     assert float((remembering - without).abs().max()) > 0.1
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-oss"])
 def test_where_nothing_goes_the_student_is_the_model(family):
     model, ids = shared(family), prompt(PROMPT + FED)
@@ -99,6 +100,7 @@ def test_a_trace_knows_when_every_column_goes():
         assert gone.tolist() == [expected] * 2
 
 
+@pytest.mark.shapes
 def test_a_trace_comes_back_from_its_file(tmp_path):
     trace = trace_of()
     file = tmp_path / "trace.safetensors"

@@ -86,6 +86,7 @@ def test_a_captured_layer_answers_as_the_memory_does_in_use(policy):
     assert not torch.allclose(captured.exact, outputs, atol=1e-3)
 
 
+@pytest.mark.shapes
 def test_every_evicted_row_is_captured_once_with_its_turn():
     query, keys, values = torch.randn(1, 2, 3, 50, 14), torch.randn(1, 2, 50, 14), torch.randn(1, 2, 50, 14)
     layer = watched(StreamingLLM(window=6, sinks=2))
@@ -250,6 +251,7 @@ def test_first_weights_leave_the_output_almost_as_it_is():
     assert float((output - captured.exact).abs().max()) < 0.05
 
 
+@pytest.mark.shapes
 def test_training_goes_on_from_earlier_kernels():
     earlier = random_kernels(2, 3, 14).folded()
     later = random_kernels(2, 3, 14)

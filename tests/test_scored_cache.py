@@ -10,7 +10,7 @@ import torch
 import headwise
 import tiny
 from headwise.errors import CacheStateError, ConfigurationError, UnsupportedModelError
-from models import MIXED, MODES, PROMPT, WatchedCache, build, shared, unchecked_shapes
+from models import MIXED, MODES, PROMPT, WatchedCache, build, shared
 from test_scored import SMALL, TOKENS, kept, model, read, words
 
 NEW = 6
@@ -19,13 +19,6 @@ NEW = 6
 @pytest.fixture(params=SMALL, ids=str)
 def policy(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def quick():
-    """Shapes are checked while the same prompts are scored."""
-    with unchecked_shapes():
-        yield
 
 
 def step(cache, ids):

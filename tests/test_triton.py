@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cases import pairwise, singly
 from headwise.kernels import reference
 from headwise.kernels.triton import backend, tiles
 from headwise.kernels.triton import map as kernel_map
@@ -88,15 +89,18 @@ def both(store, group, queries, fresh, *, coded=(), masked=False, options=None, 
     return tuple(ragged_decode(one, *arguments, with_mass=with_mass) for one in (kernels, reference))
 
 
-@pytest.fixture(params=["one split", "many splits"])
+SPLITS = ["one split", "many splits"]
+
+
+@pytest.fixture
 def splits(request, monkeypatch):
     """All kept rows in one split, and splits of one block each."""
     monkeypatch.setattr(tiles, "_PROGRAMS", 0 if request.param == "one split" else 1000)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "group", "queries", "fresh", "masked", "key_dim", "value_dim", "page_size"),
-    [
+@singly(
+    indirect=["splits"],
+    case=[
         (torch.float32, 1, 1, 1, False, 64, 64, 16),
         (torch.float32, 2, 3, 5, True, 7, 11, 3),
         (torch.bfloat16, 5, 3, 3, False, 11, 7, 1),
@@ -105,9 +109,10 @@ def splits(request, monkeypatch):
         (torch.float16, 5, 3, 3, False, 11, 7, 1),
         (torch.float16, 1, 2, 70, True, 16, 32, 3),
     ],
-    ids=str,
+    splits=SPLITS[::-1],
 )
-def test_decode(dtype, group, queries, fresh, masked, key_dim, value_dim, page_size, splits):
+def test_decode(case, splits):
+    dtype, group, queries, fresh, masked, key_dim, value_dim, page_size = case
     store = filled([[0, 1, 17], [70, 64, 33]], key_dim, value_dim, dtype, page_size)
     found, expected = both(store, group, queries, fresh, masked=masked)
     assert_same(found, expected, TOLERANCE[dtype])
@@ -128,8 +133,7 @@ def test_decode_with_large_heads(group, key_dim, value_dim, dtype):
     assert_same(found, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", ["soft cap", "sinks"])
+@pairwise(indirect=["splits"], masked=[False, True], kind=["soft cap", "sinks"], splits=SPLITS)
 def test_decode_with_soft_cap_and_sinks(kind, masked, splits):
     store = filled([[0, 3], [40, 35]], 11, 7)
     options = LogitOptions(0.7, softcap=1.5) if kind == "soft cap" else LogitOptions(0.3, sinks=torch.randn(2, 3))

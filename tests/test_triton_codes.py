@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cases import pairwise, singly
 from headwise.kernels.backends import choose
 from headwise.kernels.triton import codes as triton_codes
 from headwise.kernels.triton import pages as launches
@@ -46,15 +47,18 @@ def assert_same(found, expected, dtype):
     assert_close(found, expected, *TOLERANCE[dtype])
 
 
-@pytest.fixture(params=["one split", "many splits"])
+SPLITS = ["one split", "many splits"]
+
+
+@pytest.fixture
 def splits(request, monkeypatch):
     """All rows of a view in one split, and splits of one block each."""
     monkeypatch.setattr(tiles, "_PROGRAMS", 0 if request.param == "one split" else 1000)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "bits", "group", "members", "fresh", "masked", "key_dim", "value_dim", "page_size"),
-    [
+@singly(
+    indirect=["splits"],
+    case=[
         (torch.float32, (8, 8), None, (1, 1), 1, False, 64, 64, 16),
         (torch.float32, (4, 8), 4, (2, 3), 5, True, 12, 20, 3),
         (torch.float32, (4, 4), None, (3, 1), 1, False, 20, 6, 16),
@@ -64,9 +68,10 @@ def splits(request, monkeypatch):
         (torch.float16, (4, 4), 8, (2, 2), 3, False, 40, 24, 3),
         (torch.float16, (4, 8), 16, (1, 2), 70, True, 16, 32, 3),
     ],
-    ids=str,
+    splits=SPLITS[::-1],
 )
-def test_decode(dtype, bits, group, members, fresh, masked, key_dim, value_dim, page_size, splits):
+def test_decode(case, splits):
+    dtype, bits, group, members, fresh, masked, key_dim, value_dim, page_size = case
     # Each head has rows of both kinds, of one, or of none.
     store = filled([[0, 1, 17], [9, 0, 33]], key_dim, value_dim, dtype, page_size)
     coded = coded_pages([[0, 40, 3], [70, 64, 0]], RowFormat(*bits, group), key_dim, value_dim, dtype, page_size).view()
@@ -80,8 +85,7 @@ def test_decode(dtype, bits, group, members, fresh, masked, key_dim, value_dim, 
         assert (found.on_kept[0, :, 0] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["soft cap", "sinks"])
+@pairwise(indirect=["splits"], dtype=[torch.float32, torch.float16], kind=["soft cap", "sinks"], splits=SPLITS)
 def test_heads_spread_over_formats(kind, dtype, splits):
     """Every head has codes in one format of three, one of them unused, and some have no exact rows."""
     store = filled([[3, 0, 30]], 16, 24, dtype)

@@ -6,6 +6,7 @@ It is built with the package (`csrc/compile.py`) and works on torch's own thread
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from ctypes import c_int64, c_void_p
 from functools import cache
@@ -16,7 +17,9 @@ import torch
 
 from headwise.types import Tensor
 
-LIBRARY = Path(__file__).with_name(f"libheadwise_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}")
+_BUILT = Path(__file__).with_name(f"libheadwise_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}")
+# Another may be named, so that changed sources can be tried without building over the one in use.
+LIBRARY = Path(os.environ.get("HEADWISE_CPU_LIBRARY") or _BUILT)
 
 
 @cache

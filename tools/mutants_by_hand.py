@@ -1,0 +1,145 @@
+"""Mutants by hand: mistakes that could be made in the kernels that no Python tool mutates, as text to replace.
+
+The old text must occur exactly once in its file, or the mutant says nothing and `tools/mutate.py` refuses to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One text of one file of `src/headwise/kernels` for another."""
+
+    file: str
+    what: str
+    old: str
+    new: str
+
+
+CPU = (
+    Mistake(
+        "cpu/csrc/decode.h",
+        "off by one in a page",
+        "int64_t offset = i % p.page_size, last",
+        "int64_t offset = (i + 1) % p.page_size, last",
+    ),
+    Mistake(
+        "cpu/csrc/decode.h",
+        "the table of the first head",
+        "p.table[head * p.table_width + i / p.page_size]",
+        "p.table[i / p.page_size]",
+    ),
+    Mistake(
+        "cpu/csrc/decode.h",
+        "the length of the next head",
+        "length += a.pages[v].lengths[head];",
+        "length += a.pages[v].lengths[(head + 1) % heads];",
+    ),
+    Mistake(
+        "cpu/csrc/decode.h",
+        "the mask of the first sequence",
+        "a.mask + head / a.heads * a.mask_strides[0] + query",
+        "a.mask + query",
+    ),
+    Mistake(
+        "cpu/csrc/decode.h",
+        "fresh rows that are not causal",
+        "<= a.fresh.count - a.queries + query;",
+        "<= a.fresh.count - a.queries + query + 1;",
+    ),
+    Mistake(
+        "cpu/csrc/decode.h",
+        "a head that spans three threads loses a part",
+        "later < a.shares && start(later) < end; later++)",
+        "later < std::min(share + 2, a.shares) && start(later) < end; later++)",
+    ),
+    Mistake(
+        "cpu/csrc/decode.h",
+        "the sink of the first query head",
+        "a.sinks[head % a.heads * a.group + n / a.queries]",
+        "a.sinks[head % a.heads * a.group]",
+    ),
+    Mistake(
+        "cpu/csrc/codes.h",
+        "the step of the first row of a page",
+        "side[r * pair + j] = scalar(from[j]);",
+        "side[r * pair + j] = scalar(from[j % pair]);",
+    ),
+    Mistake(
+        "cpu/csrc/codes.h",
+        "the least number of the first group",
+        "load(least + r) * sums[(n + k) * keys.groups + group]",
+        "load(least + r) * sums[(n + k) * keys.groups]",
+    ),
+    Mistake(
+        "cpu/csrc/codes.h",
+        "high halves that begin one channel late",
+        "return {start - dim / 2, start, ",
+        "return {start - dim / 2 + (start > dim / 2), start, ",
+    ),
+    Mistake(
+        "cpu/csrc/partial.h",
+        "a sum that does not decay when the maximum rises",
+        "    sum[n] *= factor;\n",
+        "",
+    ),
+    Mistake(
+        "cpu/csrc/column_mass.h",
+        "a band one position too wide",
+        "positions + seen, position - width) - positions",
+        "positions + seen, position - width - 1) - positions",
+    ),
+    Mistake(
+        "cpu/csrc/attention_peaks.h",
+        "a range that reads past what a row sees",
+        "std::min(row.count, range.stop) - range.start)",
+        "range.stop - range.start)",
+    ),
+    Mistake(
+        "cpu/csrc/library.cpp",
+        "increments that reach only the first page",
+        "float* scores = p.scores + table[i / p.page_size] * p.page_size;",
+        "float* scores = p.scores + table[0] * p.page_size;",
+    ),
+    Mistake(
+        "cpu/csrc/library.cpp",
+        "padding that is appended",
+        "if (a.real && !a.real[b * a.rows.count + i]) continue;",
+        "if (a.real && !a.real[i]) continue;",
+    ),
+)
+
+TRITON = (
+    Mistake(
+        "triton/device_pages.py",
+        "the length of the first head",
+        "length = tl.load(lengths + b * length_stride[0] + h * length_stride[1])",
+        "length = tl.load(lengths + b * length_stride[0])",
+    ),
+    Mistake(
+        "triton/device_pages.py",
+        "fresh rows that are not causal",
+        "visible & (f[None, :] <= fresh - queries + i[:, None])",
+        "visible & (f[None, :] <= fresh - queries + 1 + i[:, None])",
+    ),
+    Mistake(
+        "triton/device_codes.py",
+        "steps of the first row of a page",
+        "row = steps + address[:, None] * (2 * GROUPS) + (channel // SIZE)[None, :]",
+        "row = steps + (address // 16 * 16)[:, None] * (2 * GROUPS) + (channel // SIZE)[None, :]",
+    ),
+    Mistake(
+        "triton/device_tiles.py",
+        "a stale table: every page is the head's first",
+        "page = tl.load(table + n // PAGE, mask=held, other=0)",
+        "page = tl.load(table + n * 0, mask=held, other=0)",
+    ),
+    Mistake(
+        "triton/device_map.py",
+        "a band one position too wide",
+        "own[:, None] - position[None, :] < width, received",
+        "own[:, None] - position[None, :] <= width, received",
+    ),
+)
