@@ -17,7 +17,7 @@ from headwise.errors import ConfigurationError, InputError, MismatchError
 from headwise.gate.checkpoint import load_gates, save_gates, shipped_gates
 from headwise.gate.gate import Gates, LayerGate
 from headwise.gate.inputs import PLACE, gate_inputs
-from headwise.policies.scored import check_gate
+from headwise.policies.checks import check_gate
 from headwise.policies.words import parse_policy
 from headwise.weights import sample_weights
 from oracle import rows_of

@@ -7,7 +7,8 @@ from dataclasses import MISSING, dataclass, fields
 
 from headwise.errors import ConfigurationError
 from headwise.policies import Policy, list_policies
-from headwise.policies.size import Size, check_size
+from headwise.policies.checks import check_size
+from headwise.policies.size import Size
 from headwise.policies.words import parse_policy
 from headwise.units import parse_bytes
 

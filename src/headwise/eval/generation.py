@@ -19,8 +19,7 @@ from headwise.eval.prompt_file import read_records
 from headwise.eval.rouge import rouge_l
 from headwise.eval.task import Context, Item, Measured, Query, Subject, Task
 from headwise.files import read_text
-from headwise.policies.base import check_choice
-from headwise.policies.size import check_count
+from headwise.policies.checks import check_choice, check_count
 
 AUTO, NONE = "auto", "none"
 

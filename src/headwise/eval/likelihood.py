@@ -21,7 +21,8 @@ import torch
 
 from headwise.eval.task import Subject
 from headwise.hosts.transformers.cache import HeadwiseCache
-from headwise.policies.base import Policy, Size
+from headwise.policies.base import Policy
+from headwise.policies.size import Size
 from headwise.report.report import Report
 from headwise.types import Float, Int, Tensor
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from headwise.errors import ConfigurationError
 from headwise.eval.task import Item, Subject, Task
 from headwise.measure.texts import read_documents, take_passages
-from headwise.policies.size import check_count
+from headwise.policies.checks import check_count
 from headwise.types import Int, Tensor
 
 # Asks for the tokenizer's own first token.

@@ -19,7 +19,7 @@ from headwise.errors import ConfigurationError
 from headwise.eval.cache_kinds import CacheKind
 from headwise.eval.greedy import common_prefix, continue_greedily
 from headwise.eval.task import Context, Item, Measured, Query, Subject, Task
-from headwise.policies.size import check_count
+from headwise.policies.checks import check_count
 from headwise.types import Int, Tensor
 
 

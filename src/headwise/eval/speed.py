@@ -14,7 +14,7 @@ from headwise.eval.kept import describe_kept
 from headwise.eval.passages import Passages
 from headwise.eval.task import Context, Item, Measured, Subject
 from headwise.measure.turns import turns
-from headwise.policies.size import check_count
+from headwise.policies.checks import check_count
 from headwise.types import Int, Tensor
 from headwise.units import clock
 

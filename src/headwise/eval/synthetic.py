@@ -17,8 +17,7 @@ from headwise.errors import ConfigurationError
 from headwise.eval.haystack import made_words, noise, token_count, word_list, zipf_words
 from headwise.eval.question import Question, QuestionTask
 from headwise.measure.texts import plant
-from headwise.policies.base import check_choice
-from headwise.policies.size import check_count
+from headwise.policies.checks import check_choice, check_count
 
 # RULER's numbers of words to find (section 3.3).
 _COMMON, _FREQUENT = 10, 3

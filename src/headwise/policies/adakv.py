@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from headwise.errors import ConfigurationError
+from headwise.policies.checks import check_size
 from headwise.policies.evidence import Evidence
 from headwise.policies.registry import create_policy, register
 from headwise.policies.scored import Scored, across, highest
-from headwise.policies.size import Size, check_size
+from headwise.policies.size import Size
 from headwise.policies.tokens import Tokens
 from headwise.types import Bool, Float, Tensor
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from headwise.errors import ConfigurationError
-from headwise.policies.base import check_target
 from headwise.policies.byte_allocation import ByteAllocation
+from headwise.policies.checks import check_count, check_gate, check_size, check_target
 from headwise.policies.choice import Choice, FormatLoss, PromptSummary, first_rung
 from headwise.policies.evidence import Evidence
 from headwise.policies.peak_attention import PeakAttention
 from headwise.policies.registry import register
 from headwise.policies.rounding_loss import rounding_loss
-from headwise.policies.scored import RepetitionScored, check_gate
-from headwise.policies.size import Size, check_count, check_size
+from headwise.policies.scored import RepetitionScored
+from headwise.policies.size import Size
 from headwise.policies.tokens import Tokens
 from headwise.quant.formats import RECENT, SINKS, Precision, RowFormat
 from headwise.store.row_parts import COLUMN

@@ -18,7 +18,7 @@ import torch
 from headwise.errors import ConfigurationError
 from headwise.policies.choice import Choice, FormatLoss, PromptSummary, Selection, cheapest_rungs
 from headwise.policies.evidence import Evidence
-from headwise.policies.size import Size, check_size
+from headwise.policies.size import Size
 from headwise.policies.tokens import Tokens
 from headwise.quant.formats import Precision
 from headwise.types import Bool, Float, Int, Tensor
@@ -253,53 +253,3 @@ def _remembered(rule: Rule, tokens: Tokens) -> Bool[Tensor, "b h n"]:
     if rule not in tokens.memo:
         tokens.memo[rule] = rule.keep(tokens)
     return tokens.memo[rule]
-
-
-def check_target(name: str, recovery: object, keep: Size | None) -> None:
-    """Refuse anything but either a recovery or a budget.
-
-    Raises:
-        ConfigurationError: when both or none are given, or the one given is out of range.
-    """
-    if (recovery is None) == (keep is None):
-        raise ConfigurationError(f"{name} takes a recovery, or a budget of tokens to keep, and not both")
-    if keep is not None:
-        check_size("keep", keep)
-    elif isinstance(recovery, bool) or not isinstance(recovery, int | float):
-        raise ConfigurationError(f"recovery must be a number from 0 to 1, got {recovery!r}")
-    elif not 0 <= recovery <= 1:
-        raise ConfigurationError(f"recovery must be from 0 to 1, got {recovery}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a word that is not among the choices.
-
-    Raises:
-        ConfigurationError: with the choices in its message.
-    """
-    if value not in choices:
-        raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_switch(name: str, value: object) -> None:
-    """Refuse what is neither True nor False.
-
-    Raises:
-        ConfigurationError: naming the parameter.
-    """
-    if not isinstance(value, bool):
-        raise ConfigurationError(f"{name} must be True or False, got {value!r}")
-
-
-__all__ = [
-    "Fact",
-    "Policy",
-    "Rule",
-    "Selection",
-    "Size",
-    "Union",
-    "check_choice",
-    "check_size",
-    "check_switch",
-    "check_target",
-]

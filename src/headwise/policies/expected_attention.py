@@ -8,10 +8,11 @@ from math import inf
 import torch
 
 from headwise.errors import ConfigurationError, UnsupportedModelError
+from headwise.policies.checks import check_count
 from headwise.policies.evidence import Evidence
 from headwise.policies.registry import register
 from headwise.policies.scored import Scored
-from headwise.policies.size import Size, check_count
+from headwise.policies.size import Size
 from headwise.types import Float, Int, Rotation, Tensor
 
 

@@ -8,14 +8,15 @@ from functools import cached_property
 from typing import Literal
 
 from headwise.errors import ConfigurationError
-from headwise.policies.base import Policy, Rule, check_choice, check_switch, check_target
+from headwise.policies.base import Policy, Rule
+from headwise.policies.checks import check_choice, check_size, check_switch, check_target
 from headwise.policies.choice import Selection
 from headwise.policies.frequent import Frequent
 from headwise.policies.full import Full
 from headwise.policies.punctuation import Punctuation
 from headwise.policies.registry import register
 from headwise.policies.sinks import Sinks
-from headwise.policies.size import Size, check_size
+from headwise.policies.size import Size
 from headwise.policies.special import Special
 from headwise.policies.window import Window
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from headwise.policies.base import Fact, Rule, check_choice, check_switch
+from headwise.policies.base import Fact, Rule
+from headwise.policies.checks import check_choice, check_size, check_switch
 from headwise.policies.registry import register
-from headwise.policies.size import Size, check_size, quota_tokens
+from headwise.policies.size import Size, quota_tokens
 from headwise.policies.tokens import Tokens
 from headwise.types import Bool, Tensor
 

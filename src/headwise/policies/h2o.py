@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from headwise.policies.base import Policy, Rule
+from headwise.policies.checks import check_size
 from headwise.policies.frequent import Frequent
 from headwise.policies.registry import register
-from headwise.policies.size import Size, check_size
+from headwise.policies.size import Size
 from headwise.policies.window import Window
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from headwise.policies.checks import check_count, check_gate
 from headwise.policies.evidence import Evidence
 from headwise.policies.registry import register
-from headwise.policies.scored import RepetitionScored, check_gate
-from headwise.policies.size import Size, check_count
+from headwise.policies.scored import RepetitionScored
+from headwise.policies.size import Size
 from headwise.types import Float, Tensor
 
 

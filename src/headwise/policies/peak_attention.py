@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headwise.policies.base import check_target
+from headwise.policies.checks import check_count, check_gate, check_target
 from headwise.policies.evidence import Evidence
 from headwise.policies.registry import register
-from headwise.policies.scored import RepetitionScored, check_gate, newest_first
-from headwise.policies.size import Size, check_count
+from headwise.policies.scored import RepetitionScored, newest_first
+from headwise.policies.size import Size
 from headwise.policies.tokens import Tokens
 from headwise.types import Bool, Float, Tensor
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from headwise.policies.checks import check_count
 from headwise.policies.registry import register
-from headwise.policies.size import check_count, quota_tokens
+from headwise.policies.size import quota_tokens
 from headwise.policies.snapkv import SnapKV
 from headwise.policies.tokens import Tokens
 from headwise.types import Int, Tensor

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from headwise.errors import ConfigurationError
 from headwise.policies.base import Policy
-from headwise.policies.size import check_count
+from headwise.policies.checks import check_count
 from headwise.policies.wrapper import Wrapper
 from headwise.quant.formats import RECENT, SINKS, Precision, RowFormat
 

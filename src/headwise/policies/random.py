@@ -8,8 +8,9 @@ import torch
 
 from headwise.errors import ConfigurationError
 from headwise.policies.base import Policy, Rule
+from headwise.policies.checks import check_size
 from headwise.policies.registry import register
-from headwise.policies.size import Size, check_size, quota_tokens
+from headwise.policies.size import Size, quota_tokens
 from headwise.policies.tokens import Tokens
 from headwise.types import Bool, Float, Int, Tensor
 

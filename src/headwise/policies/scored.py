@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.errors import ConfigurationError
 from headwise.policies.base import Policy, Rule
+from headwise.policies.checks import check_size
 from headwise.policies.choice import Choice, FormatLoss, PromptSummary, first_rung
 from headwise.policies.evidence import Evidence
-from headwise.policies.size import Size, check_size, quota_tokens
+from headwise.policies.size import Size, quota_tokens
 from headwise.policies.tokens import Tokens
 from headwise.types import Bool, Float, Int, Tensor
 
@@ -101,16 +101,6 @@ class RepetitionScored(Scored):
         """The best of the model."""
         heads = sum(score.shape[1] for score in scores)
         return across(scores, tokens, self.quota(tokens[0]) * heads)
-
-
-def check_gate(value: object) -> None:
-    """Refuse what is neither a switch nor the name of a folder.
-
-    Raises:
-        ConfigurationError: with what was given.
-    """
-    if not isinstance(value, bool | str) or value == "":
-        raise ConfigurationError(f"gate must be True, False or the folder of trained gates, got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headwise.policies.base import Rule
+from headwise.policies.checks import check_count
 from headwise.policies.registry import register
-from headwise.policies.size import check_count
 from headwise.policies.tokens import Tokens
 from headwise.types import Bool, Tensor
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch.nn import functional
 
+from headwise.policies.checks import check_count
 from headwise.policies.evidence import Evidence
 from headwise.policies.registry import register
 from headwise.policies.scored import Scored, newest_first
-from headwise.policies.size import Size, check_count
+from headwise.policies.size import Size
 from headwise.types import Float, Tensor
 
 

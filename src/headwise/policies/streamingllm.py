@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from headwise.policies.base import Policy, Rule, check_switch
+from headwise.policies.base import Policy, Rule
+from headwise.policies.checks import check_switch
 from headwise.policies.registry import register
 from headwise.policies.sinks import Sinks
 from headwise.policies.size import Size

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from headwise.policies.base import Rule
+from headwise.policies.checks import check_count, check_size
 from headwise.policies.registry import register
-from headwise.policies.size import Size, check_count, check_size, window_tokens
+from headwise.policies.size import Size, window_tokens
 from headwise.policies.tokens import Tokens
 from headwise.types import Bool, Int, Tensor
 

@@ -154,7 +154,7 @@ def plain(value: object) -> Any:
 
 def _read(setting: str, text: str, hint: Any) -> object:
     """The value that a parameter of that type takes."""
-    from headwise.policies.base import check_choice
+    from headwise.policies.checks import check_choice
 
     if get_origin(hint) is Literal:
         check_choice(f"{setting}: the value", text, get_args(hint))

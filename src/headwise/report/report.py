@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from headwise.stages.layer import LayerCache
+from headwise.store.store import RowStore
 from headwise.types import Tensor
 from headwise.units import format_bytes, storage_bytes
 
@@ -78,7 +79,7 @@ class LayerReport:
             found=plan.threshold.clamp(max=1).cpu() if plan and budgeted and plan.threshold is not None else None,
             memory_bytes=layer.evicted_bytes,
             weight_bytes=weight_bytes,
-            formats=None if layer.store is None else layer.store.format_names(),
+            formats=None if layer.store is None else _format_names(layer.store),
         )
 
 
@@ -230,6 +231,15 @@ class Report:
         lines += [(f"  {name}", f"{count} of {total} heads") for name, count in counts]
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _format_names(store: RowStore) -> Names | None:
+    """Format of each head's older rows; None where all rows are exact."""
+    if not store.coded:
+        return None
+    names: Names = np.array([*(str(part.format) for part in store.coded), "exact"])
+    chosen: Names = names[store.formats.cpu().numpy()]
+    return chosen
 
 
 def describe_memory(report: Report) -> str:

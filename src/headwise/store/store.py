@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from headwise.kernels.interface import AppendRequest, Kernels, PageView
 from headwise.quant.formats import Precision
@@ -133,14 +131,6 @@ class RowStore:
         exact, *coded = self._cut(named)
         gathered = [part.decode(part.pool.gather(own)) for part, own in zip(self.coded, coded, strict=True)]
         return side_by_side([self.exact.gather(exact), *gathered])
-
-    def format_names(self) -> NDArray[Any] | None:
-        """Format of each head's older rows, `[batch, heads]`; None where all rows are exact."""
-        if not self.coded:
-            return None
-        names: NDArray[Any] = np.array([*(str(part.format) for part in self.coded), "exact"])
-        chosen: NDArray[Any] = names[self.formats.cpu().numpy()]
-        return chosen
 
     # How it changes.
 

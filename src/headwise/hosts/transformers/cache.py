@@ -18,8 +18,9 @@ from headwise.hosts.transformers.checks import check_model, check_options, doubt
 from headwise.hosts.transformers.kinds import KindTable
 from headwise.hosts.transformers.layer import HeadwiseLayer, held_tensors, layer_report
 from headwise.hosts.transformers.model_facts import read_facts
+from headwise.hosts.transformers.parts import CacheParts
 from headwise.hosts.transformers.passes import check_pass, chunk_doubt
-from headwise.hosts.transformers.persistence import CacheParts, Owner, collect, fill, load, save
+from headwise.hosts.transformers.persistence import Owner, collect, fill, load, save
 from headwise.hosts.transformers.repetition import repeat_prompt
 from headwise.hosts.transformers.stock_layers import forget_stock
 from headwise.hosts.transformers.whole_model import WholeModel
@@ -115,9 +116,8 @@ class HeadwiseCache(Cache):
     ) -> None:
         """Everything but what is checked of options, which a copy has in common with what it is made of."""
         self.policy, self.kernel, self._assembly = assembly.policy, assembly.kernels.name, assembly
-        self.token_log = TokenLog("kind" in self.policy.chooser.facts)
+        self.token_log, self.kind_table = TokenLog("kind" in self.policy.chooser.facts), kinds
         self.model_name, self._model, self._tokenizer = type(model).__name__, weakref.ref(model), tokenizer
-        self.kind_table = kinds
         self.passes = 0
         # Set while a step of it is captured: its bookkeeping is then done between the passes, not in them.
         self.captured = False
@@ -129,8 +129,8 @@ class HeadwiseCache(Cache):
             for index, layer in enumerate(stock)
         ]
         super().__init__(layers=layers)
-        cores = [layer.core for layer in self.headwise_layers]
-        self._whole_model = WholeModel(self.policy.chooser, cores, weakref.WeakMethod(self._repeat_prompt))
+        self._parts = CacheParts(self.layers, self.token_log, kinds)
+        self._whole_model = WholeModel(self.policy.chooser, self._parts.cores, weakref.WeakMethod(self._repeat_prompt))
         attach(model, self)
 
     def make_layer(self, config: LayerConfig) -> LayerCache:
@@ -140,7 +140,7 @@ class HeadwiseCache(Cache):
     @property
     def headwise_layers(self) -> list[HeadwiseLayer]:
         """The compressed layers, in the order of the model."""
-        return [layer for layer in self.layers if isinstance(layer, HeadwiseLayer)]
+        return self._parts.compressed
 
     @property
     def awaits_attention(self) -> bool:
@@ -169,12 +169,7 @@ class HeadwiseCache(Cache):
         if not layers or self.captured or self._whole_model.repeating:
             return
         check_pass(self.model, self.layers)
-        seen = layers[0].core.seen
-        if self.kind_table is not None:
-            if self.kind_table.ids is not None and self.kind_table.ids.shape[1] > seen:
-                # Left behind by a pass that failed before its first layer.
-                self._truncate()
-            self.kind_table.announce(input_ids, self.token_log)
+        self._parts.announce(input_ids, layers[0].core.seen)
         # Where a pass was judged only after its end, as drafts are.
         self._whole_model.compact()
         self._whole_model.take_in(input_ids)
@@ -191,9 +186,8 @@ class HeadwiseCache(Cache):
 
     def announce(self, input_ids: Int[Tensor, "b q"]) -> None:
         """Take note of tokens that a captured step is going to process; all of them are real."""
-        if self.kind_table is not None:
-            self.kind_table.announce(input_ids, self.token_log)
         batch, count = input_ids.shape
+        self._parts.announce(input_ids, self.token_log.columns)
         self.token_log.extend(batch, count, None, input_ids.device)
         self.passes += 1
 
@@ -212,36 +206,36 @@ class HeadwiseCache(Cache):
         for layer in sorted(self.layers, key=lambda layer: isinstance(layer, HeadwiseLayer)):
             if getattr(layer, "is_initialized", True):
                 layer.crop(tokens_to_remove)
-        self._truncate()
+        self._parts.truncate()
 
     def reset(self) -> None:
         """Forget everything; the cache can then serve another prompt."""
         super().reset()
-        for layer in self._stock_layers:
+        for layer in self._parts.stock:
             forget_stock(layer)
         self.passes = 0
         self._whole_model.reset()
-        self._truncate()
+        self._parts.truncate()
 
     def reorder_cache(self, beam_idx: Int[Tensor, " new"]) -> None:
         """Continue the beams at those indices."""
         super().reorder_cache(beam_idx)
-        self._select(beam_idx)
+        self._parts.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at those indices."""
         super().batch_select_indices(indices)
-        self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+        self._parts.select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
         batch = next((len(kept) for layer in self.headwise_layers if (kept := layer.core.kept_tokens) is not None), 0)
         super().batch_repeat_interleave(repeats)
-        self._select(torch.arange(batch).repeat_interleave(repeats))
+        self._parts.select(torch.arange(batch).repeat_interleave(repeats))
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to, those of stock layers included."""
-        return self._token_tensors() + [tensor for layer in self.layers for tensor in held_tensors(layer)]
+        return self._parts.token_tensors() + [tensor for layer in self.layers for tensor in held_tensors(layer)]
 
     def report(self) -> Report:
         """What it holds now, and what a full cache would hold."""
@@ -250,7 +244,7 @@ class HeadwiseCache(Cache):
             policy=str(self.policy),
             seen_tokens=self.get_seq_length(),
             layers=[layer_report(layer) for layer in self.layers],
-            transcript_bytes=storage_bytes(self._token_tensors()),
+            transcript_bytes=storage_bytes(self._parts.token_tensors()),
             kernel=self.kernel,
             profile_seconds=self._whole_model.seconds + sum((prompt.profile_seconds for prompt in prompts), 0.0),
             compact_seconds=sum((prompt.compact_seconds for prompt in prompts), 0.0),
@@ -288,34 +282,10 @@ class HeadwiseCache(Cache):
         return copy
 
     @property
-    def _stock_layers(self) -> list[CacheLayerMixin]:
-        return [layer for layer in self.layers if not isinstance(layer, HeadwiseLayer)]
-
-    @property
-    def _parts(self) -> CacheParts:
-        return CacheParts(self.layers, self.token_log, self.kind_table)
-
-    @property
     def _owner(self) -> Owner:
         return Owner(self.model, self.model_name, self.policy, self.kind_table)
 
     def _repeat_prompt(self, ids: Int[Tensor, "b t"]) -> None:
         assert self._tokenizer is not None
-        cores = [layer.core for layer in self.headwise_layers]
-        repeat_prompt(self.model, self, cores, self._stock_layers, self.token_log, ids, self._tokenizer)
-
-    def _token_tensors(self) -> list[Tensor]:
-        """What it knows about tokens beside their rows."""
-        ids = None if self.kind_table is None else self.kind_table.ids
-        return [*self.token_log.tensors().values(), *([] if ids is None else [ids])]
-
-    def _truncate(self) -> None:
-        columns = self.headwise_layers[0].core.seen if self.headwise_layers else 0
-        self.token_log.truncate(columns)
-        if self.kind_table is not None:
-            self.kind_table.truncate(columns, self.token_log)
-
-    def _select(self, indices: Int[Tensor, " new"]) -> None:
-        self.token_log.select(indices)
-        if self.kind_table is not None:
-            self.kind_table.select(indices)
+        parts = self._parts
+        repeat_prompt(self.model, self, parts.cores, parts.stock, self.token_log, ids, self._tokenizer)

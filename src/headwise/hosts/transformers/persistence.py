@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers.cache_utils import CacheLayerMixin
 
 from headwise.errors import InputError, MismatchError
 from headwise.files import whole_file
 from headwise.hosts.transformers.kinds import KindTable
 from headwise.hosts.transformers.layer import HeadwiseLayer
+from headwise.hosts.transformers.parts import CacheParts
 from headwise.hosts.transformers.stock_layers import restore_stock, stock_state
 from headwise.policies import FORMER_CLASSES
 from headwise.policies.base import Policy
-from headwise.stages.token_log import TokenLog
 from headwise.types import Tensor
 from headwise.weights import fingerprint
 
@@ -30,15 +28,6 @@ _FORMAT = "headwise-cache-2"
 
 # What the names of the token log's tensors begin with in a file.
 _LOG = "transcript"
-
-
-@dataclass(frozen=True)
-class CacheParts:
-    """What a cache consists of."""
-
-    layers: Sequence[CacheLayerMixin]
-    log: TokenLog
-    kinds: KindTable | None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,18 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from headwise.kernels.triton.device_tiles import absorb, addresses, capped, products_of, put, record, seen, soften, tile
+from headwise.kernels.triton.device_tiles import (
+    absorb,
+    addresses,
+    capped,
+    note,
+    products_of,
+    put,
+    record,
+    seen,
+    soften,
+    tile,
+)
 
 
 @triton.jit(do_not_specialize=["queries"])
@@ -202,8 +213,7 @@ def attend_codes(
             column = tl.load(column_pool + address, mask=held, other=0)
             visible = seen(mask, i, column, mask_q, visible)
         x = tl.where(visible, capped(products, inner, outer), float("-inf"))
-        if logits is not None:
-            tl.store(logits + of_logits + n[None, :], x, mask=asks[:, None] & held[None, :])
+        note(logits, of_logits + n[None, :], x, asks, held)
         top, total, weights, decay = soften(x, top, total)
         output = absorb(output, decay, weights, v, NARROW)
         if VALUE_BITS == 4:

@@ -11,32 +11,30 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from headwise.kernels.triton.device_tiles import capped, finite, seen, tile
+from headwise.kernels.triton.device_tiles import capped, finite, lane_of, seen, tile
 
 
 @triton.jit
 @no_type_check
 def products_of(
-    of_query,
-    row,
-    query_stride,
-    is_row,
-    of_keys,
-    column,
-    key_stride,
-    is_column,
+    of_rows,
+    of_columns,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NARROW: tl.constexpr,
 ):
-    """Products of many queries with many keys, summed in fp32 over BLOCK_D features at a time."""
+    """Products of many queries with many keys, summed in fp32 over BLOCK_D features at a time.
+
+    Args:
+        of_rows, of_columns: where the matrix begins, which rows of it, how far apart they lie, and which are there.
+    """
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in tl.static_range(0, D, BLOCK_D):
         feature = first + tl.arange(0, BLOCK_D)
-        q = tile(of_query, row, query_stride, is_row, feature, D)
-        k = tile(of_keys, column, key_stride, is_column, feature, D)
+        q = tile(of_rows[0], of_rows[1], of_rows[2], of_rows[3], feature, D)
+        k = tile(of_columns[0], of_columns[1], of_columns[2], of_columns[3], feature, D)
         if NARROW:
             products = tl.dot(q, tl.trans(k), products)
         else:
@@ -73,9 +71,7 @@ def row_sums(
     # The last rows see the most: they go first, so that no long program is left over at the end.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     member = tl.program_id(1).to(tl.int64)
-    g = member % GROUP
-    h = member // GROUP % heads
-    b = member // GROUP // heads
+    b, h, g = lane_of(member, heads, GROUP)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = row < rows
     of_query = query + b * query_stride[0] + h * query_stride[1] + g * query_stride[2]
@@ -98,21 +94,8 @@ def row_sums(
             visible &= t[None, :] <= own[:, None]
         else:
             visible = seen(mask, row, t, mask_q, visible)
-        products = products_of(
-            of_query,
-            row,
-            query_stride[3],
-            is_row,
-            of_keys,
-            t,
-            key_stride[2],
-            held,
-            D,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            NARROW,
-        )
+        of_rows, of_columns = (of_query, row, query_stride[3], is_row), (of_keys, t, key_stride[2], held)
+        products = products_of(of_rows, of_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, NARROW)
         x = tl.where(visible, capped(products, inner, outer), float("-inf"))
         raised = tl.maximum(top, tl.max(x, 1))
         base = finite(raised)
@@ -165,9 +148,7 @@ def column_sums(
     block = tl.program_id(0)
     member = tl.program_id(1).to(tl.int64)
     w = tl.program_id(2)
-    g = member % GROUP
-    h = member // GROUP % heads
-    b = member // GROUP // heads
+    b, h, g = lane_of(member, heads, GROUP)
     t = block * BLOCK_N + tl.arange(0, BLOCK_N)
     held = t < total
     of_query = query + b * query_stride[0] + h * query_stride[1] + g * query_stride[2]
@@ -197,21 +178,8 @@ def column_sums(
         else:
             visible = seen(mask, row, t, mask_q, visible)
         base = finite(tl.load(lse + member * rows + row, mask=is_row, other=0.0))
-        products = products_of(
-            of_query,
-            row,
-            query_stride[3],
-            is_row,
-            of_keys,
-            t,
-            key_stride[2],
-            held,
-            D,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            NARROW,
-        )
+        of_rows, of_columns = (of_query, row, query_stride[3], is_row), (of_keys, t, key_stride[2], held)
+        products = products_of(of_rows, of_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, NARROW)
         x = tl.where(visible, capped(products, inner, outer) - base[:, None], float("-inf"))
         received = tl.exp2(x)
         if weights is None:

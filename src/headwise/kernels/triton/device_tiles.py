@@ -138,3 +138,28 @@ def record(span, split, begin, length):
     if split == 0:
         tl.store(span, begin)
         tl.store(span + 1, begin + length)
+
+
+@triton.jit
+@no_type_check
+def lane_of(member, heads, GROUP: tl.constexpr):
+    """Sequence, KV head and place in its group of a query head, counted over all sequences."""
+    return member // GROUP // heads, member // GROUP % heads, member % GROUP
+
+
+@triton.jit
+@no_type_check
+def asked(query, stride, member, queries, asks, feature, WIDTH: tl.constexpr):
+    """Query rows of a head's members; 0 where nobody asks."""
+    g = (member // queries).to(tl.int64)
+    i = (member % queries).to(tl.int64)
+    at = query + (g * stride[2] + i * stride[3])[:, None] + feature[None, :]
+    return tl.load(at, mask=asks[:, None] & (feature < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+@no_type_check
+def note(logits, at, x, asks, held):
+    """Keep logits for those who are going to weigh them; nobody is where there is no memory for it."""
+    if logits is not None:
+        tl.store(logits + at, x, mask=asks[:, None] & held[None, :])

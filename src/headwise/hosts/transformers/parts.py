@@ -1,0 +1,71 @@
+"""Parts: what a cache consists of -> what is done to all of it: its layers, and what it knows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers.cache_utils import CacheLayerMixin
+
+from headwise.hosts.transformers.kinds import KindTable
+from headwise.hosts.transformers.layer import HeadwiseLayer
+from headwise.stages.layer import LayerCache
+from headwise.stages.token_log import TokenLog
+from headwise.types import Int, Tensor
+
+
+@dataclass(frozen=True)
+class CacheParts:
+    """The parts of one cache.
+
+    Attributes:
+        layers: headwise's and transformers' own, in the order of the model.
+        log: of the tokens.
+        kinds: what it takes tokens for, where the policy asks.
+    """
+
+    layers: Sequence[CacheLayerMixin]
+    log: TokenLog
+    kinds: KindTable | None
+
+    @property
+    def compressed(self) -> list[HeadwiseLayer]:
+        """The layers that are headwise's."""
+        return [layer for layer in self.layers if isinstance(layer, HeadwiseLayer)]
+
+    @property
+    def cores(self) -> list[LayerCache]:
+        """What does their work."""
+        return [layer.core for layer in self.compressed]
+
+    @property
+    def stock(self) -> list[CacheLayerMixin]:
+        """The layers that stay as transformers made them."""
+        return [layer for layer in self.layers if not isinstance(layer, HeadwiseLayer)]
+
+    def token_tensors(self) -> list[Tensor]:
+        """What is known of tokens beside their rows."""
+        ids = None if self.kinds is None else self.kinds.ids
+        return [*self.log.tensors().values(), *([] if ids is None else [ids])]
+
+    def announce(self, input_ids: Int[Tensor, "b q"] | None, seen: int) -> None:
+        """Take note of the tokens of a pass that is about to begin, behind those seen."""
+        if self.kinds is None:
+            return
+        if self.kinds.ids is not None and self.kinds.ids.shape[1] > seen:
+            # Left behind by a pass that failed before its first layer.
+            self.truncate()
+        self.kinds.announce(input_ids, self.log)
+
+    def truncate(self) -> None:
+        """Forget what is known of tokens that the layers no longer have."""
+        columns = self.compressed[0].core.seen if self.compressed else 0
+        self.log.truncate(columns)
+        if self.kinds is not None:
+            self.kinds.truncate(columns, self.log)
+
+    def select(self, indices: Int[Tensor, " new"]) -> None:
+        """Keep what is known of the sequences at `indices`, in that order."""
+        self.log.select(indices)
+        if self.kinds is not None:
+            self.kinds.select(indices)
