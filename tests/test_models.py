@@ -59,7 +59,8 @@ def test_a_folder_is_loaded_in_the_dtype_asked_for(folder):
 
 @pytest.mark.parametrize("name", ["nowhere/to-be-found", "./not-a-folder"])
 def test_a_model_that_is_nowhere_is_said_in_one_line(name, folder, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # As HF_HUB_OFFLINE=1 makes it, which is read once, when the library is imported.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelNotFoundError, match="cannot load the model") as caught:
         headwise.load_model(name)
     assert "\n" not in str(caught.value)

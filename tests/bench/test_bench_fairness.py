@@ -16,10 +16,10 @@ from headwise.bench import bandwidth, contenders, workload
 from headwise.bench.contender_run import LocalRun
 from headwise.bench.kvpress_process import KvpressError
 from headwise.bench.models import random_model, share_weights, watched_attention
+from headwise.hosts.transformers.model_facts import read_facts
 from headwise.measure.model_info import available_bytes, find_shape
 from headwise.measure.peak_memory import peak_memory
 from headwise.measure.turns import turns
-from headwise.policies.budget import row_bytes
 
 # Fairness.
 
@@ -253,7 +253,7 @@ def test_random_model_has_the_shape_and_the_dtype():
     model = random_model(TINY, torch.bfloat16, torch.device("cpu"))
     assert sum(parameter.numel() for parameter in model.parameters()) == TINY.parameters
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert row_bytes(model.config, torch.bfloat16) == TINY.row_bytes(torch.bfloat16)
+    assert read_facts(model)[0].token_bytes(torch.bfloat16) == TINY.row_bytes(torch.bfloat16)
     assert not model.training
 
 

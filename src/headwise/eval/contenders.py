@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from headwise.errors import ConfigurationError
 from headwise.eval.budgets import at_budgets
 from headwise.eval.cache_kinds import CacheKind, PolicyCache, StockQuantized, parse_stock
+from headwise.hosts.transformers.model_facts import read_facts
 from headwise.policies import Full, Policy, Random
 from headwise.policies.budget import with_budget
 from headwise.policies.words import describe_policy
@@ -78,8 +79,8 @@ class PolicyContender(Contender):
         """The policy, with so many tokens as the bytes are."""
         if self.budget is None:
             return PolicyCache(self.policy)
-        config = model.config.get_text_config(decoder=True)
-        return PolicyCache(with_budget(self.policy, self.budget, config, dtype or model.dtype))
+        layers = read_facts(model)[0].compressed_shapes
+        return PolicyCache(with_budget(self.policy, self.budget, layers, dtype or model.dtype))
 
     def describe(self) -> dict[str, Any]:
         """Plain values."""

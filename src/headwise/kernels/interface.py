@@ -210,6 +210,7 @@ class Kernels:
         append: new rows into pages.
         column_mass: the mass on every column `[b, h, g, t]`, and the part of it inside each band `[w, b, h, g, t]`.
         attention_and_peaks: output `[b, h, g, q, e]`, and the largest probability of each column `[b, h, t]`.
+        code_bits: of the codes that they read; None for whatever `headwise.quant.codes` makes.
     """
 
     name: str
@@ -218,3 +219,4 @@ class Kernels:
     append: Callable[[AppendRequest], None]
     column_mass: Callable[[MassRequest], tuple[Tensor, Tensor]]
     attention_and_peaks: Callable[[PeaksRequest], tuple[Tensor, Tensor]]
+    code_bits: frozenset[int] | None = None

@@ -37,4 +37,4 @@ def read(buffer: torch.Tensor) -> int:
     return int(sums.sum())
 
 
-KERNELS = Kernels("cpu", obstacle, ragged_decode, append, column_mass, attention_and_peaks)
+KERNELS = Kernels("cpu", obstacle, ragged_decode, append, column_mass, attention_and_peaks, code_bits=frozenset({4, 8}))

@@ -28,4 +28,6 @@ def obstacle(device: torch.device) -> str | None:
     return None
 
 
-KERNELS = Kernels("triton", obstacle, ragged_decode, append, column_mass, attention_and_peaks)
+KERNELS = Kernels(
+    "triton", obstacle, ragged_decode, append, column_mass, attention_and_peaks, code_bits=frozenset({4, 8})
+)
