@@ -1,0 +1,107 @@
+"""What is read of a model: shapes of its layers, rotations by type of layer; and budgets that follow from shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import headwise
+import models
+import tiny
+from headwise.contract import LayerShape
+from headwise.errors import ConfigurationError
+from headwise.hosts.transformers.model_facts import read_facts
+from headwise.policies.budget import with_budget
+from headwise.quant.formats import Precision
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_shapes_are_those_of_what_a_cache_is_given(family):
+    """Keys and values as the model's own cache has them after a pass."""
+    model = models.shared(family)
+    facts, stock = read_facts(model)
+    assert len(facts.layers) == len(stock) == models.LAYERS
+    assert [i for i, layer in enumerate(facts.layers) if layer.compressed] == list(models.full_layers(family))
+    cache = headwise.HeadwiseCache(model, headwise.Full())
+    with torch.no_grad():
+        model(input_ids=models.prompt(9), past_key_values=cache)
+    for fact, layer in zip(facts.layers, cache.layers, strict=True):
+        keys, values = (
+            (layer.core.store.rows().keys, layer.core.store.rows().values)
+            if fact.compressed
+            else (layer.keys, layer.values)
+        )
+        assert fact.shape == LayerShape(keys.shape[1], keys.shape[-1], values.shape[-1])
+    assert facts.token_bytes(torch.float32) == sum(layer.shape.token_bytes(torch.float32) for layer in facts.layers)
+
+
+def keys_of_layers(model, ids, before):
+    """Keys of every layer, as they come out of the projection or as attention gets them."""
+    found = {}
+    layers = model.model.layers
+    if before:
+        handles = [
+            layer.self_attn.k_norm.register_forward_hook(lambda *seen, at=at: found.update({at: seen[-1]}))
+            for at, layer in enumerate(layers)
+        ]
+    cache = headwise.HeadwiseCache(model, headwise.Full())
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+    if before:
+        for handle in handles:
+            handle.remove()
+        return found
+    return {layer.core.index: layer.core.store.rows().keys for layer in cache.headwise_layers}
+
+
+def test_a_rotation_is_that_of_its_type_of_layer():
+    """Gemma 3 turns keys of windows and of full attention differently; back at position 0 both are as projected."""
+    model, ids = models.shared("gemma3"), models.prompt(24)
+    facts, _ = read_facts(model)
+    turned, plain = keys_of_layers(model, ids, before=False), keys_of_layers(model, ids, before=True)
+    positions = torch.arange(24)[None]
+    for index in models.full_layers("gemma3"):
+        rotation = facts.layers[index].rotation
+        assert rotation is not None
+        torch.testing.assert_close(rotation(turned[index], positions, True), plain[index].view_as(turned[index]))
+        torch.testing.assert_close(rotation(plain[index].view_as(turned[index]), positions, False), turned[index])
+    sliding, full = facts.layers[0].rotation, facts.layers[1].rotation
+    one = torch.ones(1, 1, 1, 16)
+    far = torch.tensor([[200]])
+    assert not torch.allclose(sliding(one, far, False), full(one, far, False))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-oss"])
+def test_a_budget_of_bytes_is_for_the_layers_that_are_compressed(family):
+    """16 KiB are used but for what is less than a token; stock layers have bytes of their own."""
+    model, ids = models.shared(family), models.prompt(400)
+    cache = headwise.HeadwiseCache(model, headwise.SnapKV(keep=1, window=8), budget="16KiB")
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+    used = sum(layer.core.store.used_bytes for layer in cache.headwise_layers)
+    token = len(cache.headwise_layers) * 2 * (2 * 16 * 4 + 4)
+    assert 16 * 1024 - token < used <= 16 * 1024
+
+
+def test_layers_of_different_shapes_share_a_budget():
+    """2 heads of 8 + 8 numbers and 1 of 4 + 12, each row with 4 bytes of column: 2 * 68 + 68 bytes a token."""
+    layers = [LayerShape(2, 8, 8), LayerShape(1, 4, 12)]
+    assert with_budget(headwise.KeyNorm(keep=1), "1KiB", layers, torch.float32).keep == 1024 // 204
+    # With a score, 4 bytes more in each of three heads.
+    policy = with_budget(headwise.H2O(2, 2), "1KiB", layers, torch.float32)
+    assert policy.heavy + policy.recent == 1024 // 216
+    with pytest.raises(ConfigurationError, match="less than one token"):
+        with_budget(headwise.KeyNorm(keep=1), "203B", layers, torch.float32)
+    with pytest.raises(ConfigurationError, match="no layer"):
+        with_budget(headwise.KeyNorm(keep=1), "1KiB", [], torch.float32)
+    # 20 rows stay exact; of the others each takes 8 + 4 + 8 + 4 + 4 in two heads, and 4 + 4 + 12 + 4 + 4 in one.
+    coded = with_budget(headwise.Quantized(headwise.KeyNorm(keep=1), 8), "8KiB", layers, torch.float32)
+    assert coded.policy.keep == 20 + (8192 - 20 * 204) // (2 * 28 + 28)
+
+
+def test_kernels_that_cannot_read_codes_are_refused_when_the_cache_is_made(monkeypatch):
+    monkeypatch.setattr("headwise.quant.formats._BITS", (2, 4, 8))
+    policy = headwise.Quantized(headwise.Full(), 2)
+    assert isinstance(policy.precision, Precision)
+    with pytest.raises(ConfigurationError, match="the 'cpu' kernels read codes of 4 or 8 bits, not of 2"):
+        headwise.HeadwiseCache(tiny.llama(), policy, kernel="cpu")
