@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from commands import call
 from headwise.errors import ConfigurationError
 from headwise.policies import H2O, FastGen, StreamingLLM
 from headwise.policies.words import build_policy, describe_policy
@@ -33,3 +34,12 @@ def test_rules_in_a_ladder_are_described_by_their_labels():
 def test_bad_settings(settings):
     with pytest.raises(ConfigurationError):
         build_policy("streamingllm", None, settings)
+
+
+def test_a_former_name_of_a_policy_works_and_its_name_is_said(tmp_path):
+    found = call("profile", "--file", tmp_path / "nowhere.txt", "--policy", "recite")
+    assert found.code == 2
+    note, error = found.err.splitlines()
+    assert note == "note: policy 'recite' is now called 'peak-attention'"
+    assert error.startswith("error: there is no file")
+    assert '"recite"' not in call("policies", "--json").out

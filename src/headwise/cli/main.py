@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -82,13 +83,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # other kinds of stream lack it
     words.set(tuple(given))
     try:
-        code = _run(given or ["--help"])
+        with _former_names_said():
+            code = _run(given or ["--help"])
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read the output has seen enough. Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = BROKEN_PIPE
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _former_names_said() -> Iterator[None]:
+    """A word of the command line that has another name now works, and its name is said in one line."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message="policy .* is now called", category=DeprecationWarning)
+        show, told = warnings.showwarning, set[str]()
+
+        def say(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if not issubclass(category, DeprecationWarning):
+                show(message, category, *rest, **more)
+            elif str(message) not in told:
+                told.add(str(message))
+                typer.echo(f"note: {message}", err=True)
+
+        warnings.showwarning = say
+        yield
 
 
 def _run(arguments: list[str]) -> int:
