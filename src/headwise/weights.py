@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from headwise.errors import InputError, MismatchError
+from headwise.files import whole_file, write_text
 from headwise.types import Float, Tensor
 
 CONFIG = "config.json"
@@ -103,8 +104,9 @@ class WeightsFolder(Generic[Whole]):
             tensors |= {f"layers.{index}.{name}": t.half().cpu().contiguous() for name, t in layer.tensors().items()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, folder / self.file, {"format": self.marker})
-            (folder / CONFIG).write_text(json.dumps(dict(weights.about), indent=2) + "\n", encoding="utf-8")
+            with whole_file(folder / self.file) as scratch:
+                save_file(tensors, scratch, {"format": self.marker})
+            write_text(folder / CONFIG, json.dumps(dict(weights.about), indent=2) + "\n")
         except OSError as error:
             raise InputError(f"cannot write to {str(folder)!r}: {error}") from error
 

@@ -66,6 +66,11 @@ class PageView:
         return self.keys.shape[1]
 
     @property
+    def kv_bytes(self) -> int:
+        """Bytes of a row's key and value, which attention reads."""
+        return (self.keys.shape[2] + self.values.shape[2]) * self.keys.element_size()
+
+    @property
     def capacity(self) -> int:
         """Rows that the pages of a head have room for at most."""
         return self.table.shape[-1] * self.page_size

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headwise.contract import LayerShape
 from headwise.errors import ConfigurationError
+from headwise.hosts.transformers.model_facts import kv_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +49,7 @@ class Shape:
 
     def row_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that a full cache holds per token of a sequence."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
+        return self.layers * LayerShape(self.kv_heads, self.head_dim, self.head_dim).token_bytes(dtype)
 
 
 SHAPES = {
@@ -81,14 +83,9 @@ def describe_model(model: PreTrainedModel, name: str, *, random_weights: bool = 
     }
 
 
-def kv_heads(config: Any) -> int:
-    """KV heads of a layer, as the configuration of a decoder says or lets infer."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
 def query_heads_per_kv_head(config: Any) -> int:
     """Query heads that share a KV head, by the configuration of a decoder."""
-    return int(config.num_attention_heads) // kv_heads(config)
+    return int(config.num_attention_heads) // (kv_heads(config) or 1)
 
 
 def positions(model: PreTrainedModel) -> int | None:

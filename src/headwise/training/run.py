@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headwise.errors import ConfigurationError
-from headwise.files import whole_file
+from headwise.files import whole_file, write_text
 from headwise.types import Tensor
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def begin_run(work: Path, about: Mapping[str, Any], *, resume: bool) -> None:
         if path.read_text(encoding="utf-8") != state:
             raise ConfigurationError(f"{str(work)!r} holds a run with other options; remove it, or use those")
     work.mkdir(parents=True, exist_ok=True)
-    path.write_text(state, encoding="utf-8")
+    write_text(path, state)
 
 
 def layer_file(work: Path, index: int) -> Path:

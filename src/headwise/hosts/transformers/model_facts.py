@@ -51,6 +51,12 @@ def output_projections(model: PreTrainedModel) -> dict[int, Float[Tensor, "hidde
     return found
 
 
+def kv_heads(config: Any) -> int | None:
+    """KV heads of a layer, as the configuration of a decoder says or lets infer; None where it does neither."""
+    found = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    return found if isinstance(found, int) else None
+
+
 def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The module of each layer that projects keys, where there is one of the usual kind."""
     modules = [m for m in model.get_decoder().modules() if isinstance(getattr(m, "k_proj", None), nn.Linear)]
@@ -59,9 +65,8 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 def _shape(config: Any, module: Any) -> LayerShape | None:
     """From the layer's own projections where it has them apart, else from the configuration; None where none tells."""
-    queries = getattr(config, "num_attention_heads", None)
-    heads = getattr(config, "num_key_value_heads", None) or queries
-    if not isinstance(queries, int) or not isinstance(heads, int):
+    queries, heads = getattr(config, "num_attention_heads", None), kv_heads(config)
+    if not isinstance(queries, int) or heads is None:
         return None
     dim = getattr(config, "head_dim", None) or config.hidden_size // queries
     if module is None:

@@ -31,7 +31,7 @@ def ragged_decode(request: DecodeRequest) -> Decoded:
     if query.dtype is not dtype or query.stride(-1) != 1:
         query = query.to(dtype).contiguous()
     kept = sum(view.longest for view in pages)
-    kept_bytes = batch * heads * sum(view.longest * _row_bytes(view) for view in pages)
+    kept_bytes = batch * heads * sum(view.longest * view.kv_bytes for view in pages)
     output = torch.empty(batch, heads, group, queries, value_dim)
     lse = torch.empty(batch, heads, group, queries)
     on_kept = torch.empty(batch, heads, queries, kept) if request.with_mass else None
@@ -118,7 +118,3 @@ def _write(
 def _rows_apart(increments: Tensor) -> int:
     """Numbers between the increments of two sequences, where those of their heads lie at equal steps."""
     return increments.stride(1) * increments.shape[1]
-
-
-def _row_bytes(view: PageView) -> int:
-    return (view.keys.shape[2] + view.values.shape[2]) * view.keys.element_size()
