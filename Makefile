@@ -10,7 +10,7 @@ OLD_VENV := .venv-oldest
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Tests whose subject is transformers' side of the contract; they also run on the oldest release.
-CONTRACT_TESTS := tests/test_generate_matrix.py tests/test_contract.py tests/test_persistence.py
+CONTRACT_TESTS := tests/test_generate_matrix.py tests/test_contract_*.py tests/test_persistence.py
 # Two processes; tests that share a model or a fixture stay together (tests/conftest.py says which).
 PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --durations=30
 SHAPES := --jaxtyping-packages=headwise,beartype.beartype
