@@ -10,7 +10,7 @@ OLD_VENV := .venv-oldest
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Tests whose subject is transformers' side of the contract; they also run on the oldest release.
-CONTRACT_TESTS := tests/test_generate_matrix.py tests/test_contract.py tests/test_persistence.py tests/test_saved.py tests/test_model_facts.py
+CONTRACT_TESTS := $(addprefix tests/test_,generate_matrix.py contract_*.py persistence.py saved.py model_facts.py)
 # Two processes; tests that share a model or a fixture stay together (tests/conftest.py says which).
 PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --durations=30
 SHAPES := --jaxtyping-packages=headwise,beartype.beartype

@@ -7,60 +7,34 @@ from dataclasses import replace
 import torch
 
 from cases import pairwise
-from headwise.kernels import reference
+from cpu_inputs import CPU, DTYPES, THREADS, VECTORS, both, check, threads, vectors
+from headwise.kernels.backends import choose
 from headwise.kernels.cpu import backend as cpu
 from headwise.kernels.interface import Coding
 from headwise.quant.formats import RowFormat
-from headwise.store.rows import Rows
 from headwise.types import LogitOptions
-from kernel_calls import add_increments, coded_like, ragged_decode
-from test_cpu_kernels import CPU, DTYPES, THREADS, VECTORS, check, choose, filled, threads, vectors
+from kernel_calls import add_increments, ragged_decode
+from kernel_inputs import packed, packed_codes
 
 __all__ = ["threads", "vectors"]
 
 FORMATS = [RowFormat(keys, values) for keys in (8, 4) for values in (8, 4)]
 
 
-def coded_view(lengths, format, *, key_dim=64, value_dim=64, dtype=torch.float32, page_size=16, scored=False):
-    """Pages of codes of random rows, whose channels differ in size and lie off zero; columns have gaps, no order."""
-    lengths = torch.tensor(lengths)
-    longest = int(lengths.max())
-    keys, values = (
-        (torch.randn(*lengths.shape, longest, dim) * torch.rand(dim) * 2 + torch.randn(dim)).to(dtype)
-        for dim in (key_dim, value_dim)
-    )
-    columns = (torch.randperm(longest, dtype=torch.int32) * 2).expand(*lengths.shape, -1)
-    scores = torch.rand(columns.shape) if scored else None
-    rows = Rows.of(keys, values, columns, scores, torch.arange(longest) < lengths[:, :, None])
-    part = coded_like(rows, format, page_size=page_size, scored=scored)
-    # With pages to spare: there is memory that no row has written.
-    part.pool.commit(part.pool.occupied(), part.encode(rows), spare=page_size + 1)
-    return part.view()
-
-
-def both(
-    exact, coded, *, group=3, queries=1, fresh=1, mask=None, softcap=None, sinks=False, with_mass=True, key_dim=64
-):
-    """The same call of the reference and of the compiled kernel."""
-    (batch, heads), dtype = exact.lengths.shape, exact.pools["keys"].dtype
-    query = torch.randn(batch, heads, queries, group, key_dim).to(dtype).transpose(2, 3)
-    fresh_keys = torch.randn(batch, heads, fresh, key_dim).to(dtype)
-    fresh_values = torch.randn(batch, heads, fresh, exact.pools["values"].shape[-1]).to(dtype)
-    options = LogitOptions(key_dim**-0.5, softcap, torch.randn(heads, group) if sinks else None)
-    arguments = (query, [exact.view(), *coded], fresh_keys, fresh_values, mask, options)
-    return (ragged_decode(k, *arguments, with_mass=with_mass) for k in (reference, cpu))
+def coded_view(*arguments, **options):
+    return packed_codes(*arguments, **options).view()
 
 
 @pairwise(format=FORMATS, dtype=DTYPES, **THREADS)
 def test_every_format(format, dtype, threads):
     """Heads with rows of one kind, of the other, of both and of none; more than fit into one chunk."""
-    exact = filled([[0, 5, 33, 0], [70, 0, 1, 0]], dtype=dtype)
+    exact = packed([[0, 5, 33, 0], [70, 0, 1, 0]], dtype=dtype)
     check(*both(exact, [coded_view([[131, 0, 7, 0], [64, 300, 1, 0]], format, dtype=dtype)]))
 
 
 @pairwise(format=FORMATS, group=[1, 2, 3, 4, 7], **VECTORS)
 def test_every_group_size(format, group):
-    check(*both(filled([[3, 0]]), [coded_view([[20, 77]], format)], group=group))
+    check(*both(packed([[3, 0]]), [coded_view([[20, 77]], format)], group=group))
 
 
 @pairwise(
@@ -82,29 +56,29 @@ def test_every_group_size(format, group):
 )
 def test_every_head_dimension_and_channel_group(bits, sizes):
     dims, channels = sizes
-    exact = filled([[5, 0], [1, 20]], key_dim=dims[0], value_dim=dims[1])
+    exact = packed([[5, 0], [1, 20]], key_dim=dims[0], value_dim=dims[1])
     coded = coded_view([[70, 33], [9, 0]], RowFormat(*bits, channels), key_dim=dims[0], value_dim=dims[1])
-    check(*both(exact, [coded], key_dim=dims[0], queries=2))
+    check(*both(exact, [coded], queries=2))
 
 
 @pairwise(dims=[(1, 1), (7, 11), (33, 9)], **VECTORS)
 def test_odd_head_dimensions_in_8_bits(dims):
-    exact = filled([[5, 0]], key_dim=dims[0], value_dim=dims[1])
+    exact = packed([[5, 0]], key_dim=dims[0], value_dim=dims[1])
     coded = coded_view([[70, 33]], RowFormat(8, 8), key_dim=dims[0], value_dim=dims[1])
-    check(*both(exact, [coded], key_dim=dims[0]))
+    check(*both(exact, [coded]))
 
 
 @pairwise(page_size=[1, 3, 16, 100], rows=[(1, 1), (2, 5), (7, 130)], **THREADS)
 def test_pages_and_fresh_rows(page_size, rows, threads):
     queries, fresh = rows
-    exact = filled([[0, 40], [12, 1]], page_size=page_size)
+    exact = packed([[0, 40], [12, 1]], page_size=page_size)
     coded = coded_view([[63, 0], [129, 2]], RowFormat(8, 4), page_size=page_size)
     check(*both(exact, [coded], queries=queries, fresh=fresh))
 
 
 @pairwise(softcap=[None, 2.0], sinks=[False, True], masked=[False, True], dtype=DTYPES, **THREADS)
 def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, threads):
-    exact, queries, fresh = filled([[0, 50, 7], [90, 33, 1]], dtype=dtype), 3, 4
+    exact, queries, fresh = packed([[0, 50, 7], [90, 33, 1]], dtype=dtype), 3, 4
     coded = [
         coded_view([[80, 0, 0], [0, 90, 0]], RowFormat(4, 8), dtype=dtype),
         coded_view([[0, 0, 65], [0, 0, 3]], RowFormat(8, 4, 32), dtype=dtype),
@@ -134,13 +108,13 @@ def test_every_cut_between_threads(shares, monkeypatch):
         ([[37, 0, 1], [40, 3, 5]], [[400, 0, 0], [0, 9, 1]], [[0, 200, 0], [70, 0, 0]]),
     ):
         views = [coded_view(own, format) for own, format in zip(coded, FORMATS[1:], strict=False)]
-        check(*both(filled(exact), views))
-        check(*both(filled(exact), views, fresh=0, queries=2))
+        check(*both(packed(exact), views))
+        check(*both(packed(exact), views, fresh=0, queries=2))
 
 
 @pairwise(with_mass=[False, True], longest=[0, 45], **VECTORS)
 def test_views_may_be_empty(longest, with_mass):
-    exact = filled([[0, 0]])
+    exact = packed([[0, 0]])
     none, some = coded_view([[0, 0]], RowFormat(8, 8)), coded_view([[longest, longest // 2]], RowFormat(4, 4))
     none = replace(none, table=none.table[:, :, :0])
     expected, found = both(exact, [none, some], with_mass=with_mass)
@@ -154,7 +128,7 @@ def test_views_may_be_empty(longest, with_mass):
 @pairwise(**VECTORS)
 def test_a_view_may_be_as_long_as_its_pages_have_room_for():
     view = coded_view([[33, 0]], RowFormat(8, 4), page_size=3)
-    expected, found = both(filled([[5, 20]]), [replace(view, longest=view.capacity)])
+    expected, found = both(packed([[5, 20]]), [replace(view, longest=view.capacity)])
     check(expected, found)
     assert view.capacity > 33
     assert (found.on_kept[0, 0, 0, 20 + 33 :] == 0).all()
@@ -174,7 +148,7 @@ def test_codes_by_hand():
     weights = torch.tensor([3.0, 2.0]).log()
     query = torch.linalg.solve(torch.tensor([[3.0, 1.0], [18.0, 2.0]]), weights)[None, None, None, None]
     none = torch.zeros(1, 1, 0, 2)
-    exact = filled([[0]], key_dim=2, value_dim=2).view()
+    exact = packed([[0]], key_dim=2, value_dim=2).view()
     found = ragged_decode(cpu, query, [exact, view], none, none, None, LogitOptions(1.0), with_mass=True)
     torch.testing.assert_close(found.on_kept, torch.tensor([[[[0.6, 0.4]]]]))
     expected = torch.tensor([0.6 * 7 + 0.4 * 258, 0.6 * 99])
@@ -186,7 +160,7 @@ def test_codes_by_hand():
 def test_flat_and_sharp_attention(sharpness):
     """Exact and coded rows have largest logits far apart, and either may vanish beside the other."""
     for exact, lengths in (([[300, 2]], [[5, 260]]), ([[0, 1]], [[130, 1]])):
-        store = filled(exact)
+        store = packed(exact)
         store.pools["keys"] *= sharpness
         expected, found = both(store, [coded_view(lengths, RowFormat(8, 8))])
         assert found.output.isfinite().all()
@@ -200,7 +174,7 @@ def test_increments_reach_the_scores_of_rows_that_are_codes():
     found = []
     for name in ("reference", "cpu"):
         torch.manual_seed(3)
-        exact = filled([[width, 1], [0, 2]], scored=True)
+        exact = packed([[width, 1], [0, 2]], scored=True)
         views = [coded_view(lengths, RowFormat(8, 4), scored=True)]
         views += [coded_view([[0, 20], [3, 1]], RowFormat(4, 4), scored=True)]
         before = [view.lengths.clone() for view in views]

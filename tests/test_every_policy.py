@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
-
 import pytest
 import torch
 
 import headwise
 import tiny
+from every_policy import EVERY
 from headwise.policies.sinks import Sinks
 from headwise.policies.window import Window
 from oracle import rows_of
 
 STEPS = 40
-
-
-def example(policy):
-    """The policy with 0.3 for every parameter that has no default, and for a recovery; sizes and targets take it."""
-    return policy(**{f.name: 0.3 for f in fields(policy) if f.default is MISSING or f.name == "recovery"})
-
-
-EVERY = [example(policy) for policy in headwise.list_policies().values()]
 
 
 def steps(model, policy, ids, mask, count=STEPS, evict_every=1):

@@ -14,28 +14,14 @@ import headwise
 import models
 import tiny
 from cases import EVERYTHING
-from headwise import H2O, FastGen, Full, HeadwiseWarning, Random, StreamingLLM, UnsupportedModelError
+from headwise import HeadwiseWarning, UnsupportedModelError
+from matrix_policies import EXACT_LADDER, policy_of
 from models import ALL_SLIDING, COMPRESSIBLE, FAMILIES, MODES, NEW, PADDING, PROMPT, TURN
 
 TOKENIZER = tiny.tokenizer()
-FIXED = {
-    "full": Full(),
-    "streamingllm": StreamingLLM(window=8, sinks=2),
-    "h2o": H2O(heavy=5, recent=6),
-    "random": Random(keep=11),
-}
-# Rungs without heavy hitters: what a head keeps follows from the ids alone.
-EXACT_LADDER = ("special", "special+punctuation", "special+punctuation+local", "full")
+
 FIXED_SIZES = {"streamingllm": 10, "h2o": 11, "random": 11}
 EVICTING = ["fastgen-exact", "fastgen", *FIXED_SIZES]
-
-
-def policy_of(family, name):
-    if name in FIXED:
-        return FIXED[name]
-    # Families differ in what they ask for, so that every rule is taken somewhere.
-    recovery = (0.3, 0.5, 0.75)[FAMILIES.index(family) % 3]
-    return FastGen(recovery, ladder=EXACT_LADDER) if name == "fastgen-exact" else FastGen(recovery + 0.1)
 
 
 def cases(*modes):

@@ -13,6 +13,7 @@ from headwise.policies.sinks import Sinks
 from headwise.policies.special import Special
 from headwise.policies.window import Window
 from oracle import rows_of, scores_of, use_oracle
+from passes import play
 
 POLICIES = [
     headwise.Full(),
@@ -37,24 +38,6 @@ POLICIES = [
         ladder=("special", "local", Window(11) | Sinks(3), "frequent", "special+local", "punctuation+frequent", "full"),
     ),
 ]
-
-
-def play(model, cache, ids, mask, continuation, steps):
-    """Logits of every pass: the prompt, then the continuation in passes of the given lengths."""
-    logits, start = [], 0
-    with torch.no_grad():
-        logits.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache, **positions(mask)).logits)
-        for step in steps:
-            mask = torch.cat([mask, torch.ones(len(ids), step, dtype=torch.long)], 1)
-            new = continuation[:, start : start + step]
-            start += step
-            at = {"position_ids": (mask.cumsum(1) - 1)[:, -step:]}
-            logits.append(model(input_ids=new, attention_mask=mask, past_key_values=cache, **at).logits)
-    return logits
-
-
-def positions(mask):
-    return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 def compare(policy, ids, mask, *, model, steps=(1, 1, 1, 1, 5, 1, 2, 1, 1, 1, 1), evict_every=1, kernels=("cpu",)):

@@ -11,14 +11,11 @@ import headwise
 import tiny
 from headwise.errors import CacheStateError, ConfigurationError, UnsupportedModelError
 from models import MIXED, MODES, PROMPT, WatchedCache, build, shared
-from test_scored import SMALL, TOKENS, kept, model, read, words
+from scored_prompts import TOKENS, kept, model, policy, read, words
+
+__all__ = ["policy"]
 
 NEW = 6
-
-
-@pytest.fixture(params=SMALL, ids=str)
-def policy(request):
-    return request.param
 
 
 def step(cache, ids):
@@ -139,9 +136,9 @@ def test_generates_in_every_mode(policy, mode):
 def test_repeating_leaves_nothing_behind(family):
     ids = words(29, seed=5)
     logits = []
-    for policy in (headwise.KVzip(1.0), headwise.Full()):
+    for scorer in (headwise.KVzip(1.0), headwise.Full()):
         one = build(family)
-        cache = headwise.HeadwiseCache(one, policy, tokenizer=tiny.tokenizer())
+        cache = headwise.HeadwiseCache(one, scorer, tokenizer=tiny.tokenizer())
         with torch.no_grad():
             first = one(input_ids=ids, past_key_values=cache).logits
             after = [one(input_ids=new, past_key_values=cache).logits for new in further().split(1, dim=1)]

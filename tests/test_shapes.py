@@ -13,14 +13,14 @@ import torch
 import headwise
 import models
 import tiny
+from every_policy import EVERY
 from headwise.kernels.interface import AttentionMap
 from headwise.policies.tokens import Tokens
 from headwise.quant import codes
 from headwise.store.rows import Rows
 from headwise.types import LogitOptions
 from less_oracle import kernels_of, networks_of
-from test_every_policy import EVERY
-from test_generate_matrix import policy_of
+from matrix_policies import policy_of
 
 pytestmark = pytest.mark.shapes
 

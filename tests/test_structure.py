@@ -130,6 +130,11 @@ def test_functions_and_tests_stay_small():
     assert [name for lines, name in stages if lines > 200] == ["layer.py"]
 
 
+def test_tests_share_helpers_and_not_one_another():
+    for path in Path(__file__).parent.rglob("*.py"):
+        assert not [name for name in imports(path) if name.startswith("test_")], path.name
+
+
 @pytest.mark.parametrize(
     ("stage", "number"),
     [

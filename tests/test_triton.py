@@ -1,101 +1,25 @@
-"""The Triton kernels against the reference kernels, in Triton's interpreter; and that they compile, and never wait."""
+"""The Triton kernels against the reference kernels, in Triton's interpreter."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from dataclasses import fields, replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cases import pairwise, singly
 from headwise.kernels import reference
-from headwise.kernels.triton import backend, tiles
 from headwise.kernels.triton import map as kernel_map
-from headwise.kernels.triton import pages as page_launches
+from headwise.kernels.triton import tiles
 from headwise.kernels.triton.backend import KERNELS as kernels
-from headwise.store.rows import Rows
 from headwise.types import LogitOptions
-from kernel_calls import append, attention_and_peaks, column_mass, column_max, new_pool, ragged_decode
+from kernel_calls import append, attention_and_peaks, column_mass, column_max, ragged_decode
+from triton_inputs import SPLITS, assert_same, both, filled, poison, splits, strided
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
-triton = pytest.importorskip("triton")
+__all__ = ["splits"]
 
-CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # The interpreter cuts bfloat16 off where everybody else rounds.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-def poison(*shape, dtype=torch.float32):
-    return torch.full(shape, float("nan"), dtype=dtype)
-
-
-def filled(lengths, key_dim, value_dim, dtype=torch.float32, page_size=16, scored=False):
-    """A store with those lengths; the columns have gaps and are not in order, and not all pages are full."""
-    lengths = torch.tensor(lengths)
-    batch, heads = lengths.shape
-    longest = max(1, int(lengths.max()))
-    keep = torch.arange(longest) < lengths[:, :, None]
-    sizes = {"batch": batch, "heads": heads, "key_dim": key_dim, "value_dim": value_dim}
-    store = new_pool(**sizes, dtype=dtype, page_size=page_size, scored=scored)
-    keys, values = torch.randn(batch, heads, longest, key_dim), torch.randn(batch, heads, longest, value_dim)
-    columns = (torch.randperm(longest) * 2).expand(batch, heads, -1)
-    scores = torch.rand(batch, heads, longest) if scored else None
-    store.commit(store.occupied(), Rows.of(keys.to(dtype), values.to(dtype), columns, scores, keep), spare=page_size)
-    store.pages.lengths = store.lengths.T.contiguous().T
-    return store
-
-
-def strided(*shape, dtype=torch.float32):
-    """Random numbers as models hand them over: [b, h, ...] views of what was computed as [b, ..., h]."""
-    return torch.randn(shape[0], *shape[2:-1], shape[1], shape[-1]).to(dtype).movedim(-2, 1)
-
-
-def assert_same(found, expected, tolerance, logits=1e-5):
-    """Equal up to rounding: of outputs by the one tolerance, of what follows from the logits alone by the other."""
-    torch.testing.assert_close(found.output, expected.output, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(found.lse, expected.lse, atol=logits, rtol=logits)
-    assert (found.on_kept is None) == (expected.on_kept is None)
-    if found.on_kept is not None:
-        torch.testing.assert_close(found.on_kept, expected.on_kept, atol=logits, rtol=10 * logits)
-        torch.testing.assert_close(found.on_fresh, expected.on_fresh, atol=logits, rtol=10 * logits)
-
-
-def both(store, group, queries, fresh, *, coded=(), masked=False, options=None, with_mass=True):
-    """What the two kernels make of the same random queries and fresh rows."""
-    batch, heads = store.lengths.shape
-    dtype, key_dim, value_dim = (
-        store.pools["keys"].dtype,
-        store.pools["keys"].shape[-1],
-        store.pools["values"].shape[-1],
-    )
-    options = options or LogitOptions(key_dim**-0.5)
-    views = [store.view(), *coded]
-    query = strided(batch, heads, group, queries, key_dim, dtype=dtype)
-    # A slice, as `decode` hands them over.
-    fresh_keys = strided(batch, heads, fresh + 1, key_dim, dtype=dtype)[:, :, :fresh]
-    fresh_values = strided(batch, heads, fresh + 1, value_dim, dtype=dtype)[:, :, :fresh]
-    mask = None
-    if masked:
-        mask = torch.rand(batch, queries + 1, 2 * max(view.longest for view in views) + fresh)[:, 1:] < 0.6
-        mask[0, 0] = False  # sees nothing at all
-    arguments = (query, views, fresh_keys, fresh_values, mask, options)
-    return tuple(ragged_decode(one, *arguments, with_mass=with_mass) for one in (kernels, reference))
-
-
-SPLITS = ["one split", "many splits"]
-
-
-@pytest.fixture
-def splits(request, monkeypatch):
-    """All kept rows in one split, and splits of one block each."""
-    monkeypatch.setattr(tiles, "_PROGRAMS", 0 if request.param == "one split" else 1000)
 
 
 @singly(
@@ -339,165 +263,3 @@ def test_attention_and_peaks():
         attention_and_peaks(kernels, *arguments), attention_and_peaks(reference, *arguments), strict=True
     ):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
-
-
-# What the interpreter does not show.
-
-
-class Unlaunched:
-    """A kernel that says its name instead of running: the interpreter itself reads tensors."""
-
-    def __init__(self, name, launched):
-        self.launch = lambda *_, **__: launched.append(name)
-
-    def __getitem__(self, grid):
-        return self.launch
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    launched = []
-    code = SimpleNamespace(**{name: Unlaunched(name, launched) for name in ("attend", "combine", "weigh", "write")})
-    monkeypatch.setattr(page_launches, "device_code", lambda: code)
-    return launched
-
-
-def absent(record):
-    """The same without what is in its tensors: whatever asks for it, as waiting for the device does, raises."""
-    tensors = {f.name: getattr(record, f.name) for f in fields(record)}
-    return replace(record, **{name: t.to("meta") for name, t in tensors.items() if isinstance(t, torch.Tensor)})
-
-
-def test_reading_absent_content_raises():
-    reads = [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.nonzero, torch.unique, bool]
-    for read in [*reads, lambda t: t[t > 0], lambda t: t.masked_select(t > 0), lambda t: range(t)]:
-        with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
-            read(torch.ones((), dtype=torch.long, device="meta"))
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_decode_never_waits(masked, launches):
-    store = filled([[0, 3], [40, 35]], 11, 7, scored=True)
-    options = LogitOptions(0.3, 2.0, torch.randn(2, 3, device="meta"))
-    mask = torch.ones(2, 1, 99, dtype=torch.bool, device="meta") if masked else None
-    rows = [strided(*shape).to("meta") for shape in [(2, 2, 3, 1, 11), (2, 2, 1, 11), (2, 2, 1, 7)]]
-    for with_mass in (False, True):
-        ragged_decode(kernels, rows[0], [absent(store.view())], *rows[1:], mask, options, with_mass=with_mass)
-    assert launches == ["attend", "combine", "attend", "combine", "weigh"]
-
-
-def test_append_never_waits(launches):
-    pages = absent(filled([[0, 3], [40, 35]], 11, 7, scored=True).view())
-    with torch.device("meta"):
-        keys, values, columns = torch.ones(2, 2, 20, 11), torch.ones(2, 2, 20, 7), torch.ones(20, dtype=torch.long)
-        real, scores, more = torch.ones(2, 20, dtype=torch.bool), torch.ones(2, 2, 20), torch.ones(2, 2, 40)
-    one = keys[:, :, :1], values[:, :, :1], columns[:1]
-    append(kernels, pages, *one, None, scores[:, :, :1], None)
-    append(kernels, pages, *one, None, scores[:, :, :1], more)
-    append(kernels, pages, keys, values, columns, real, scores, more)
-    assert launches == ["write"] * 3
-
-
-def test_splits_fill_the_device(monkeypatch):
-    monkeypatch.setattr(tiles, "_processors", lambda device: 132)
-    for longest, programs in [(0, 8), (1, 8), (257, 8), (5000, 8), (131072, 8), (131072, 64), (131072, 5000)]:
-        splits, rows = tiles.cut_into_splits(longest, programs, 64, CPU)
-        assert rows % 64 == 0
-        assert (splits - 1) * rows < longest <= splits * rows or splits == longest == 0
-        assert rows == 64 or programs * splits >= 2 * 132
-        assert splits <= 1 or programs * splits <= 5 * 132
-
-
-def test_obstacle(monkeypatch):
-    assert backend.obstacle(CPU) is None
-    assert backend.obstacle(torch.device("cuda")) is None
-    assert "'mps'" in backend.obstacle(torch.device("mps"))
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "TRITON_INTERPRET=1" in backend.obstacle(CPU)
-    assert backend.obstacle(torch.device("cuda")) is None
-
-
-def run(program, **environment):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        env=os.environ | environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_without_triton_the_obstacle_says_so():
-    program = """
-import sys, torch
-sys.modules["triton"] = None
-from headwise.kernels.triton import backend
-print(backend.obstacle(torch.device("cuda")))
-"""
-    assert run(program).startswith("Triton cannot be imported")
-
-
-COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
-from headwise.kernels.interface import PageView
-from headwise.kernels.triton import map as kernel_map
-from headwise.kernels.triton.backend import KERNELS as kernels
-from headwise.types import LogitOptions
-from kernel_calls import append, column_mass, column_max, ragged_decode
-
-class Hopper:
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device=None: 0)
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-
-triton.runtime.driver.set_active(Hopper())
-compiled = {}
-
-def compile_only(self, grid):
-    def launch(*arguments, **options):
-        kernel = self.run(*arguments, grid=grid, warmup=True, **options)
-        assert kernel.metadata.shared <= 227 * 1024
-        compiled.setdefault(self.fn.__name__, set()).add(kernel)
-    return launch
-
-JITFunction.__getitem__ = compile_only
-
-def token(dtype, dim, longest, rich):
-    pool, table = torch.zeros(8, 16, dim, dtype=dtype), torch.zeros(1, 2, longest // 16 + 1).int()
-    scores = torch.zeros(8, 16) if rich else None
-    pages = PageView(pool, pool, torch.zeros(8, 16).int(), scores, table, torch.zeros(1, 2).long(), longest)
-    query, fresh = torch.zeros(1, 2, 4, 1, dim, dtype=dtype), torch.zeros(1, 2, 1, dim, dtype=dtype)
-    mask = torch.ones(1, 3, longest + 40).bool() if rich else None
-    options = LogitOptions(0.1, 5.0, torch.zeros(2, 4)) if rich else LogitOptions(0.1)
-    now = None if mask is None else mask[:, 1:2]
-    found = ragged_decode(kernels, query, [pages], fresh, fresh, now, options, with_mass=rich)
-    rest = (None, None, None)
-    if rich:
-        rest = (mask.diagonal(longest, -2, -1)[:, :1], found.on_fresh[:, :, 0], found.on_kept[:, :, 0])
-    append(kernels, pages, fresh, fresh, torch.arange(99)[longest % 9 :][:1], *rest)
-
-def profile(dtype, dim, bands):
-    query, keys = torch.zeros(1, 2, 4, 99, dim, dtype=dtype), torch.zeros(1, 2, 99, dim, dtype=dtype)
-    positions, widths = torch.arange(99), torch.ones(bands, 1).long()
-    column_mass(kernels, query, keys, positions, None, LogitOptions(0.1), torch.ones(1, 99), positions[None], widths)
-    column_max(kernel_map, query, keys, positions, None, LogitOptions(0.1))
-
-for longest in (1, 61, 62, 64, 75):
-    token(torch.bfloat16, 64, longest, True)
-profile(torch.bfloat16, 64, 2)
-print(sorted((name, len(kinds)) for name, kinds in compiled.items()))
-token(torch.float32, 32, 60, False)
-profile(torch.float32, 32, 0)
-"""
-
-
-def test_every_kernel_compiles_for_a_gpu(tmp_path):
-    """What the interpreter takes, the compiler may refuse; it needs no GPU. And a longer cache compiles nothing new."""
-    names = ["attend", "column_sums", "combine", "row_sums", "weigh", "write"]
-    found = run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    # Sums of columns and maxima of them are two.
-    assert found == str([(name, 1 + (name == "column_sums")) for name in names])

@@ -12,48 +12,29 @@ from cases import pairwise, singly
 from headwise.kernels.backends import choose
 from headwise.kernels.triton import codes as triton_codes
 from headwise.kernels.triton import pages as launches
-from headwise.kernels.triton import tiles
 from headwise.kernels.triton.backend import KERNELS as kernels
 from headwise.quant.formats import RowFormat
-from headwise.store.rows import Rows
 from headwise.types import LogitOptions
-from kernel_calls import add_increments, coded_like, ragged_decode
-from test_triton import COMPILE, CPU, Unlaunched, absent, both, filled, poison, run, strided
-from test_triton import assert_same as assert_close
+from kernel_calls import add_increments, ragged_decode
+from kernel_inputs import packed_codes
+from triton_inputs import COMPILE, CPU, SPLITS, Unlaunched, absent, both, filled, poison, run, splits, strided
+from triton_inputs import assert_same as assert_close
+
+__all__ = ["splits"]
 
 # Numbers of a 16-bit model are products in fp16, queries included, which are turned in the reference exactly.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 2e-3), torch.float16: (3e-3, 2e-3)}
 
 
-def coded_pages(lengths, format, key_dim, value_dim, dtype=torch.float32, page_size=16, scored=False):
-    """Pages of codes with those lengths; the columns have gaps and are not in order, and not all pages are full."""
-    lengths = torch.tensor(lengths)
-    longest = max(1, int(lengths.max()))
-    # Channels of very different size and offset, as those of keys are.
-    keys, values = (
-        torch.randn(*lengths.shape, longest, dim) * torch.rand(dim) * 2 + torch.randn(dim)
-        for dim in (key_dim, value_dim)
-    )
-    columns = (torch.randperm(longest) * 2).expand(*lengths.shape, -1)
-    scores = torch.rand(columns.shape) if scored else None
-    rows = Rows.of(keys.to(dtype), values.to(dtype), columns, scores, torch.arange(longest) < lengths[:, :, None])
-    part = coded_like(rows, format, page_size=page_size, scored=scored)
-    part.pool.commit(part.pool.occupied(), part.encode(rows), spare=page_size)
+def coded_pages(*arguments, **options):
+    """Pages of codes whose lengths have strides of their own."""
+    part = packed_codes(*arguments, **options)
     part.pool.pages.lengths = part.pool.lengths.T.contiguous().T
     return part
 
 
 def assert_same(found, expected, dtype):
     assert_close(found, expected, *TOLERANCE[dtype])
-
-
-SPLITS = ["one split", "many splits"]
-
-
-@pytest.fixture
-def splits(request, monkeypatch):
-    """All rows of a view in one split, and splits of one block each."""
-    monkeypatch.setattr(tiles, "_PROGRAMS", 0 if request.param == "one split" else 1000)
 
 
 @singly(

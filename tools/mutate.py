@@ -81,16 +81,23 @@ PYTHON = (
     Part(
         "reference",
         ("kernels/reference.py",),
-        ("test_decode.py", "test_cpu_kernels.py", "test_cpu_codes.py", "test_profile.py"),
+        (
+            *("test_decode.py", "test_cpu_kernels.py", "test_cpu_map.py", "test_cpu_obstacles.py"),
+            *("test_cpu_codes.py", "test_profile.py"),
+        ),
         "not compile and not library",
     ),
 )
 DEVICE = (
-    Part("cpu", ("kernels/cpu/csrc/*",), ("test_cpu_kernels.py", "test_cpu_codes.py", "test_decode.py")),
+    Part(
+        "cpu",
+        ("kernels/cpu/csrc/*",),
+        ("test_cpu_kernels.py", "test_cpu_map.py", "test_cpu_obstacles.py", "test_cpu_codes.py", "test_decode.py"),
+    ),
     Part(
         "triton pages",
         ("kernels/triton/device_pages.py", "kernels/triton/device_tiles.py"),
-        ("test_triton.py",),
+        ("test_triton.py", "test_triton_launches.py"),
         "not compiles",
     ),
     Part("triton codes", ("kernels/triton/device_codes.py",), ("test_triton_codes.py",), "not compiles"),
