@@ -99,7 +99,7 @@ def test_nothing_loses_less_for_the_bytes(seed, budget):
     count, exact, sizes = 14, 3, (100, 40, 25)
     scores = [torch.rand(1, 2, count), torch.rand(1, 1, count)]
     losses = [torch.cat([torch.zeros(1, *s.shape[:2]), torch.rand(2, *s.shape[:2]).sort(0).values]) for s in scores]
-    found = [FormatLoss(loss, sizes) for loss in losses]
+    found = [FormatLoss(loss, sizes, 96) for loss in losses]
     heads = ByteAllocation(scores, [tokens_of(1, s.shape[1], count) for s in scores], found, exact)
     keep, formats = heads.at(heads.price(torch.tensor([budget], dtype=torch.float64)))
 

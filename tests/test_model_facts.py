@@ -9,7 +9,7 @@ import headwise
 import models
 import tiny
 from headwise.contract import LayerShape
-from headwise.errors import ConfigurationError
+from headwise.errors import ConfigurationError, HeadwiseWarning
 from headwise.hosts.transformers.model_facts import read_facts
 from headwise.policies.budget import with_budget
 from headwise.quant.formats import Precision
@@ -100,8 +100,13 @@ def test_layers_of_different_shapes_share_a_budget():
 
 
 def test_kernels_that_cannot_read_codes_are_refused_when_the_cache_is_made(monkeypatch):
-    monkeypatch.setattr("headwise.quant.formats._BITS", (2, 4, 8))
+    monkeypatch.setattr("headwise.quant.formats.BITS", (2, 4, 8))
     policy = headwise.Quantized(headwise.Full(), 2)
     assert isinstance(policy.precision, Precision)
-    with pytest.raises(ConfigurationError, match="the 'cpu' kernels read codes of 4 or 8 bits, not of 2"):
-        headwise.HeadwiseCache(tiny.llama(), policy, kernel="cpu")
+    model = tiny.llama()
+    with pytest.raises(
+        ConfigurationError, match="'cpu' kernels cannot run on cpu: they read codes of 4 or 8 bits, not of 2"
+    ):
+        headwise.HeadwiseCache(model, policy, kernel="cpu")
+    with pytest.warns(HeadwiseWarning, match="plain torch kernels.*not of 2"):
+        assert headwise.HeadwiseCache(model, policy).kernel == "reference"

@@ -13,6 +13,7 @@ import headwise
 
 ROOT = Path(headwise.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
+SOURCES = sorted(path for path in (ROOT / "kernels/cpu/csrc").iterdir() if path.suffix in (".h", ".cpp"))
 
 
 def run(program):
@@ -107,6 +108,13 @@ def test_a_module_says_what_it_is_for_and_stays_small(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 300
     assert (ast.get_docstring(ast.parse(text)) or "").strip()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_a_source_of_the_compiled_kernels_says_what_it_is_for_and_stays_small(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 300
+    assert lines[0].startswith("// ")
 
 
 def statements(function):

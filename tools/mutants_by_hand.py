@@ -20,13 +20,13 @@ class Mistake:
 
 CPU = (
     Mistake(
-        "cpu/csrc/decode.h",
+        "cpu/csrc/pages.h",
         "off by one in a page",
         "int64_t offset = i % p.page_size, last",
         "int64_t offset = (i + 1) % p.page_size, last",
     ),
     Mistake(
-        "cpu/csrc/decode.h",
+        "cpu/csrc/pages.h",
         "the table of the first head",
         "p.table[head * p.table_width + i / p.page_size]",
         "p.table[i / p.page_size]",

@@ -63,7 +63,10 @@ PYTHON = (
     Part(
         "store",
         ("store/*.py",),
-        ("test_store*.py", "test_quant.py", "test_decode.py", "test_oracle.py::test_short*", "test_persistence.py"),
+        (
+            *("test_store*.py", "test_row_parts.py", "test_quant.py", "test_decode.py"),
+            *("test_oracle.py::test_short*", "test_persistence.py"),
+        ),
         "not gpt and not gemma3",
     ),
     Part(

@@ -1,7 +1,14 @@
 """Contract of a host: what the stages must know of a model, whoever runs it.
 
-A host is one folder under `hosts/`. It makes `ModelFacts` of its model, calls a `LayerCore` for every compressed layer,
-lets the model repeat a prompt where a policy asks for it, and counts what its own layers hold on to.
+A host is one folder under `hosts/`. When a cache is made, it
+1. makes `ModelFacts` of its model, and refuses what it cannot serve;
+2. takes kernels (`kernels.backends.choose`) and a configuration of every layer (`stages.assemble.assemble`);
+3. makes a `stages.token_log.TokenLog`, a `LayerCore` (`stages.layer.LayerCache`) of each compressed layer, and one
+   `stages.whole_model.WholeModel` of them.
+Before every pass it announces the kinds of the new tokens to the log, where the policy asks for them, then calls
+`WholeModel.compact` and `take_in`; in the pass each compressed layer calls `LayerCore.attend` instead of attention;
+after it, `WholeModel.compact` again. The host lets the model repeat a prompt where the policy asks for it, and counts
+what its own layers hold on to. `stages.capture` has what a captured step needs beside that.
 """
 
 from __future__ import annotations

@@ -12,11 +12,13 @@ import torch
 
 from headwise.errors import ConfigurationError
 from headwise.kernels.interface import Kernels
+from headwise.quant.formats import Precision
 
 AUTO = "auto"
 REFERENCE = "reference"
 
-# Where several can run on a device, "auto" takes the first. They are imported when they are asked for.
+# Where several can run, "auto" takes the first: what comes after `reference`, which always can, only when asked for by
+# name. They are imported when they are asked for.
 _HOMES = {
     "cpu": "headwise.kernels.cpu.backend",
     "triton": "headwise.kernels.triton.backend",
@@ -27,26 +29,42 @@ NAMES = tuple(_HOMES)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def obstacle(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why those kernels cannot run on that device, for rows of that type; None where they can."""
+def obstacle(
+    name: str, device: torch.device, dtype: torch.dtype = torch.float32, precision: Precision | None = None
+) -> str | None:
+    """Why those kernels cannot run on that device, for rows of that type and in those formats; None where they can."""
     if name != REFERENCE and dtype not in _DTYPES:
         return f"they take {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}, not {dtype}"
     try:
-        return _kernels(name).obstacle(device)
+        kernels = _kernels(name)
+        reason = kernels.obstacle(device)
     except ImportError as error:
         return str(error)
+    if reason is not None:
+        return reason
+    readable = kernels.code_bits
+    if precision is not None and readable is not None and not precision.bits <= readable:
+        can, cannot = (" or ".join(map(str, sorted(bits))) for bits in (readable, precision.bits - readable))
+        return f"they read codes of {can} bits, not of {cannot}"
+    return None
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Kernels:
-    """The kernels of that name; "auto" takes the fastest that run on the device, for rows of that type.
+def choose(
+    name: str, device: torch.device, dtype: torch.dtype = torch.float32, precision: Precision | None = None
+) -> Kernels:
+    """The kernels of that name; "auto" takes the first that can run there.
+
+    Args:
+        dtype: of rows.
+        precision: formats of rows that are codes; None where all are numbers.
 
     Raises:
         ConfigurationError: for an unknown name, or kernels that cannot run there; never takes others instead.
     """
     if name == AUTO:
-        name = next(other for other in NAMES if obstacle(other, device, dtype) is None)
+        name = next(other for other in NAMES if obstacle(other, device, dtype, precision) is None)
     check_name(name)
-    reason = obstacle(name, device, dtype)
+    reason = obstacle(name, device, dtype, precision)
     if reason is not None:
         raise ConfigurationError(f"the {name!r} kernels cannot run on {device}: {reason}")
     return _kernels(name)

@@ -19,7 +19,6 @@ from headwise.policies.scored import RepetitionScored
 from headwise.policies.size import Size
 from headwise.policies.tokens import Tokens
 from headwise.quant.formats import RECENT, SINKS, Precision, RowFormat
-from headwise.store.row_parts import COLUMN
 from headwise.types import Float, Tensor
 
 _FORMATS = (RowFormat(8, 8), RowFormat(8, 4), RowFormat(4, 4))
@@ -132,5 +131,5 @@ class Auto(RepetitionScored):
         assert self.ratio is not None
         heads, row = sum(loss.losses.shape[-1] for loss in losses), losses[0].row_bytes[0]
         if isinstance(self.ratio, float):
-            return prompt * self.ratio * heads * (row - COLUMN.nbytes)
+            return prompt * self.ratio * heads * losses[0].kv_bytes
         return torch.full_like(prompt, self.ratio * heads * row)

@@ -40,10 +40,12 @@ class FormatLoss:
     Attributes:
         losses: of accuracy, in the unit of the scores.
         row_bytes: of a row.
+        kv_bytes: of the key and the value of an exact row, what a full cache holds of a token.
     """
 
     losses: Float[Tensor, "formats b h"]
     row_bytes: tuple[int, ...]
+    kv_bytes: int
 
 
 @dataclass(frozen=True)

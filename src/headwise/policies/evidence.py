@@ -23,7 +23,7 @@ class Evidence:
         rotation: the layer's rotary embedding; None where it has none that is known.
         repetition_peaks: the largest attention that each token received while the model repeated the prompt, or what
             a gate predicts of it; None where the policy did not ask for it.
-        row_bytes: of a row that is stored exactly.
+        row_bytes, kv_bytes: of a row that is stored exactly, and of its key and value alone.
     """
 
     query: Float[Tensor, "b h g q d"]
@@ -36,6 +36,7 @@ class Evidence:
     rotation: Rotation | None
     repetition_peaks: Float[Tensor, "b h t"] | None
     row_bytes: int = 0
+    kv_bytes: int = 0
 
     @property
     def reconstruction(self) -> Float[Tensor, "b h t"] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ from headwise.errors import ConfigurationError
 from headwise.policies.base import Policy
 from headwise.policies.checks import check_count
 from headwise.policies.wrapper import Wrapper
-from headwise.quant.formats import RECENT, SINKS, Precision, RowFormat
+from headwise.quant.formats import BITS, RECENT, SINKS, Precision, RowFormat
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,12 @@ def quantized(policy: Policy, text: str) -> Quantized:
     Raises:
         ConfigurationError: when the text is none of those.
     """
-    found = re.fullmatch(r"int([48])|k([48])v([48])", text.strip().lower())
+    most_first = sorted(BITS, reverse=True)
+    alike = {f"int{bits}": (bits, None) for bits in most_first}
+    apart = {f"k{keys}v{values}": (keys, values) for keys in most_first for values in most_first if keys != values}
+    accepted = alike | apart | {f"k{bits}v{bits}": (bits, None) for bits in most_first}
+    found = accepted.get(text.strip().lower())
     if found is None:
-        raise ConfigurationError(f"bits are int8, int4, k8v4 or k4v8, got {text!r}")
-    both, keys, values = found.groups()
-    return Quantized(policy, int(both or keys), None if both or keys == values else int(values))
+        *others, last = alike | apart
+        raise ConfigurationError(f"bits are {', '.join(others)} or {last}, got {text!r}")
+    return Quantized(policy, *found)

@@ -53,7 +53,8 @@ def rounding_loss(
     losses = [weight * (displaced[format.key_bits] + misread[format.value_bits]) for format in formats]
     dims = keys.shape[-1], values.shape[-1]
     sizes = [row_bytes(row_parts(*dims, keys.dtype, format)) for format in formats]
-    return FormatLoss(torch.stack([torch.zeros_like(losses[0]), *losses]), (evidence.row_bytes, *sizes))
+    every = torch.stack([torch.zeros_like(losses[0]), *losses])
+    return FormatLoss(every, (evidence.row_bytes, *sizes), evidence.kv_bytes)
 
 
 def _squares(numbers: Float[Tensor, "b h n"]) -> Float[Tensor, "b h"]:

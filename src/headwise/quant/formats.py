@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from headwise.errors import ConfigurationError
 
-_BITS = (4, 8)
+BITS = (4, 8)
 
 # Rows of a head that stay exact unless told otherwise: the newest and the first.
 RECENT, SINKS = 16, 4
@@ -30,8 +30,8 @@ class RowFormat:
 
     def __post_init__(self) -> None:
         for name, bits in (("key_bits", self.key_bits), ("value_bits", self.value_bits)):
-            if isinstance(bits, bool) or bits not in _BITS:
-                raise ConfigurationError(f"{name} must be {' or '.join(map(str, _BITS))}, got {bits!r}")
+            if isinstance(bits, bool) or bits not in BITS:
+                raise ConfigurationError(f"{name} must be {' or '.join(map(str, BITS))}, got {bits!r}")
         if self.group is not None:
             _check_group(self.group)
 
@@ -69,6 +69,11 @@ class Precision:
     recent: int = RECENT
     sinks: int = SINKS
     later: int | None = None
+
+    @property
+    def bits(self) -> frozenset[int]:
+        """Of all codes."""
+        return frozenset(bits for format in self.formats for bits in (format.key_bits, format.value_bits))
 
     @property
     def exact(self) -> int:

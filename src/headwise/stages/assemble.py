@@ -13,14 +13,12 @@ import torch
 from torch import nn
 
 from headwise.contract import ModelFacts
-from headwise.errors import ConfigurationError
 from headwise.gate.checkpoint import check_gates, load_gates, shipped_gates
 from headwise.gate.gate import LayerGate
 from headwise.kernels.interface import Kernels
 from headwise.policies.base import Policy
 from headwise.policies.less import Less
 from headwise.policies.wrapper import Wrapper
-from headwise.quant.formats import Precision
 from headwise.stages.config import CacheConfig, LayerConfig
 
 
@@ -51,14 +49,13 @@ def assemble(
     """The configuration of every layer.
 
     Raises:
-        ConfigurationError: when the kernels cannot read the codes that the policy wants rows to be stored as.
+        ConfigurationError: when an option is out of range.
         InputError: when there are no trained weights where the policy names some.
         MismatchError: when they are of another model.
     """
     policy, less = _with_kernels(policy, facts.module)
     features = {} if less is None else less.layers
     gates = _gates(policy.chooser, facts.module)
-    _check_codes(policy.precision, kernels)
     cache = CacheConfig(
         kernels, page_size, prompt_columns, evict_every, len(facts.layers), dtype, precision=policy.precision
     )
@@ -68,18 +65,6 @@ def assemble(
         if layer.compressed
     }
     return Assembly(policy, kernels, layers)
-
-
-def _check_codes(precision: Precision | None, kernels: Kernels) -> None:
-    if precision is None or kernels.code_bits is None:
-        return
-    wanted = {bits for format in precision.formats for bits in (format.key_bits, format.value_bits)}
-    if wanted <= kernels.code_bits:
-        return
-    can, cannot = (" or ".join(map(str, sorted(bits))) for bits in (kernels.code_bits, wanted - kernels.code_bits))
-    raise ConfigurationError(
-        f'the {kernels.name!r} kernels read codes of {can} bits, not of {cannot}; ask for kernel="reference"'
-    )
 
 
 def _with_kernels(policy: Policy, model: nn.Module) -> tuple[Policy, Less | None]:

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+from headwise.errors import ConfigurationError
 from headwise.gate.gate import LayerGate
 from headwise.kernels.interface import Kernels
 from headwise.less.features import LayerFeatures
 from headwise.policies.base import Policy
+from headwise.policies.checks import check_count
 from headwise.quant.formats import Precision
 from headwise.types import Rotation
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class CacheConfig:
         layers: of the model.
         dtype: of exact rows; None for what the model computes in.
         precision: how older rows are stored; None keeps all of them exact.
+
+    Raises:
+        ConfigurationError: when a count or the dtype is out of range.
     """
 
     kernels: Kernels
@@ -35,6 +42,12 @@ class CacheConfig:
     layers: int = 1
     dtype: torch.dtype | None = None
     precision: Precision | None = None
+
+    def __post_init__(self) -> None:
+        check_count("page_size", self.page_size, 1)
+        check_count("evict_every", self.evict_every, 1)
+        if self.dtype not in (None, *_DTYPES):
+            raise ConfigurationError(f"cache_dtype must be one of {', '.join(map(str, _DTYPES))}, got {self.dtype!r}")
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ class LayerCache:
 
         Raises:
             InputError: when the policy needs the kinds of tokens and has not been given them.
+            CacheStateError: when nothing was chosen from a prompt that was complete before.
         """
         if self.captured_column is not None and self.store is not None:
             # Nothing here may depend on a number that the host would have to know: what is kept is real.
@@ -87,6 +88,11 @@ class LayerCache:
             return output
         if self.repetition_chunk is not None:
             return self.prompt.repeat(query, keys, values, mask, options, self.repetition_chunk)
+        if self.prompt.complete:
+            raise CacheStateError(
+                "the prompt is complete, and what to keep of it was not chosen: where a policy decides over all "
+                "layers, a host calls WholeModel.compact() between two passes"
+            )
         self.accept()
         batch, _, count, _ = keys.shape
         self.full_row_bytes = LayerShape(1, keys.shape[-1], values.shape[-1]).token_bytes(keys.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from headwise.contract import LayerShape
 from headwise.kernels.attention import causal
 from headwise.kernels.interface import AttentionMap
 from headwise.policies.evidence import Evidence
@@ -85,8 +86,9 @@ class Observations:
         if gate is not None:
             peaks = gate.scores(keys, positions, real.sum(dim=1)[:, None, None], rotation)
         dtype = self._config.cache.dtype or keys.dtype
-        size = row_bytes(row_parts(keys.shape[-1], values.shape[-1], dtype))
-        return Evidence(query, keys, values, mask, options, positions, real, rotation, peaks, size)
+        dims = keys.shape[-1], values.shape[-1]
+        sizes = row_bytes(row_parts(*dims, dtype)), LayerShape(1, *dims).token_bytes(dtype)
+        return Evidence(query, keys, values, mask, options, positions, real, rotation, peaks, *sizes)
 
     def _positions(self, keys: Float[Tensor, "b h t d"]) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
         """Position of every column, and whether it holds a real token."""

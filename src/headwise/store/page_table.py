@@ -69,6 +69,11 @@ class PageTable:
         at = starts[:, :, :, None] + torch.arange(self.page_size, device=self.device)
         return at.flatten(2)[:, :, :rows]
 
+    def behind(self, count: int) -> Int[Tensor, "b h count"]:
+        """Indices of the next rows of every head, for which it must have pages, in the pool seen as one run of rows."""
+        row = self.lengths[:, :, None] + torch.arange(count, device=self.device)
+        return self.entries.gather(2, row // self.page_size).long() * self.page_size + row % self.page_size
+
     def addresses_of(self, rows: Bool[Tensor, "b h n"]) -> Int[Tensor, " named"]:
         """Indices of the rows named, head by head, in the pool seen as one run of rows."""
         sequence, head, row = rows.nonzero(as_tuple=True)

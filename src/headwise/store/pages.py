@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
+from headwise.errors import InputError
 from headwise.kernels.interface import PageView
 from headwise.store.page_table import PageTable
-from headwise.store.row_parts import STEPS, RowPart, row_bytes
+from headwise.store.row_parts import RowPart, row_bytes
 from headwise.store.rows import Rows
 from headwise.types import Bool, Float, Int, Tensor
 
@@ -57,6 +58,7 @@ class PagePool:
             {name: empty(*shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
         )
         self.row_bytes = row_bytes(parts)
+        self._fresh = {part.name: part.fresh for part in parts if part.fresh is not None}
         self.pages = PageTable(heads[0], heads[1], page_size, device, self._pools.rebuild)
 
     # What it holds.
@@ -97,8 +99,9 @@ class PagePool:
 
     def view(self) -> PageView:
         """What a kernel reads, but for how codes are read."""
-        pools = {"scores": None, **{name: pool for name, pool in self.pools.items() if name not in STEPS}}
-        return PageView(**pools, table=self.pages.entries, lengths=self.lengths, longest=self.longest)  # type: ignore[arg-type]  # keys, values and columns are among them
+        keys, values, columns = (self.pools[name] for name in ("keys", "values", "columns"))
+        table, scores = self.pages.entries, self.pools.get("scores")
+        return PageView(keys, values, columns, scores, table=table, lengths=self.lengths, longest=self.longest)
 
     def kept(self, part: str) -> Tensor | None:
         """That part of every row, padded to the longest head; undefined where `occupied` is False."""
@@ -133,9 +136,19 @@ class PagePool:
         at = self.pages.addresses(self.longest)[occupied]
         self.pools["scores"].view(-1)[at] += increments[occupied]
 
+    def make_fresh(self, count: int) -> None:
+        """Write what new rows have of parts that kernels do not write, for so many behind the last of every head."""
+        for name, value in self._fresh.items():
+            self.pools[name].flatten(0, 1)[self.pages.behind(count)] = value
+
     def fill(self, rows: Rows) -> None:
-        """Take in the first rows; of an empty store, the same as `commit`, with less memory in between."""
+        """Take in the first rows; of an empty store, the same as `commit`, with less memory in between.
+
+        Raises:
+            InputError: when they come without a part that they must have.
+        """
         assert self.longest == 0
+        rows = self._complete(rows)
         lengths = rows.keep.sum(dim=-1)
         self.pages.resize(lengths, 0)
         if self.longest == 0:
@@ -174,8 +187,11 @@ class PagePool:
 
         Args:
             spare: rows per head that are going to be appended, for which pages are kept.
+
+        Raises:
+            InputError: when new rows come without a part that they must have.
         """
-        held = self.longest
+        held, new = self.longest, self._complete(new)
         survivors = keep & self.occupied()
         lengths = survivors.sum(dim=-1) + new.keep.sum(dim=-1)
         longest = int(lengths.max()) if lengths.numel() else 0
@@ -213,6 +229,15 @@ class PagePool:
         """Move everything to another device."""
         self._pools.tensors = {name: pool.to(device) for name, pool in self.pools.items()}
         self.pages.to(device)
+
+    def _complete(self, rows: Rows) -> Rows:
+        """The same rows with all the parts that rows have here."""
+        missing = self.pools.keys() - rows.parts.keys()
+        if lost := sorted(missing - self._fresh.keys()):
+            raise InputError(f"rows must have {', '.join(self.pools)}, and these come without {', '.join(lost)}")
+        shape = rows.keep.shape
+        made = {n: self.pools[n].new_full((*shape, *self.pools[n].shape[2:]), self._fresh[n]) for n in missing}
+        return rows.replacing(**made) if made else rows
 
 
 def _copy(content: Tensor, kept: Int[Tensor, " count"], target: Tensor) -> None:

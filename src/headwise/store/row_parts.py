@@ -1,7 +1,7 @@
 """Row parts: how rows are stored -> what a row consists of, in order: the one list that says so.
 
 Whatever moves, copies, saves or counts rows does it with every part in the list. A further part of a row is a further
-line here, and a field of `headwise.kernels.interface.PageView` where kernels read it.
+line here, with what a new row has of it; where kernels read it, also a field of `headwise.kernels.interface.PageView`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ class RowPart:
     Attributes:
         name: of the part, in pools, in kernels and in saved caches.
         shape: of what a row has of it.
+        fresh: what a row has of it that comes without; None where no row does, as kernels write it.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    fresh: float | None = None
 
     @property
     def nbytes(self) -> int:

@@ -84,7 +84,7 @@ class RowStore:
     @property
     def longest(self) -> int:
         """Over how many rows a head's are spread, where those of all heads lie side by side."""
-        return sum(self._widths)
+        return sum(pool.longest for pool in self._pools)
 
     @property
     def used_bytes(self) -> int:
@@ -169,6 +169,7 @@ class RowStore:
         count = keys.shape[2]
         if not self.frozen:
             self.exact.pages.reserve(count + self.page_size - 1, least=count)
+        self.exact.make_fresh(count)
         kernels.append(AppendRequest(self.view(), keys, values, columns, real, scores, increments))
         if not self.frozen:
             self.count(count)
@@ -259,7 +260,11 @@ class RowStore:
 
     @classmethod
     def restore(cls, state: dict[str, Tensor], *, page_size: int, precision: Precision | None) -> RowStore:
-        """A store as `state` described it."""
+        """A store as `state` described it.
+
+        Raises:
+            InputError: when a part of the rows is missing.
+        """
         exact = load_rows("", state)
         scored, formats = exact.scores is not None, state.get("formats")
         store = cls(exact, page_size=page_size, scored=scored, precision=precision, formats=formats)
@@ -275,17 +280,13 @@ class RowStore:
     def _pools(self) -> list[PagePool]:
         return [self.exact, *(part.pool for part in self.coded)]
 
-    @property
-    def _widths(self) -> list[int]:
-        return [pool.longest for pool in self._pools]
-
     def _kept(self, part: str) -> Tensor | None:
         held = [rows for pool in self._pools if (rows := pool.kept(part)) is not None]
         return _along(held) if held else None
 
     def _cut(self, along: Tensor) -> list[Any]:
         """A tensor over the rows of all parts, part by part."""
-        return list(along.split(self._widths, dim=-1)) if self.coded else [along]
+        return list(along.split([pool.longest for pool in self._pools], dim=-1)) if self.coded else [along]
 
     def _drop_coded(self, keep: list[Tensor]) -> None:
         for part, own in zip(self.coded, keep, strict=True):

@@ -23,7 +23,6 @@ from headwise.hosts.transformers.passes import check_pass, chunk_doubt
 from headwise.hosts.transformers.persistence import Owner, collect, fill, load, save
 from headwise.hosts.transformers.repetition import repeat_prompt
 from headwise.hosts.transformers.stock_layers import forget_stock
-from headwise.hosts.transformers.whole_model import WholeModel
 from headwise.kernels.backends import AUTO, choose
 from headwise.policies.base import Policy
 from headwise.policies.budget import with_budget
@@ -32,6 +31,7 @@ from headwise.stages.assemble import Assembly, assemble
 from headwise.stages.config import LayerConfig
 from headwise.stages.layer import LayerCache
 from headwise.stages.token_log import TokenLog
+from headwise.stages.whole_model import WholeModel
 from headwise.types import Int, Tensor
 from headwise.units import storage_bytes
 
@@ -90,11 +90,11 @@ class HeadwiseCache(Cache):
         dtype = cache_dtype or model.dtype
         if budget is not None and isinstance(policy, Policy):
             policy = with_budget(policy, budget, facts.compressed_shapes, dtype)
-        check_options(policy, tokenizer, page_size, prompt_tokens, evict_every, cache_dtype)
+        check_options(policy, tokenizer, prompt_tokens)
         assembly = assemble(
             policy,
             facts,
-            choose(kernel, model.device, dtype),
+            choose(kernel, model.device, dtype, policy.precision),
             page_size=page_size,
             prompt_columns=prompt_tokens,
             evict_every=evict_every,

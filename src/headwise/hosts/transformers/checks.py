@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from headwise.contract import ModelFacts
 from headwise.errors import ConfigurationError, UnsupportedModelError
 from headwise.kernels.backends import AUTO, REFERENCE, obstacle
 from headwise.policies.base import Policy
+from headwise.policies.checks import check_count
 from headwise.policies.less import Less
 from headwise.policies.wrapper import wrappers
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_options(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase | None,
-    page_size: int,
     prompt_tokens: int | None,
-    evict_every: int,
-    cache_dtype: torch.dtype | None,
 ) -> None:
     """Refuse what a cache cannot be made with.
 
@@ -43,12 +38,8 @@ def check_options(
             f"{type(chooser).__name__} asks the model to repeat its prompt and needs a tokenizer: "
             "HeadwiseCache(model, policy, tokenizer=tokenizer)"
         )
-    counts = {"page_size": page_size, "prompt_tokens": prompt_tokens, "evict_every": evict_every}
-    for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigurationError(f"{name} must be a count of 1 or more, got {value!r}")
-    if cache_dtype not in (None, *_DTYPES):
-        raise ConfigurationError(f"cache_dtype must be one of {', '.join(map(str, _DTYPES))}, got {cache_dtype!r}")
+    if prompt_tokens is not None:
+        check_count("prompt_tokens", prompt_tokens, 1)
 
 
 def keeps_all(policy: Policy) -> bool:
@@ -85,7 +76,9 @@ def doubts(policy: Policy, facts: ModelFacts, asked: str, kernel: str) -> Iterat
             f"the kernels of LESS were not trained with what {policy.chooser} evicts; `headwise train-less` can do that"
         )
     if asked == AUTO and kernel == REFERENCE:
-        reason = obstacle("cpu" if facts.device.type == "cpu" else "triton", facts.device, facts.dtype)
+        reason = obstacle(
+            "cpu" if facts.device.type == "cpu" else "triton", facts.device, facts.dtype, policy.precision
+        )
         yield (
             f"running the plain torch kernels, which are several times slower: {reason}; "
             'ask for kernel="reference" where this is meant'

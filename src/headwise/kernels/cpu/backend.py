@@ -7,6 +7,7 @@ import torch
 from headwise.kernels.cpu import library
 from headwise.kernels.cpu.calls import append, ragged_decode
 from headwise.kernels.cpu.map import attention_and_peaks, column_mass
+from headwise.kernels.cpu.structs import CODE_BITS
 from headwise.kernels.interface import Kernels
 
 
@@ -37,4 +38,4 @@ def read(buffer: torch.Tensor) -> int:
     return int(sums.sum())
 
 
-KERNELS = Kernels("cpu", obstacle, ragged_decode, append, column_mass, attention_and_peaks, code_bits=frozenset({4, 8}))
+KERNELS = Kernels("cpu", obstacle, ragged_decode, append, column_mass, attention_and_peaks, code_bits=CODE_BITS)

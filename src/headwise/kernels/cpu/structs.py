@@ -11,6 +11,9 @@ from headwise.kernels.cpu.library import pointer
 from headwise.kernels.interface import Coding, PageView
 from headwise.types import Tensor
 
+# Of the codes that the kernels read.
+CODE_BITS = frozenset({4, 8})
+
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
@@ -116,4 +119,5 @@ def _codings(coding: Coding | None) -> tuple[CodingStruct, CodingStruct]:
 
 
 def _coding(bits: int, steps: Tensor, hadamard: Tensor) -> CodingStruct:
+    assert bits in CODE_BITS
     return CodingStruct(steps.data_ptr(), hadamard.data_ptr(), bits, steps.shape[-1] // 2)

@@ -6,12 +6,12 @@
 // rows follow them.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "codes.h"
 #include "headwise.h"
 #include "numbers.h"
+#include "pages.h"
 #include "partial.h"
 #include "products.h"
 
@@ -19,16 +19,8 @@ namespace HEADWISE_ISA {
 namespace {
 
 using headwise::Decode;
-using headwise::Pages;
-using headwise::size_of;
 
 constexpr int64_t kFewLogits = 1 << 15;
-
-// Where the rows of a chunk stand.
-struct Places {
-  int64_t first;            // index among the head's rows
-  int64_t columns[kChunk];  // only where there is a mask
-};
 
 template <typename T>
 class Worker {
@@ -158,52 +150,13 @@ class Worker {
       int64_t end = std::min(to, from + kChunk);
       chunk.count = chunk.runs = 0;
       places.first = from;
-      take(head, pages, from - before, std::min(end, kept) - before, chunk, places);
+      take(head, pages, from - before, std::min(end, kept) - before, a.mask, chunk, places);
       if (gathered) gather(pages, chunk, (char*)weights + scratch_floats * sizeof(float) - gathered);
       take_fresh(head, std::max(from, kept) - kept, end - kept, chunk, places);
       view.logits(chunk, weights);
       absorb(head, chunk, places, view.partial, weights);
       view.weigh_values(chunk, weights);
     }
-  }
-
-  void take(int64_t head, const Pages& p, int64_t i, int64_t end, Chunk& chunk, Places& places) const {
-    int64_t element = size_of(p.type), key_bytes = p.key_strides[1] * element, value_bytes = p.value_strides[1] * element;
-    while (i < end) {
-      int64_t offset = i % p.page_size, last = std::min(end, i - offset + p.page_size);
-      int64_t page = p.table[head * p.table_width + i / p.page_size], at = page * p.page_size + offset;
-      const char* key = static_cast<const char*>(p.keys) + page * p.key_strides[0] * element + offset * key_bytes;
-      const char* value = static_cast<const char*>(p.values) + page * p.value_strides[0] * element + offset * value_bytes;
-      chunk.run[chunk.runs++] = {at, last - i};
-      for (; i < last; i++, at++, key += key_bytes, value += value_bytes) {
-        int r = chunk.count++;
-        chunk.keys[r] = key;
-        chunk.values[r] = value;
-        if (a.mask) places.columns[r] = p.columns[at];
-      }
-    }
-  }
-
-  // Room for a chunk's rows where their channels do not lie side by side; 0 where they do.
-  static int64_t gathered_bytes(const Pages& p) {
-    int64_t apart = (p.key_strides[2] != 1 ? p.key_width : 0) + (p.value_strides[2] != 1 ? p.value_width : 0);
-    return padded(kChunk * apart * size_of(p.type));
-  }
-
-  // Copies such rows to `to`, so that everything behind sees rows whose channels do lie side by side.
-  static void gather(const Pages& p, Chunk& chunk, char* to) {
-    to = gather(chunk.keys, chunk.count, p.key_strides[2], p.key_width, size_of(p.type), to);
-    gather(chunk.values, chunk.count, p.value_strides[2], p.value_width, size_of(p.type), to);
-  }
-
-  static char* gather(const void** rows, int count, int64_t stride, int64_t width, int64_t element, char* to) {
-    if (stride == 1) return to;
-    for (int r = 0; r < count; r++) {
-      const char* from = static_cast<const char*>(rows[r]);
-      rows[r] = to;
-      for (int64_t i = 0; i < width; i++, to += element) std::memcpy(to, from + i * stride * element, element);
-    }
-    return to;
   }
 
   void take_fresh(int64_t head, int64_t i, int64_t end, Chunk& chunk, Places& places) const {

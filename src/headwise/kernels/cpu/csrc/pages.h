@@ -1,0 +1,64 @@
+// Pages: rows of one head in pages -> a chunk of them, as addresses, to be read where they lie.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "headwise.h"
+#include "partial.h"
+#include "products.h"
+
+namespace HEADWISE_ISA {
+namespace {
+
+using headwise::Pages;
+using headwise::size_of;
+
+// Where the rows of a chunk stand.
+struct Places {
+  int64_t first;            // index among the head's rows
+  int64_t columns[kChunk];  // only where there is a mask
+};
+
+// Rows i..end of a head, to be read where they lie; their columns too, where those are looked at.
+inline void take(int64_t head, const Pages& p, int64_t i, int64_t end, bool with_columns, Chunk& chunk, Places& places) {
+  int64_t element = size_of(p.type), key_bytes = p.key_strides[1] * element, value_bytes = p.value_strides[1] * element;
+  while (i < end) {
+    int64_t offset = i % p.page_size, last = std::min(end, i - offset + p.page_size);
+    int64_t page = p.table[head * p.table_width + i / p.page_size], at = page * p.page_size + offset;
+    const char* key = static_cast<const char*>(p.keys) + page * p.key_strides[0] * element + offset * key_bytes;
+    const char* value = static_cast<const char*>(p.values) + page * p.value_strides[0] * element + offset * value_bytes;
+    chunk.run[chunk.runs++] = {at, last - i};
+    for (; i < last; i++, at++, key += key_bytes, value += value_bytes) {
+      int r = chunk.count++;
+      chunk.keys[r] = key;
+      chunk.values[r] = value;
+      if (with_columns) places.columns[r] = p.columns[at];
+    }
+  }
+}
+
+// Room for a chunk's rows where their channels do not lie side by side; 0 where they do.
+inline int64_t gathered_bytes(const Pages& p) {
+  int64_t apart = (p.key_strides[2] != 1 ? p.key_width : 0) + (p.value_strides[2] != 1 ? p.value_width : 0);
+  return padded(kChunk * apart * size_of(p.type));
+}
+
+inline char* gather(const void** rows, int count, int64_t stride, int64_t width, int64_t element, char* to) {
+  if (stride == 1) return to;
+  for (int r = 0; r < count; r++) {
+    const char* from = static_cast<const char*>(rows[r]);
+    rows[r] = to;
+    for (int64_t i = 0; i < width; i++, to += element) std::memcpy(to, from + i * stride * element, element);
+  }
+  return to;
+}
+
+// Copies such rows to `to`, so that everything behind sees rows whose channels do lie side by side.
+inline void gather(const Pages& p, Chunk& chunk, char* to) {
+  to = gather(chunk.keys, chunk.count, p.key_strides[2], p.key_width, size_of(p.type), to);
+  gather(chunk.values, chunk.count, p.value_strides[2], p.value_width, size_of(p.type), to);
+}
+
+}  // namespace
+}  // namespace HEADWISE_ISA

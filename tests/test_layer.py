@@ -1,0 +1,85 @@
+"""One layer by itself, as a host drives it: what it refuses, so that a new host cannot go wrong in silence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakMethod
+
+import pytest
+import torch
+
+import headwise
+from headwise.kernels.backends import choose
+from headwise.stages.config import CacheConfig, LayerConfig
+from headwise.stages.layer import LayerCache
+from headwise.stages.token_log import TokenLog
+from headwise.stages.whole_model import WholeModel
+from headwise.types import LogitOptions
+
+KERNELS = choose("reference", torch.device("cpu"))
+
+
+class Repeater:
+    """Stands for the host's model, which a policy that looks at keys alone does not ask."""
+
+    def repeat(self, ids):
+        raise AssertionError("nothing is to be repeated")
+
+
+def attend(core, count):
+    return core.attend(
+        torch.randn(1, 2, 1, count, 8),
+        torch.randn(1, 2, count, 8),
+        torch.randn(1, 2, count, 8),
+        None,
+        LogitOptions(1.0),
+    )
+
+
+def cores_of(policy):
+    log = TokenLog("kind" in policy.facts)
+    return [LayerCache(LayerConfig(index, policy, CacheConfig(KERNELS, layers=2)), log) for index in range(2)]
+
+
+@dataclass(frozen=True)
+class NormOverAllLayers(headwise.KeyNorm):
+    """Chooses like `KeyNorm`, but for all layers at once."""
+
+    @property
+    def needs_all_layers(self):
+        return True
+
+
+def test_a_host_that_forgets_to_compact_is_told_so():
+    cores = cores_of(NormOverAllLayers(keep=5))
+    for core in cores:
+        attend(core, 9)
+    with pytest.raises(headwise.CacheStateError, match=r"calls WholeModel\.compact\(\)"):
+        attend(cores[0], 1)
+
+
+def test_a_host_that_compacts_goes_on():
+    policy, repeater = NormOverAllLayers(keep=5), Repeater()
+    cores = cores_of(policy)
+    whole = WholeModel(policy, cores, WeakMethod(repeater.repeat))
+    for core in cores:
+        attend(core, 9)
+    whole.compact()
+    for core in cores:
+        attend(core, 1)
+    assert [core.kept_tokens.tolist() for core in cores] == [[[6, 6]]] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"page_size": 0}, "page_size must be a count of 1 or more, got 0"),
+        ({"page_size": True}, "page_size must be a count"),
+        ({"evict_every": 2.0}, "evict_every must be a count of 1 or more, got 2.0"),
+        ({"dtype": torch.int8}, "cache_dtype must be one of torch.float32"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused_whoever_the_host_is(options, complaint):
+    with pytest.raises(headwise.ConfigurationError, match=complaint):
+        CacheConfig(KERNELS, **options)
