@@ -8,7 +8,9 @@ NEWEST ?= transformers==5.23.0
 VENV := .venv
 OLD_VENV := .venv-oldest
 BIN := $(VENV)/bin
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# What is never imported need not be compiled.
+PIP_INSTALL := install --quiet --disable-pip-version-check --no-compile
+PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 # Tests whose subject is transformers' side of the contract; they also run on the oldest release.
 CONTRACT_TESTS := $(addprefix tests/test_,generate_matrix.py contract_*.py persistence.py saved.py model_facts.py)
 # Two processes; tests that share a model or a fixture stay together (tests/conftest.py says which).
@@ -54,14 +56,16 @@ model: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml hatch_build.py $(wildcard src/headwise/kernels/cpu/csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP_INSTALL) "$(TORCH)"
-	$(BIN)/python $(PIP_INSTALL) "$(NEWEST)" -e ".[dev]"
+	$(BIN)/python -m pip $(PIP_INSTALL) "$(TORCH)"
+	$(BIN)/python -m pip $(PIP_INSTALL) "$(NEWEST)" -e ".[dev]"
 	touch $@
 
-$(OLD_VENV)/.ready: pyproject.toml hatch_build.py $(wildcard src/headwise/kernels/cpu/csrc/*)
-	$(PYTHON) -m venv $(OLD_VENV)
-	$(OLD_VENV)/bin/python $(PIP_INSTALL) "$(TORCH)"
-	$(OLD_VENV)/bin/python $(PIP_INSTALL) "$(OLDEST)" -e ".[dev]"
+# Everything but transformers, and what that release wants otherwise, comes from the environment above.
+$(OLD_VENV)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv --clear --without-pip $(OLD_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" \
+		> "$$($(OLD_VENV)/bin/python $(PURELIB))/newest.pth"
+	$(BIN)/python -m pip --python $(OLD_VENV)/bin/python $(PIP_INSTALL) "$(OLDEST)"
 	touch $@
 
 clean:
