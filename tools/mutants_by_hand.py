@@ -133,8 +133,8 @@ TRITON = (
     Mistake(
         "triton/device_tiles.py",
         "a stale table: every page is the head's first",
-        "page = tl.load(table + n // PAGE, mask=held, other=0)",
-        "page = tl.load(table + n * 0, mask=held, other=0)",
+        "page = tl.load(table + n // PAGE, mask=held, other=0)\n    return page.to(tl.int64) * STRIDES",
+        "page = tl.load(table + n * 0, mask=held, other=0)\n    return page.to(tl.int64) * STRIDES",
     ),
     Mistake(
         "triton/device_map.py",
