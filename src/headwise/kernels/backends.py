@@ -11,7 +11,7 @@ import importlib
 import torch
 
 from headwise.errors import ConfigurationError
-from headwise.kernels.interface import Kernels
+from headwise.kernels.interface import DTYPES, Kernels
 from headwise.quant.formats import Precision
 
 AUTO = "auto"
@@ -26,15 +26,13 @@ _HOMES = {
 }
 NAMES = tuple(_HOMES)
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def obstacle(
     name: str, device: torch.device, dtype: torch.dtype = torch.float32, precision: Precision | None = None
 ) -> str | None:
     """Why those kernels cannot run on that device, for rows of that type and in those formats; None where they can."""
-    if name != REFERENCE and dtype not in _DTYPES:
-        return f"they take {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}, not {dtype}"
+    if name != REFERENCE and dtype not in DTYPES:
+        return f"they take {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, not {dtype}"
     try:
         kernels = _kernels(name)
         reason = kernels.obstacle(device)

@@ -12,6 +12,9 @@ import torch
 
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor, UInt8
 
+# Of rows that are numbers; `reference` takes others too.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Coding:

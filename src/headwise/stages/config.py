@@ -8,14 +8,12 @@ import torch
 
 from headwise.errors import ConfigurationError
 from headwise.gate.gate import LayerGate
-from headwise.kernels.interface import Kernels
+from headwise.kernels.interface import DTYPES, Kernels
 from headwise.less.features import LayerFeatures
 from headwise.policies.base import Policy
 from headwise.policies.checks import check_count
 from headwise.quant.formats import Precision
 from headwise.types import Rotation
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         check_count("page_size", self.page_size, 1)
         check_count("evict_every", self.evict_every, 1)
-        if self.dtype not in (None, *_DTYPES):
-            raise ConfigurationError(f"cache_dtype must be one of {', '.join(map(str, _DTYPES))}, got {self.dtype!r}")
+        if self.dtype not in (None, *DTYPES):
+            raise ConfigurationError(f"cache_dtype must be one of {', '.join(map(str, DTYPES))}, got {self.dtype!r}")
 
 
 @dataclass(frozen=True)
