@@ -160,9 +160,10 @@ class WeightsFolder(Generic[Whole]):
             raise MismatchError(f"{trained_for}; this one differs in {differing[0]!r}; {remedy}")
         # What is the same all over, as fresh norms and biases are, is so in many models.
         telling = {name: sample for name, sample in theirs.items() if sample.min() < sample.max()}
-        off = torch.tensor([float((ours[name] - sample).norm() / sample.norm()) for name, sample in telling.items()])
-        if not float(off.median()) <= _TOLERANCE:
-            raise MismatchError(f"{trained_for}; the weights of this one differ by {float(off.median()):.0%}; {remedy}")
+        each = [float((ours[name] - sample).norm() / sample.norm()) for name, sample in telling.items()]
+        off = float(torch.tensor(each, dtype=torch.float64, device="cpu").median())
+        if not off <= _TOLERANCE:
+            raise MismatchError(f"{trained_for}; the weights of this one differ by {off:.0%}; {remedy}")
 
 
 def sample_weights(model: nn.Module) -> dict[str, Float[Tensor, " n"]]:

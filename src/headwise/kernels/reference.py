@@ -93,7 +93,7 @@ def column_mass(request: MassRequest) -> tuple[Float[Tensor, "b h g t"], Float[T
     map, weights, positions, columns = request.map, request.weights, request.positions, request.map.own_columns()
     batch, heads, group, _, _ = map.query.shape
     total = map.keys.shape[2]
-    mass = torch.zeros(batch, heads, group, total, device=map.keys.device)
+    mass = torch.zeros(batch, heads, group, total, dtype=torch.float32, device=map.keys.device)
     band = mass.new_zeros(len(request.widths), *mass.shape)
     for block, attention in _map_blocks(map):
         own, seen = columns[block], attention.shape[-1]
@@ -138,7 +138,7 @@ def attend_and_gather(
 
 def column_max(map: AttentionMap) -> Float[Tensor, "b h t"]:
     """Largest number in each column of the attention maps of a group; 0 where no row sees it."""
-    best = torch.zeros(*map.keys.shape[:3], device=map.keys.device)
+    best = torch.zeros(*map.keys.shape[:3], dtype=torch.float32, device=map.keys.device)
     for _, attention in _map_blocks(map):
         seen = best[..., : attention.shape[-1]]
         torch.maximum(seen, attention.amax(dim=(2, 3)), out=seen)

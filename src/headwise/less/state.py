@@ -50,8 +50,8 @@ class EvictedState:
             # Another layer than the last may be on another device.
             self.features = self.features.to(device)
             count = self.features.count
-            self.sums = torch.zeros(*heads, count, value_dim, device=device)
-            self.mass = torch.zeros(*heads, count, device=device)
+            self.sums = torch.zeros(*heads, count, value_dim, dtype=torch.float32, device=device)
+            self.mass = torch.zeros(*heads, count, dtype=torch.float32, device=device)
 
     def fold(
         self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n e"], dropped: Bool[Tensor, "b h n"]

@@ -115,7 +115,7 @@ class Auto(RepetitionScored):
         if self.recovery is not None:
             # A row at the fewest bits is worth its bytes from here on.
             worth = (1 - self.recovery) ** 2 / min(losses[0].row_bytes)
-            price = torch.full((len(scores[0]),), worth, dtype=torch.float64)
+            price = torch.full((len(scores[0]),), worth, dtype=torch.float64, device="cpu")
         else:
             price = allocation.price(self._budget(layers[0].tokens, losses))
         tokens, formats = allocation.at(price.to(scores[0].device))

@@ -125,7 +125,7 @@ def _threshold(selection: Selection, layers: Sequence[PromptSummary]) -> Float[T
     if selection.keep is None:
         # Nothing less than full recovers everything, whatever a sum of floats says.
         enough = torch.inf if selection.recovery is not None and selection.recovery >= 1 else selection.threshold
-        return torch.full((len(tokens.prompt),), enough, device=tokens.prompt.device)
+        return torch.full((len(tokens.prompt),), enough, dtype=torch.float32, device=tokens.prompt.device)
     recovered = torch.cat([layer.recovered for layer in layers if layer.recovered is not None], dim=-1)
     kept = torch.cat([layer.kept for layer in layers if layer.kept is not None], dim=-1)
     budget = quota_tokens(selection.keep, tokens.prompt)[:, 0, 0] * recovered.shape[-1]

@@ -86,5 +86,7 @@ class ExpectedAttention(Scored):
     def _mean_rotation(self, rotation: Rotation, length: Int[Tensor, "b 1"], dim: int) -> Float[Tensor, "b d d"]:
         """What a row vector is multiplied with, to turn it to the mean of the positions after the prompt."""
         positions = length + torch.arange(self.future, device=length.device)
-        axes = torch.eye(dim, device=length.device)[None, :, None].expand(len(length), -1, self.future, -1)
+        axes = torch.eye(dim, dtype=torch.float32, device=length.device)[None, :, None].expand(
+            len(length), -1, self.future, -1
+        )
         return rotation(axes, positions, False).mean(dim=2)

@@ -35,7 +35,8 @@ def rounding_loss(
     read = {bits: torch.where(exact, keys, _coded(keys, bits)) for bits in {f.key_bits for f in formats}}
     errors = {bits: torch.where(exact, 0.0, _coded(values, bits) - values) for bits in {f.value_bits for f in formats}}
     # Sums of squares, over the newest queries, of what outputs are off with those keys, or with those values.
-    displaced, misread = dict.fromkeys(read, torch.zeros(())), dict.fromkeys(errors, torch.zeros(()))
+    nothing = torch.zeros((), dtype=torch.float32, device=values.device)
+    displaced, misread = dict.fromkeys(read, nothing), dict.fromkeys(errors, nothing)
     seen = torch.zeros_like(values[..., 0])
     others = (replace(evidence, keys=rows).attention(window) for rows in read.values())
     for before, *after in zip(evidence.attention(window), *others, strict=True):

@@ -24,7 +24,7 @@ def hadamard(dim: int, device: torch.device) -> Float[Tensor, "dim dim"]:
     odd = dim
     while odd % 2 == 0:
         odd //= 2
-    at = torch.arange(odd, dtype=torch.float64)
+    at = torch.arange(odd, dtype=torch.float64, device="cpu")
     matrix: Tensor = (math.pi / odd * (at + 0.5) * at[:, None]).cos() * (2 / odd) ** 0.5
     matrix[0] /= 2**0.5
     while len(matrix) < dim:

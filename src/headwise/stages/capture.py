@@ -6,10 +6,12 @@ Lengths and tables live on the device; what the host must know of a step is note
 from __future__ import annotations
 
 from headwise.errors import CacheStateError
+from headwise.stages.ambient import alone
 from headwise.stages.layer import LayerCache
 from headwise.types import Int, Tensor
 
 
+@alone
 def begin_capture(layer: LayerCache, column: Int[Tensor, " 1"], room: int) -> None:
     """From now on every pass is one token.
 
@@ -30,6 +32,7 @@ def begin_capture(layer: LayerCache, column: Int[Tensor, " 1"], room: int) -> No
     layer.captured_column = column
 
 
+@alone
 def end_capture(layer: LayerCache) -> None:
     """Back to passes of any kind."""
     layer.captured_column = None
@@ -37,6 +40,7 @@ def end_capture(layer: LayerCache) -> None:
         layer.store.freeze(False)
 
 
+@alone
 def advance(layer: LayerCache, spare: int) -> None:
     """Take note that a captured step was replayed, and apply the rules where that is due.
 

@@ -10,6 +10,7 @@ import torch
 from headwise.contract import LayerShape
 from headwise.errors import CacheStateError
 from headwise.less.state import EvictedState
+from headwise.stages.ambient import methods_alone
 from headwise.stages.compact import Prompt, compact
 from headwise.stages.config import LayerConfig
 from headwise.stages.decode import Pass, append_pass, decode_pass, fresh_rows
@@ -21,6 +22,7 @@ from headwise.store.store import RowStore
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 
+@methods_alone("attend", "take_back", "accept", "select", "to", "restore", "evict_if_due")
 class LayerCache:
     """The compressed cache of one attention layer.
 
@@ -241,7 +243,7 @@ class LayerCache:
             raise CacheStateError("cannot save before the whole prompt is in")
         if self.store is None or self.plan is None:
             return {}
-        counters = torch.tensor([self.seen, self._evicted_at, self.prompt.observations.rows_read])
+        counters = torch.tensor([self.seen, self._evicted_at, self.prompt.observations.rows_read], device="cpu")
         return self.plan.state() | {"counters": counters} | self.store.state() | self.evicted.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:

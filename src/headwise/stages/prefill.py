@@ -36,7 +36,9 @@ class PromptRows:
         """Keys and values of everything that has come in, and these behind them."""
         if self.held is None:
             return keys, values
-        return torch.cat([self.held[0], keys], dim=2), torch.cat([self.held[1], values], dim=2)
+        before = self.held
+        new = keys.to(before[0].dtype), values.to(before[1].dtype)
+        return torch.cat([before[0], new[0]], dim=2), torch.cat([before[1], new[1]], dim=2)
 
     def attend(
         self,
@@ -48,7 +50,9 @@ class PromptRows:
     ) -> Float[Tensor, "b h g q e"]:
         """Attention of new columns over all that have come in and themselves; nothing is taken in yet."""
         keys, values = self.with_earlier(keys, values)
-        return dense_attention(AttentionMap(query, keys, mask, options), values)
+        # Under autocast, parts of a prompt may come in types of their own.
+        output = dense_attention(AttentionMap(query.to(keys.dtype), keys, mask, options), values)
+        return output.to(query.dtype)
 
     def add(self, keys: Float[Tensor, "b h q d"], values: Float[Tensor, "b h q e"]) -> None:
         """Take in the newest columns."""

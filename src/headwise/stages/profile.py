@@ -72,7 +72,9 @@ class Observations:
             chunk: of them, which are repeated.
         """
         if self.repetition_peaks is None:
-            self.repetition_peaks = torch.zeros(*map.keys.shape[:2], prompt, device=map.keys.device)
+            self.repetition_peaks = torch.zeros(
+                *map.keys.shape[:2], prompt, dtype=torch.float32, device=map.keys.device
+            )
         output, found = attend_repetition(map, values, chunk, self._config.cache.kernels)
         self.repetition_peaks[:, :, chunk] = self.repetition_peaks[:, :, chunk].maximum(found)
         return output

@@ -12,6 +12,7 @@ import torch
 
 from headwise.errors import InputError
 from headwise.policies.base import Policy
+from headwise.stages.ambient import alone
 from headwise.stages.compact import compact
 from headwise.stages.layer import LayerCache
 from headwise.types import Int, Tensor
@@ -43,6 +44,7 @@ class WholeModel:
         self.repeating = False
         self.seconds = 0.0
 
+    @alone
     def take_in(self, input_ids: Int[Tensor, "b q"] | None) -> None:
         """Remember a part of the prompt, where the policy is going to ask for it.
 
@@ -59,6 +61,7 @@ class WholeModel:
         earlier = [] if self._ids is None else [self._ids]
         self._ids = torch.cat([*earlier, input_ids.detach()], dim=1)
 
+    @alone
     def compact(self) -> None:
         """Choose for all layers at once, where the policy decides so and the whole prompt is in."""
         cores = self._cores

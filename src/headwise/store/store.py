@@ -256,7 +256,9 @@ class RowStore:
         state = save_rows("", self.exact)
         for index, part in enumerate(self.coded):
             state |= save_rows(f"{_CODED}{index}_", part.pool)
-        return state | ({"formats": self.formats, "unpacked": torch.tensor(self._not_encoded)} if self.coded else {})
+        return state | (
+            {"formats": self.formats, "unpacked": torch.tensor(self._not_encoded, device="cpu")} if self.coded else {}
+        )
 
     @classmethod
     def restore(cls, state: dict[str, Tensor], *, page_size: int, precision: Precision | None) -> RowStore:

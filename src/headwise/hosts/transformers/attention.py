@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from headwise.errors import CacheStateError, UnsupportedModelError
 from headwise.kernels.attention import dense_attention
 from headwise.kernels.interface import AttentionMap
+from headwise.stages.ambient import autocast_dtype
 from headwise.types import Bool, Float, LogitOptions, Tensor
 
 NAME = "headwise"
@@ -77,7 +78,14 @@ def headwise_attention(
             raise UnsupportedModelError("a layer with a position bias cannot be compressed")
         if dropout:
             raise UnsupportedModelError("a compressed cache is for inference: call model.eval() first")
-        output = layer.attend(grouped, key, value, _as_boolean(attention_mask, len(key)), options)
+        given: tuple[Tensor, ...] = (grouped, key, value)
+        # As torch's own attention under autocast, which queries, keys and values may reach in unequal types.
+        wanted = autocast_dtype(key.device.type)
+        if wanted is not None:
+            given = tuple(tensor.to(wanted) for tensor in given)
+        output = layer.attend(*given, _as_boolean(attention_mask, len(key)), options)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+            output = _NoGradients.apply(output, *given)  # type: ignore[no-untyped-call]  # torch's
         return output.flatten(1, 2).transpose(1, 2).contiguous(), None
 
     cache = active_cache.get()
@@ -95,6 +103,21 @@ def headwise_attention(
         mask = torch.ones(len(key), query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
     output = dense_attention(AttentionMap(grouped, key, mask, options), value)
     return output.flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+class _NoGradients(torch.autograd.Function):
+    """The output as it is; whoever asks what it depends on is told that it cannot be had."""
+
+    @staticmethod
+    def forward(_: Any, output: Tensor, *given: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Any:
+        raise CacheStateError(
+            "gradients do not pass through a compressed cache, which is for inference: train with use_cache=False, or "
+            "with transformers' own cache"
+        )
 
 
 def _as_boolean(mask: Tensor | None, batch: int) -> Bool[Tensor, "b q t"] | None:

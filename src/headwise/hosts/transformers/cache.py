@@ -16,7 +16,7 @@ from headwise.errors import HeadwiseWarning, MismatchError
 from headwise.hosts.transformers.attachment import attach
 from headwise.hosts.transformers.checks import check_model, check_options, doubts, keeps_all
 from headwise.hosts.transformers.kinds import KindTable
-from headwise.hosts.transformers.layer import HeadwiseLayer, held_tensors, layer_report
+from headwise.hosts.transformers.layer import HeadwiseLayer, held_tensors
 from headwise.hosts.transformers.model_facts import read_facts
 from headwise.hosts.transformers.parts import CacheParts
 from headwise.hosts.transformers.passes import check_pass, chunk_doubt
@@ -27,15 +27,17 @@ from headwise.kernels.backends import AUTO, choose
 from headwise.policies.base import Policy
 from headwise.policies.budget import with_budget
 from headwise.report.report import Report
+from headwise.stages.ambient import methods_alone
 from headwise.stages.assemble import Assembly, assemble
 from headwise.stages.config import LayerConfig
 from headwise.stages.layer import LayerCache
 from headwise.stages.token_log import TokenLog
 from headwise.stages.whole_model import WholeModel
 from headwise.types import Int, Tensor
-from headwise.units import storage_bytes
 
 
+@methods_alone("begin_pass", "end_pass", "announce", "crop", "reorder_cache", "__deepcopy__")
+@methods_alone("batch_select_indices", "batch_repeat_interleave")
 class HeadwiseCache(Cache):
     """A KV cache that keeps, for every KV head of every sequence, only what its rule names, and frees the rest.
 
@@ -231,7 +233,7 @@ class HeadwiseCache(Cache):
         """Repeat every sequence."""
         batch = next((len(kept) for layer in self.headwise_layers if (kept := layer.core.kept_tokens) is not None), 0)
         super().batch_repeat_interleave(repeats)
-        self._parts.select(torch.arange(batch).repeat_interleave(repeats))
+        self._parts.select(torch.arange(batch, device="cpu").repeat_interleave(repeats))
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to, those of stock layers included."""
@@ -239,16 +241,7 @@ class HeadwiseCache(Cache):
 
     def report(self) -> Report:
         """What it holds now, and what a full cache would hold."""
-        prompts = [layer.core.prompt for layer in self.headwise_layers]
-        return Report(
-            policy=str(self.policy),
-            seen_tokens=self.get_seq_length(),
-            layers=[layer_report(layer) for layer in self.layers],
-            transcript_bytes=storage_bytes(self._parts.token_tensors()),
-            kernel=self.kernel,
-            profile_seconds=self._whole_model.seconds + sum((prompt.profile_seconds for prompt in prompts), 0.0),
-            compact_seconds=sum((prompt.compact_seconds for prompt in prompts), 0.0),
-        )
+        return self._parts.report(str(self.policy), self.kernel, self.get_seq_length(), self._whole_model.seconds)
 
     def save(self, path: str | Path) -> None:
         """Write the compressed cache to a safetensors file that `load` reads; an unfinished file is never left.

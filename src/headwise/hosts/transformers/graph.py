@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from headwise.errors import CacheStateError, ConfigurationError, InputError, UnsupportedModelError
 from headwise.hosts.transformers.cache import HeadwiseCache
+from headwise.stages.ambient import alone
 from headwise.stages.capture import advance, begin_capture, end_capture
 from headwise.types import Float, Int, Tensor
 
@@ -48,6 +49,7 @@ class DecodeGraph:
         CacheStateError: when the prompt is not in.
     """
 
+    @alone
     def __init__(
         self, model: PreTrainedModel, cache: HeadwiseCache, *, room: int = 256, capture: Capture | None = None
     ) -> None:

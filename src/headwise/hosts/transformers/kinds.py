@@ -128,7 +128,7 @@ def is_punctuation(text: str) -> bool:
 
 def _kinds_of_vocabulary(tokenizer: PreTrainedTokenizerBase) -> UInt8[Tensor, " vocabulary"]:
     size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
-    table = torch.zeros(size, dtype=torch.uint8)
+    table = torch.zeros(size, dtype=torch.uint8, device="cpu")
     texts = tokenizer.batch_decode([[token] for token in range(size)], clean_up_tokenization_spaces=False)
     for token, text in enumerate(texts):
         if is_punctuation(text):
@@ -147,4 +147,4 @@ def _marker_ids(tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> l
         if not marker.strip() or not spellings[0]:
             raise ConfigurationError(f"marker {marker!r} has no tokens")
         found.update({tuple(ids): None for ids in spellings})
-    return [torch.tensor(ids) for ids in found]
+    return [torch.tensor(ids, dtype=torch.long, device="cpu") for ids in found]

@@ -176,7 +176,7 @@ class HeadwiseLayer(CacheLayerMixin):
         """Repeat every sequence."""
         kept = self.core.kept_tokens
         if kept is not None:
-            self.core.select(torch.arange(len(kept)).repeat_interleave(repeats))
+            self.core.select(torch.arange(len(kept), device="cpu").repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Move the rows to main memory."""

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from transformers.cache_utils import CacheLayerMixin
 
 from headwise.hosts.transformers.kinds import KindTable
-from headwise.hosts.transformers.layer import HeadwiseLayer
+from headwise.hosts.transformers.layer import HeadwiseLayer, layer_report
+from headwise.report.report import Report
 from headwise.stages.layer import LayerCache
 from headwise.stages.token_log import TokenLog
 from headwise.types import Int, Tensor
+from headwise.units import storage_bytes
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,19 @@ class CacheParts:
         """What is known of tokens beside their rows."""
         ids = None if self.kinds is None else self.kinds.ids
         return [*self.log.tensors().values(), *([] if ids is None else [ids])]
+
+    def report(self, policy: str, kernel: str, seen: int, repetition_seconds: float) -> Report:
+        """What they hold now, and what a full cache would hold, after so many tokens."""
+        prompts = [core.prompt for core in self.cores]
+        return Report(
+            policy=policy,
+            seen_tokens=seen,
+            layers=[layer_report(layer) for layer in self.layers],
+            transcript_bytes=storage_bytes(self.token_tensors()),
+            kernel=kernel,
+            profile_seconds=repetition_seconds + sum((prompt.profile_seconds for prompt in prompts), 0.0),
+            compact_seconds=sum((prompt.compact_seconds for prompt in prompts), 0.0),
+        )
 
     def announce(self, input_ids: Int[Tensor, "b q"] | None, seen: int) -> None:
         """Take note of the tokens of a pass that is about to begin, behind those seen."""

@@ -33,7 +33,7 @@ def read(buffer: torch.Tensor) -> int:
     """Read a contiguous tensor once with all threads, and return the sum of its bits: for measuring bandwidth."""
     functions, parallel_for = library.library_and_threads()
     shares = torch.get_num_threads()
-    sums = torch.zeros(shares, dtype=torch.int64)
+    sums = torch.zeros(shares, dtype=torch.int64, device="cpu")
     functions.headwise_read(buffer.data_ptr(), buffer.nbytes // 8, shares, sums.data_ptr(), parallel_for)
     return int(sums.sum())
 

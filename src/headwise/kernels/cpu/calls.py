@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from headwise.kernels.cpu.library import library_and_threads, pointer
+from headwise.kernels.cpu.library import FLOAT, library_and_threads, pointer
 from headwise.kernels.cpu.structs import (
     AppendStruct,
     DecodeStruct,
@@ -32,10 +32,10 @@ def ragged_decode(request: DecodeRequest) -> Decoded:
         query = query.to(dtype).contiguous()
     kept = sum(view.longest for view in pages)
     kept_bytes = batch * heads * sum(view.longest * view.kv_bytes for view in pages)
-    output = torch.empty(batch, heads, group, queries, value_dim)
-    lse = torch.empty(batch, heads, group, queries)
-    on_kept = torch.empty(batch, heads, queries, kept) if request.with_mass else None
-    on_fresh = torch.empty(batch, heads, queries, fresh) if request.with_mass else None
+    output = torch.empty(batch, heads, group, queries, value_dim, **FLOAT)
+    lse = torch.empty(batch, heads, group, queries, **FLOAT)
+    on_kept = torch.empty(batch, heads, queries, kept, **FLOAT) if request.with_mass else None
+    on_fresh = torch.empty(batch, heads, queries, fresh, **FLOAT) if request.with_mass else None
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
     held, rows = fresh_struct(request.fresh_keys, request.fresh_values, dtype)
     arguments = DecodeStruct(

@@ -11,15 +11,24 @@ import sys
 from ctypes import c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from headwise.types import Tensor
 
+
+class _Kind(TypedDict):
+    dtype: torch.dtype
+    device: str
+
+
 _BUILT = Path(__file__).with_name(f"libheadwise_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}")
 # Another may be named, so that changed sources can be tried without building over the one in use.
 LIBRARY = Path(os.environ.get("HEADWISE_CPU_LIBRARY") or _BUILT)
+
+# What the kernels write, whatever torch makes unless told otherwise.
+FLOAT: _Kind = {"dtype": torch.float32, "device": "cpu"}
 
 
 @cache

@@ -13,7 +13,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 
 from headwise.kernels.attention import query_blocks
-from headwise.kernels.cpu.library import library_and_threads, pointer
+from headwise.kernels.cpu.library import FLOAT, library_and_threads, pointer
 from headwise.kernels.interface import AttentionMap, MassRequest, PeaksRequest
 from headwise.types import Float, Tensor
 
@@ -50,13 +50,14 @@ def column_mass(request: MassRequest) -> tuple[Float[Tensor, "b h g t"], Float[T
     map, widths = request.map, request.widths
     batch, heads, group, _, _ = map.query.shape
     total, bands, parts = map.keys.shape[2], len(widths), _parts(group)
-    mass = torch.empty(batch, heads, group, total)
-    band = torch.empty(bands, batch, heads, group, total)
+    mass = torch.empty(batch, heads, group, total, **FLOAT)
+    band = torch.empty(bands, batch, heads, group, total, **FLOAT)
     weights, positions = request.weights.float().contiguous(), request.positions.long().contiguous()
     for b in range(batch):
         own_widths = widths[:, b].long().contiguous()
         for h in range(heads):
-            sums, inside = torch.zeros(parts, group, total), torch.zeros(bands, parts, group, total)
+            sums = torch.zeros(parts, group, total, **FLOAT)
+            inside = torch.zeros(bands, parts, group, total, **FLOAT)
             for rows, _, block in _blocks(map, b, h):
                 arguments = _ColumnMass(
                     block,
@@ -81,13 +82,13 @@ def attention_and_peaks(request: PeaksRequest) -> tuple[Float[Tensor, "b h g q e
     map, values = request.map, request.values
     batch, heads, group, _, _ = map.query.shape
     total, parts = map.keys.shape[2], _parts(group)
-    ranges = torch.tensor([[part.start, part.stop] for part in request.counted])
-    output = torch.empty(*map.query.shape[:-1], values.shape[-1], dtype=values.dtype)
-    peaks = torch.empty(batch, heads, total)
+    ranges = torch.tensor([[part.start, part.stop] for part in request.counted], dtype=torch.long, device="cpu")
+    output = torch.empty(*map.query.shape[:-1], values.shape[-1], dtype=values.dtype, device="cpu")
+    peaks = torch.empty(batch, heads, total, **FLOAT)
     for b in range(batch):
         for h in range(heads):
             weighed = values[b, h].float()
-            logarithms = torch.full((parts, group, total), -torch.inf)
+            logarithms = torch.full((parts, group, total), -torch.inf, **FLOAT)
             for rows, products, block in _blocks(map, b, h):
                 arguments = _AttentionPeaks(
                     block, ranges.data_ptr(), logarithms.data_ptr(), len(ranges), total, parts, parallel_for
@@ -146,7 +147,7 @@ def _scratch(size: int) -> Tensor:
     if held is None or held.numel() < size:
         # It outlives an inference mode that may be on now.
         with torch.inference_mode(False):
-            held = _kept.scratch = torch.empty(size)
+            held = _kept.scratch = torch.empty(size, **FLOAT)
     return held[:size]
 
 

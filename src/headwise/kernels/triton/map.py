@@ -31,7 +31,7 @@ def column_max(map: AttentionMap) -> Float[Tensor, "b h t"]:
     """Largest number in each column of the attention maps of a group, 0 where no row sees it."""
     columns = map.own_columns()
     positions, widths = columns.expand(len(map.keys), -1), columns.new_empty(0, len(map.keys))
-    band = torch.empty(0, *map.query.shape[:3], map.keys.shape[2], device=map.keys.device)
+    band = torch.empty(0, *map.query.shape[:3], map.keys.shape[2], dtype=torch.float32, device=map.keys.device)
     return _columns_of_map(map, None, positions, widths, band).amax(dim=2)
 
 
