@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import (
+    DynamicCache,
+    GlmConfig,
+    GlmForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 import headwise
 import models
@@ -69,6 +78,40 @@ def test_a_rotation_is_that_of_its_type_of_layer():
     one = torch.ones(1, 1, 1, 16)
     far = torch.tensor([[200]])
     assert not torch.allclose(sliding(one, far, False), full(one, far, False))
+
+
+PARTIAL = {
+    "phi": (PhiForCausalLM, PhiConfig, {"num_key_value_heads": 2}),
+    "neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {}),
+    "glm": (GlmForCausalLM, GlmConfig, {"num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}),
+}
+
+
+@pytest.mark.parametrize("family", PARTIAL)
+def test_where_positions_are_in_a_part_of_a_head_the_rest_stays(family):
+    """Keys of one token at several positions are the same, turned: by the model at them, and by headwise to them."""
+    model_class, config, options = PARTIAL[family]
+    usual = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = model_class(config(**usual, num_attention_heads=4, initializer_range=0.2, **options)).eval()
+    positions = torch.tensor([[0], [1], [7], [30]])
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=torch.full((4, 1), 31), position_ids=positions, past_key_values=cache)
+    facts, _ = read_facts(model)
+    for layer, fact in zip(cache.layers, facts.layers, strict=True):
+        still = layer.keys[:1].expand_as(layer.keys)
+        assert fact.rotation is not None and not torch.allclose(layer.keys, still, atol=1e-3)
+        torch.testing.assert_close(fact.rotation(still, positions, False), layer.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(fact.rotation(layer.keys, positions, True), still, atol=1e-4, rtol=1e-4)
+    for policy in (
+        headwise.ExpectedAttention(keep=0.5, future=9),
+        headwise.SnapKV(keep=0.5),
+        headwise.KeyDiff(keep=0.5),
+    ):
+        cache = headwise.HeadwiseCache(model, policy)
+        model.generate(tiny.prompt(60), past_key_values=cache, max_new_tokens=4, do_sample=False)
+        assert cache.report().kept_ratio < 0.7
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt-oss"])

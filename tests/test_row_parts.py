@@ -10,6 +10,7 @@ from headwise.quant.formats import Precision, RowFormat
 from headwise.store import coded, row_parts, saved, store
 from headwise.store.row_parts import RowPart
 from headwise.store.rows import Rows
+from headwise.store.saved import load_store, save_store
 from headwise.store.store import RowStore
 
 PROMPT, PAGE, DIM, FRESH = 23, 3, 8, 7.0
@@ -78,7 +79,7 @@ def test_a_further_part_goes_wherever_its_row_goes(marked, precision, kernels):
     check(made)
     made.select(torch.tensor([1, 1, 0]))
     check(made)
-    again = RowStore.restore(made.state(), page_size=PAGE, precision=precision)
+    again = load_store(save_store(made), page_size=PAGE, precision=precision)
     assert check(again) == int(made.lengths.sum())
 
 
@@ -98,9 +99,9 @@ def test_rows_that_come_without_it_get_the_fresh_one(marked):
 
 def test_a_saved_cache_without_a_part_is_refused_unless_rows_can_do_without(marked):
     made = new_store(Precision((RowFormat(8, 8),), recent=3, sinks=1))
-    state = made.state()
+    state = save_store(made)
     older = {name: tensor for name, tensor in state.items() if "mark" not in name}
-    check(RowStore.restore(older, page_size=PAGE, precision=made.precision), mark=False)
+    check(load_store(older, page_size=PAGE, precision=made.precision), mark=False)
     broken = {name: tensor for name, tensor in state.items() if "key_steps" not in name}
     with pytest.raises(InputError, match="without key_steps"):
-        RowStore.restore(broken, page_size=PAGE, precision=made.precision)
+        load_store(broken, page_size=PAGE, precision=made.precision)

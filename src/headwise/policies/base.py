@@ -83,6 +83,11 @@ class Policy(ABC):
         return False
 
     @property
+    def needs_rotation(self) -> bool:
+        """Whether it looks at keys and queries as they are before their rotary embedding."""
+        return False
+
+    @property
     def gates(self) -> bool | str:
         """Gates that predict the repetition: False for none, True for those that come with headwise, or a folder."""
         return False

@@ -7,7 +7,7 @@ from math import inf
 
 import torch
 
-from headwise.errors import ConfigurationError, UnsupportedModelError
+from headwise.errors import ConfigurationError
 from headwise.policies.checks import check_count
 from headwise.policies.evidence import Evidence
 from headwise.policies.registry import register
@@ -46,18 +46,18 @@ class ExpectedAttention(Scored):
             raise ConfigurationError(f"epsilon must be a number of 0 or more, got {self.epsilon!r}")
 
     @property
+    def needs_rotation(self) -> bool:
+        """Queries to come are those of the prompt, turned to other positions."""
+        return True
+
+    @property
     def query_rows(self) -> None:
         """All of them."""
         return None
 
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
-        """Expected attention times the norm of the value.
-
-        Raises:
-            UnsupportedModelError: when the model's rotary embedding is not known.
-        """
-        if evidence.rotation is None:
-            raise UnsupportedModelError("expected attention needs a model with rotary positions of the usual kind")
+        """Expected attention times the norm of the value."""
+        assert evidence.rotation is not None
         counted = evidence.real & (evidence.positions >= self.sinks)
         # A prompt of sinks alone has no statistics, and needs none.
         mean, covariance = self._future_queries(evidence, evidence.rotation, counted)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from headwise.contract import ModelFacts
+from headwise.errors import UnsupportedModelError
 from headwise.gate.checkpoint import check_gates, load_gates, shipped_gates
 from headwise.gate.gate import LayerGate
 from headwise.kernels.interface import Kernels
@@ -52,6 +53,7 @@ def assemble(
         ConfigurationError: when an option is out of range.
         InputError: when there are no trained weights where the policy names some.
         MismatchError: when they are of another model.
+        UnsupportedModelError: when the policy looks through a rotary embedding that is not known.
     """
     policy, less = _with_kernels(policy, facts.module)
     features = {} if less is None else less.layers
@@ -64,6 +66,12 @@ def assemble(
         for index, layer in enumerate(facts.layers)
         if layer.compressed
     }
+    unknown = [index for index, layer in layers.items() if layer.rotation is None]
+    if policy.chooser.needs_rotation and unknown:
+        raise UnsupportedModelError(
+            f"{policy.chooser} turns queries to positions to come, and how layer {unknown[0]} of {facts.name} makes "
+            "positions is not known; take a policy that looks at attention alone, such as SnapKV"
+        )
     return Assembly(policy, kernels, layers)
 
 

@@ -10,6 +10,7 @@ import torch
 from headwise.contract import LayerShape
 from headwise.errors import CacheStateError
 from headwise.less.state import EvictedState
+from headwise.stages.admit import check_heads, check_mask
 from headwise.stages.ambient import methods_alone
 from headwise.stages.compact import Prompt, compact
 from headwise.stages.config import LayerConfig
@@ -22,7 +23,7 @@ from headwise.store.store import RowStore
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 
-@methods_alone("attend", "take_back", "accept", "select", "to", "restore", "evict_if_due")
+@methods_alone("attend", "take_back", "accept", "select", "to", "evict_if_due")
 class LayerCache:
     """The compressed cache of one attention layer.
 
@@ -35,6 +36,7 @@ class LayerCache:
         plan, store: None until the prompt is in.
         evicted: what LESS remembers of rows that went.
         full_row_bytes: bytes of a key and its value, what a full cache holds per token and head.
+        evicted_at: columns seen when the rules were last applied.
         repetition_chunk: columns of the prompt that the model is repeating, while it does.
         captured_column: of the new token, while a step is captured and replayed (`stages/capture.py`).
     """
@@ -59,8 +61,7 @@ class LayerCache:
         self.evicted.reset()
         self.plan: Plan | None = None
         self.store: RowStore | None = None
-        # Columns seen when the rules were last applied.
-        self._evicted_at = 0
+        self.evicted_at = 0
         self._pending: Pass | None = None
         self.captured_column: Int[Tensor, " 1"] | None = None
 
@@ -79,7 +80,8 @@ class LayerCache:
                 and no padding.
 
         Raises:
-            InputError: when the policy needs the kinds of tokens and has not been given them.
+            InputError: when the pass does not go with what is held, or the policy needs the kinds of tokens and has
+                not been given them.
             CacheStateError: when nothing was chosen from a prompt that was complete before.
         """
         if self.captured_column is not None and self.store is not None:
@@ -96,9 +98,11 @@ class LayerCache:
                 "layers, a host calls WholeModel.compact() between two passes"
             )
         self.accept()
+        check_heads(keys, values, self._held)
         batch, _, count, _ = keys.shape
         self.full_row_bytes = LayerShape(1, keys.shape[-1], values.shape[-1]).token_bytes(keys.dtype)
         if self.log.columns == self.seen:
+            check_mask(mask, self.log)
             real = None if mask is None else mask.diagonal(self.seen, -2, -1)
             self.log.extend(batch, count, real, keys.device)
         self.seen += count
@@ -117,7 +121,7 @@ class LayerCache:
     def go_on_with(self, plan: Plan, store: RowStore) -> None:
         """Take over what was chosen from the prompt."""
         self.plan, self.store = plan, store
-        self._evicted_at = self.seen
+        self.evicted_at = self.seen
 
     # Taking back.
 
@@ -136,7 +140,7 @@ class LayerCache:
             self.seen -= count
             if self.store is not None:
                 keep = self.store.occupied() & (self.store.kept_columns() < self.seen)
-                self.store.drop(keep)
+                self.store.forget(count, keep)
 
     def check_take_back(self, count: int) -> None:
         """Refuse what `take_back` would refuse, and change nothing.
@@ -155,17 +159,28 @@ class LayerCache:
             raise CacheStateError(f"cannot remove {count} tokens from a cache that has seen {self.seen}")
         if self.prompt.rows.begun:
             raise CacheStateError("cannot remove tokens while the prompt is still coming in")
-        beyond = self.plan is not None and self.plan.chosen_once and self.seen - count < self._evicted_at
-        if beyond or not self.restorable:
+        beyond = self.plan is not None and self.plan.chosen_once and self.seen - count < self.evicted_at
+        ranked = self.plan is not None and (self.plan.evicts or self.plan.scored)
+        if beyond or ranked:
             raise CacheStateError(
                 f"cannot remove {count} tokens: rules have evicted or ranked tokens with them in view, and what is "
                 "evicted does not return; reset() the cache and start again"
             )
+        if self.store is not None and not self.store.can_forget(count):
+            raise CacheStateError(
+                f"cannot remove {count} tokens: older ones were written down as codes because of them, and codes do "
+                "not become exact again; reset() the cache and start again"
+            )
 
     @property
     def restorable(self) -> bool:
-        """Whether `take_back` restores the exact state: true until a prompt comes in parts, a rule evicts or ranks."""
-        return not self.prompt.rows.begun and (self.plan is None or not (self.plan.evicts or self.plan.scored))
+        """Whether `take_back` always restores the exact state.
+
+        True until a prompt comes in parts or a rule evicts or ranks, and never where rows become codes.
+        """
+        if self.prompt.rows.begun or self.config.cache.precision is not None:
+            return False
+        return self.plan is None or not (self.plan.evicts or self.plan.scored)
 
     def accept(self, but: int = 0) -> None:
         """Take the tokens of the last pass in for good, but for so many of the newest."""
@@ -233,27 +248,15 @@ class LayerCache:
         parts = [part.tensors() for part in (self.store, self.plan) if part is not None]
         return [*self._not_stored(), *self.evicted.state().values(), *(tensor for part in parts for tensor in part)]
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that `restore` needs, without page slack; empty before the first pass. Call `accept` first.
-
-        Raises:
-            CacheStateError: when the prompt is still coming in.
-        """
-        if self.prompt.rows.begun:
-            raise CacheStateError("cannot save before the whole prompt is in")
-        if self.store is None or self.plan is None:
-            return {}
-        counters = torch.tensor([self.seen, self._evicted_at, self.prompt.observations.rows_read], device="cpu")
-        return self.plan.state() | {"counters": counters} | self.store.state() | self.evicted.state()
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave, into an empty layer."""
-        keys, values, cache = state["keys"], state["values"], self.config.cache
-        self.seen, self._evicted_at, self.prompt.observations.rows_read = state["counters"].tolist()
-        self.full_row_bytes = LayerShape(1, keys.shape[-1], values.shape[-1]).token_bytes(keys.dtype)
-        self.evicted.restore(state)
-        self.plan = Plan.restore(self.config.policy.rungs, state)
-        self.store = RowStore.restore(state, page_size=cache.page_size, precision=cache.precision)
+    @property
+    def _held(self) -> tuple[int, ...] | None:
+        """Sequences, KV heads, and channels of a key and of a value."""
+        if self.store is not None:
+            return (*self.store.lengths.shape, self.store.key_dim, self.store.value_dim)
+        if not self.prompt.rows.begun:
+            return None
+        keys, values = self.prompt.rows.rows
+        return (*keys.shape[:2], keys.shape[-1], values.shape[-1])
 
     def _not_stored(self) -> list[Tensor]:
         return ([] if self._pending is None else self._pending.tensors()) + self.prompt.tensors()
@@ -275,7 +278,7 @@ class LayerCache:
     @property
     def _due(self) -> bool:
         assert self.plan is not None
-        return self.plan.evicts and self.seen - self._evicted_at >= self.config.cache.evict_every
+        return self.plan.evicts and self.seen - self.evicted_at >= self.config.cache.evict_every
 
     def _take_in(self, last: Pass) -> None:
         assert self.store is not None
@@ -293,4 +296,4 @@ class LayerCache:
     def _evict(self, fresh: Rows | None, spare: int) -> None:
         assert self.store is not None and self.plan is not None
         evict(self.config, self.plan, self.store, fresh, self.log, self.seen, spare, self.evicted)
-        self._evicted_at = self.seen
+        self.evicted_at = self.seen

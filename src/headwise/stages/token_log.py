@@ -78,14 +78,14 @@ class TokenLog:
         if self._kinds is not None:
             self._kinds = self._kinds[:, :columns].clone()
         if self._real is not None:
-            self._set_real(self._real[:, :columns].clone())
+            self._keep_real(self._real[:, :columns].clone())
 
     def select(self, indices: Int[Tensor, " new"]) -> None:
         """Keep the sequences at `indices`, in that order; one may be taken several times."""
         if self._kinds is not None:
             self._kinds = self._kinds[indices.to(self._kinds.device)]
         if self._real is not None:
-            self._set_real(self._real[indices.to(self._real.device)])
+            self._keep_real(self._real[indices.to(self._real.device)])
 
     def positions(self, columns: Int[Tensor, "b h n"]) -> Int[Tensor, "b h n"]:
         """Position of each column among the real tokens; of a padding column, that of the real token before it."""
@@ -100,6 +100,10 @@ class TokenLog:
         if self._real is None:
             return torch.ones_like(columns, dtype=torch.bool)
         return _look_up(self._real, columns)
+
+    def all_real(self) -> Bool[Tensor, "b t"] | None:
+        """Whether each column holds a real token; None where no column is padding."""
+        return self._real
 
     def real_at(self, columns: Int[Tensor, " n"]) -> Bool[Tensor, "b n"] | None:
         """Whether those columns of every sequence hold real tokens; None where no column is padding."""
@@ -156,6 +160,13 @@ class TokenLog:
         self._kinds = tensors.get("kinds")
         self._real = tensors.get("real")
         self._positions = tensors.get("positions")
+
+    def _keep_real(self, real: Bool[Tensor, "b t"]) -> None:
+        """What is left of the columns, after some went; the padding may have gone with them."""
+        if bool(real.all()):
+            self._real = self._positions = None
+        else:
+            self._set_real(real)
 
     def _set_real(self, real: Bool[Tensor, "b t"]) -> None:
         self._real = real

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 
 from headwise.kernels.interface import Coding, PageView
-from headwise.quant.codes import decode, encode, hadamard
+from headwise.quant.codes import STEP_DTYPE, decode, encode, hadamard
 from headwise.quant.formats import Precision, RowFormat
+from headwise.store.narrow import within
 from headwise.store.pages import PagePool
 from headwise.store.row_parts import STEPS, row_parts
 from headwise.store.rows import Rows
@@ -17,6 +18,8 @@ from headwise.types import Bool, Int, Tensor
 
 # Rows that are encoded at a time: their numbers are rotated in fp32.
 _BLOCK = 1024
+
+_UNCODED = "such a model's rows are better kept exact"
 
 
 class CodedPages:
@@ -102,7 +105,8 @@ def by_format(
 
 
 def _encoded(numbers: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    return encode(numbers.float() @ hadamard(numbers.shape[-1], numbers.device), bits, group)
+    turned = numbers.float() @ hadamard(numbers.shape[-1], numbers.device)
+    return encode(within(turned, STEP_DTYPE, "rows that become codes", _UNCODED), bits, group)
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,41 @@ from __future__ import annotations
 
 import torch
 
+from headwise.quant.formats import Precision
 from headwise.store.pages import PagePool
 from headwise.store.row_parts import PART_NAMES
 from headwise.store.rows import Rows
+from headwise.store.store import RowStore
 from headwise.types import Tensor
+
+# What the names of coded pages begin with in a saved cache.
+_CODED = "packed"
+
+
+def save_store(store: RowStore) -> dict[str, Tensor]:
+    """What `load_store` needs, without page slack; codes stay codes."""
+    state = save_rows("", store.exact)
+    for index, part in enumerate(store.coded):
+        state |= save_rows(f"{_CODED}{index}_", part.pool)
+    if store.coded:
+        state |= {"formats": store.formats, "unpacked": torch.tensor(store.not_encoded, device="cpu")}
+    return state
+
+
+def load_store(state: dict[str, Tensor], *, page_size: int, precision: Precision | None) -> RowStore:
+    """A store as `state` described it.
+
+    Raises:
+        InputError: when a part of the rows is missing.
+    """
+    exact = load_rows("", state)
+    scored, formats = exact.scores is not None, state.get("formats")
+    store = RowStore(exact, page_size=page_size, scored=scored, precision=precision, formats=formats)
+    store.exact.fill(exact)
+    for index, part in enumerate(store.coded):
+        part.pool.fill(load_rows(f"{_CODED}{index}_", state))
+    store.not_encoded = int(state.get("unpacked", 0))
+    return store
 
 
 def save_rows(prefix: str, pool: PagePool) -> dict[str, Tensor]:

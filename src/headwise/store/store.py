@@ -14,14 +14,11 @@ import torch
 from headwise.kernels.interface import AppendRequest, Kernels, PageView
 from headwise.quant.formats import Precision
 from headwise.store.coded import CodedPages, by_format, old_rows
+from headwise.store.narrow import narrow
 from headwise.store.pages import PagePool
 from headwise.store.row_parts import row_parts
 from headwise.store.rows import Rows, side_by_side
-from headwise.store.saved import load_rows, save_rows
 from headwise.types import Bool, Float, Int, Tensor
-
-# What the names of coded pages begin with in a saved cache.
-_CODED = "packed"
 
 
 class RowStore:
@@ -34,6 +31,11 @@ class RowStore:
         dtype: of exact rows; None for that of the rows that come.
         precision: how older rows are stored; None keeps all of them exact.
         formats: which of the precision's formats each head gets, -1 for staying exact; None for the first.
+
+    Attributes:
+        exact: rows as numbers.
+        coded: older ones, by format.
+        not_encoded: rows that have come since old ones were last written down as codes.
     """
 
     def __init__(
@@ -56,8 +58,7 @@ class RowStore:
             for format in (() if precision is None else precision.formats)
         ]
         self.formats = self.exact.lengths.new_zeros(self.exact.lengths.shape) if formats is None else formats
-        # Rows that have come since old ones were last written down as codes.
-        self._not_encoded = 0
+        self.not_encoded = 0
 
     # What it holds.
 
@@ -70,6 +71,11 @@ class RowStore:
     def frozen(self) -> bool:
         """Whether a step over it is captured."""
         return self.exact.pages.frozen
+
+    @property
+    def key_dim(self) -> int:
+        """Head dimension of keys."""
+        return self.exact.pools["keys"].shape[-1]
 
     @property
     def value_dim(self) -> int:
@@ -105,8 +111,8 @@ class RowStore:
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """New rows in the type that exact ones are stored in."""
-        pools = self.exact.pools
-        return keys.to(pools["keys"].dtype), values.to(pools["values"].dtype)
+        dtype, waits = self.exact.pools["keys"].dtype, not self.frozen
+        return narrow(keys, dtype, "keys", waits=waits), narrow(values, dtype, "values", waits=waits)
 
     def kept_columns(self) -> Int[Tensor, "b h n"]:
         """Column of every row; undefined where `occupied` is False."""
@@ -141,12 +147,14 @@ class RowStore:
 
     def fill(self, rows: Rows) -> None:
         """Take in the first rows, in the order of their columns."""
+        keys, values = self.stored(rows.keys, rows.values)
+        exact = rows.replacing(keys=keys, values=values)
         if self.precision is None:
-            self.exact.fill(rows)
+            self.exact.fill(exact)
             return
         rank, lengths = rows.keep.cumsum(dim=-1) - 1, rows.keep.sum(dim=-1, keepdim=True)
         old = old_rows(self.precision, self.formats, rank, lengths) & rows.keep
-        self.exact.fill(rows.naming(rows.keep & ~old))
+        self.exact.fill(exact.naming(rows.keep & ~old))
         for part, keep in zip(self.coded, by_format(old, self.formats, len(self.coded)), strict=True):
             if bool(keep.any()):
                 part.pool.fill(part.encode(rows).naming(keep))
@@ -178,7 +186,7 @@ class RowStore:
     def count(self, appended: int) -> None:
         """Take note of rows that were appended to the exact ones of every head."""
         self.exact.pages.count(appended)
-        self._not_encoded += appended
+        self.not_encoded += appended
 
     def reserve(self, rows: int) -> None:
         """Take pages, so that `append` can take in so many rows without any other."""
@@ -192,6 +200,15 @@ class RowStore:
         """While frozen no memory is given back and no row becomes codes: captured steps find all in its place."""
         for pool in self._pools:
             pool.pages.frozen = frozen
+
+    def can_forget(self, columns: int) -> bool:
+        """Whether `forget` leaves what there would be without them: until they have pushed older rows into codes."""
+        return self.precision is None or columns <= self.not_encoded
+
+    def forget(self, columns: int, keep: Bool[Tensor, "b h n"]) -> None:
+        """Keep the rows named by `keep`: all but those of so many newest columns."""
+        self.not_encoded -= columns
+        self.drop(keep)
 
     def drop(self, keep: Bool[Tensor, "b h n"], spare: int = 0) -> None:
         """Keep the rows named by `keep`.
@@ -212,7 +229,7 @@ class RowStore:
         exact, *coded = self._cut(keep)
         self.exact.commit(exact, new, spare)
         self._drop_coded(coded)
-        self._not_encoded += new.keep.shape[-1]
+        self.not_encoded += new.keep.shape[-1]
         self.encode_old()
 
     def encode_old(self) -> None:
@@ -220,9 +237,9 @@ class RowStore:
 
         What has come is counted, not how much there is: a head that stays exact as a whole is always long.
         """
-        if self.precision is None or self.frozen or self._not_encoded < self.page_size:
+        if self.precision is None or self.frozen or self.not_encoded < self.page_size:
             return
-        self._not_encoded = 0
+        self.not_encoded = 0
         occupied, columns = self.exact.occupied(), self.exact.kept("columns")
         assert columns is not None
         columns = columns.masked_fill(~occupied, torch.iinfo(torch.int32).max)
@@ -248,33 +265,6 @@ class RowStore:
         for pool in self._pools:
             pool.to(device)
         self.formats = self.formats.to(device)
-
-    # Written down, and read again.
-
-    def state(self) -> dict[str, Tensor]:
-        """What `restore` needs, without page slack; codes stay codes."""
-        state = save_rows("", self.exact)
-        for index, part in enumerate(self.coded):
-            state |= save_rows(f"{_CODED}{index}_", part.pool)
-        return state | (
-            {"formats": self.formats, "unpacked": torch.tensor(self._not_encoded, device="cpu")} if self.coded else {}
-        )
-
-    @classmethod
-    def restore(cls, state: dict[str, Tensor], *, page_size: int, precision: Precision | None) -> RowStore:
-        """A store as `state` described it.
-
-        Raises:
-            InputError: when a part of the rows is missing.
-        """
-        exact = load_rows("", state)
-        scored, formats = exact.scores is not None, state.get("formats")
-        store = cls(exact, page_size=page_size, scored=scored, precision=precision, formats=formats)
-        store.exact.fill(exact)
-        for index, part in enumerate(store.coded):
-            part.pool.fill(load_rows(f"{_CODED}{index}_", state))
-        store._not_encoded = int(state.get("unpacked", 0))
-        return store
 
     # Its parts.
 

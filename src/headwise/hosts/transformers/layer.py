@@ -13,6 +13,7 @@ from headwise.errors import CacheStateError, InputError, MismatchError
 from headwise.hosts.transformers.attention import LAYER_ATTRIBUTE, NAME, PassObserver, active_cache
 from headwise.report.report import LayerReport
 from headwise.stages.layer import LayerCache
+from headwise.stages.saved import load_layer
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 
@@ -98,9 +99,9 @@ class HeadwiseLayer(CacheLayerMixin):
         return self.core.attend(query, key, value, mask, options)
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take back what `LayerCache.state` gave."""
+        """Take back what `save_layer` gave."""
         if state:
-            self.core.restore(state)
+            load_layer(self.core, state)
             self.lazy_initialization(state["keys"], state["values"])
 
     def get_seq_length(self) -> int:

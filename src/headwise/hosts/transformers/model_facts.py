@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
@@ -119,7 +120,9 @@ def _rotation(embedding: nn.Module, apply: Callable[..., Any], layer_type: str |
             # The square of the scaling: what a turn there and back multiplies a vector with.
             scaling = (cos[..., :1] ** 2 + sin[..., :1] ** 2)[:1, :1]
             cos, sin = cos / scaling, -sin / scaling
-        turned: Tensor = apply(vectors, vectors, cos, sin)[0]
-        return turned
+        # Where positions are in a part of a head, it is the first.
+        part = vectors[..., : cos.shape[-1]]
+        turned: Tensor = apply(part, part, cos, sin)[0]
+        return torch.cat([turned, vectors[..., cos.shape[-1] :]], dim=-1)
 
     return rotate

@@ -21,6 +21,7 @@ from headwise.hosts.transformers.parts import CacheParts
 from headwise.hosts.transformers.stock_layers import restore_stock, stock_state
 from headwise.policies import FORMER_CLASSES
 from headwise.policies.base import Policy
+from headwise.stages.saved import save_layer
 from headwise.types import Tensor
 from headwise.weights import fingerprint
 
@@ -118,8 +119,7 @@ def collect(parts: CacheParts, passes: int) -> tuple[dict[str, Tensor], dict[str
     for index, layer in enumerate(parts.layers):
         if isinstance(layer, HeadwiseLayer):
             # After assisted decoding the last tokens still wait for a crop that will not come.
-            layer.core.accept()
-            state = layer.core.state()
+            state = save_layer(layer.core)
         else:
             state, plain[str(index)] = stock_state(layer)
         tensors.update({f"layers.{index}.{name}": tensor for name, tensor in state.items()})

@@ -1,0 +1,55 @@
+"""Admit: a pass that is about to begin -> nothing, or an error where it does not go with what the cache has seen."""
+
+from __future__ import annotations
+
+from headwise.errors import InputError
+from headwise.stages.token_log import TokenLog
+from headwise.types import Bool, Float, Tensor
+
+
+def check_heads(keys: Float[Tensor, "b h q d"], values: Float[Tensor, "b h q e"], held: tuple[int, ...] | None) -> None:
+    """Refuse rows of other sequences or heads than those that are held.
+
+    Args:
+        held: sequences, KV heads, and channels of a key and of a value; None before the first pass.
+
+    Raises:
+        InputError: saying what differs.
+    """
+    given = (*keys.shape[:2], keys.shape[-1], values.shape[-1])
+    if held is None or given == held:
+        return
+    if given[0] != held[0]:
+        raise InputError(
+            f"the cache holds {held[0]} sequences and this pass brings {given[0]}; drop or repeat sequences with "
+            "batch_select_indices(), batch_repeat_interleave() or reorder_cache(), or reset() the cache for others"
+        )
+    raise InputError(
+        f"the cache holds {held[1]} KV heads of {held[2]} and {held[3]} channels and this pass brings {given[1]} of "
+        f"{given[2]} and {given[3]}; a cache serves one model"
+    )
+
+
+def check_mask(mask: Bool[Tensor, "b q t"] | None, log: TokenLog) -> None:
+    """Refuse a mask that shows columns which were hidden when they were read: their rows were not kept.
+
+    Raises:
+        InputError: saying which, or that there is no mask where there must be one.
+    """
+    real = log.all_real()
+    if real is None:
+        return
+    if mask is None:
+        raise InputError(
+            f"{int((~real).sum())} columns of the prompt were hidden (padding), and this pass has no mask: pass the "
+            "attention_mask of all tokens so far"
+        )
+    # What a padding token sees is nobody's business.
+    own = mask.diagonal(log.columns, -2, -1)
+    shown = (mask[:, :, : log.columns] & own[:, :, None]).any(dim=1) & ~real
+    if bool(shown.any()):
+        sequence, column = (int(index) for index in shown.nonzero()[0])
+        raise InputError(
+            f"column {column} of sequence {sequence} was hidden when it was read, and the mask of this pass shows it; "
+            "what was hidden is not kept: hide it in every pass, or read the prompt again with all that is to be seen"
+        )
