@@ -50,11 +50,13 @@ class LayerFacts:
         compressed: whether headwise takes over its cache; the host keeps what it has of the others.
         shape: None where the layer has no attention, or its shape cannot be told.
         rotation: its rotary embedding; None where it has none that is known.
+        obstacle: why a layer of full attention is not compressed; None where it is one that is, or none.
     """
 
     compressed: bool
     shape: LayerShape | None = None
     rotation: Rotation | None = None
+    obstacle: str | None = None
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ PYTHON = (
         "store",
         ("store/*.py",),
         (
-            *("test_store*.py", "test_row_parts.py", "test_quant.py", "test_decode.py"),
+            *("test_store*.py", "test_row_parts.py", "test_quant*.py", "test_decode.py"),
             *("test_oracle.py::test_short*", "test_persistence.py"),
         ),
         "not gpt and not gemma3",
@@ -40,7 +40,7 @@ PYTHON = (
     Part(
         "plan",
         ("stages/plan.py",),
-        ("test_profile.py", "test_scored.py", "test_auto.py", "test_oracle.py::test_short*", "test_quant.py"),
+        ("test_profile.py", "test_scored.py", "test_auto.py", "test_oracle.py::test_short*", "test_quant*.py"),
     ),
     Part(
         "rules",
@@ -48,7 +48,7 @@ PYTHON = (
         ("test_rules.py", "test_every_policy.py::test_a_sequence*", "test_profile.py", "test_oracle.py::test_short*"),
     ),
     Part("scored", ("policies/scored.py",), ("test_scored.py", "test_budgets.py", "test_gate.py")),
-    Part("quant", ("quant/*.py",), ("test_quant.py", "test_auto.py", "test_cpu_codes.py")),
+    Part("quant", ("quant/*.py",), ("test_quant*.py", "test_auto.py", "test_cpu_codes.py")),
     Part(
         "reference",
         ("kernels/reference.py",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from headwise.errors import CacheStateError, UnsupportedModelError
 from headwise.kernels.attention import dense_attention
@@ -40,9 +41,16 @@ class PassObserver(Protocol):
         """Called after every such pass that did not fail."""
         ...
 
+    def reset(self) -> None:
+        """Forget everything."""
+        ...
+
 
 # The cache of the forward pass in progress: tells a lost attribute from a call that has no headwise cache.
 active_cache: ContextVar[PassObserver | None] = ContextVar("headwise_active_cache", default=None)
+
+# Told of every call, with query, key, value, mask and options, while a model is tried.
+bystander: ContextVar[Callable[..., None] | None] = ContextVar("headwise_bystander", default=None)
 
 
 def headwise_attention(
@@ -88,6 +96,9 @@ def headwise_attention(
             output = _NoGradients.apply(output, *given)  # type: ignore[no-untyped-call]  # torch's
         return output.flatten(1, 2).transpose(1, 2).contiguous(), None
 
+    watching = bystander.get()
+    if watching is not None:
+        watching(module, query, key, value, attention_mask, kwargs)
     cache = active_cache.get()
     if cache is not None and cache.awaits_attention:
         raise CacheStateError(
@@ -143,4 +154,10 @@ def _as_boolean(mask: Tensor | None, batch: int) -> Bool[Tensor, "b q t"] | None
 def register_interface() -> None:
     """Make "headwise" known to transformers: the attention function and the mask that goes with it."""
     AttentionInterface.register(NAME, headwise_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """As `sdpa` wants it; for a bystander all there is to see, as `eager` does."""
+    made: Tensor | None = (sdpa_mask if bystander.get() is None else eager_mask)(*args, **kwargs)
+    return made

@@ -165,12 +165,12 @@ class HeadwiseCache(Cache):
         """Called before every forward pass that uses this cache.
 
         Raises:
-            CacheStateError: when the last pass was broken off, or the model's attention was changed.
+            CacheStateError: when the last pass was broken off.
         """
         layers = self.headwise_layers
         if not layers or self.captured or self._whole_model.repeating:
             return
-        check_pass(self.model, self.layers)
+        check_pass(self.layers)
         self._parts.announce(input_ids, layers[0].core.seen)
         # Where a pass was judged only after its end, as drafts are.
         self._whole_model.compact()

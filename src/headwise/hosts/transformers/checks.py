@@ -58,9 +58,10 @@ def check_model(facts: ModelFacts, policy: Policy, kinds: list[str]) -> None:
     """
     if keeps_all(policy) or any(layer.compressed for layer in facts.layers):
         return
+    said = _obstacles(facts)
     raise UnsupportedModelError(
         f"{facts.name} has nothing to compress: all of its {len(kinds)} layers are {', '.join(sorted(set(kinds)))}; "
-        "headwise compresses full-attention layers"
+        "headwise compresses full-attention layers" + (f", and of these {said}" if said else "")
     )
 
 
@@ -75,6 +76,8 @@ def doubts(policy: Policy, facts: ModelFacts, asked: str, kernel: str) -> Iterat
         yield (
             f"the kernels of LESS were not trained with what {policy.chooser} evicts; `headwise train-less` can do that"
         )
+    if not keeps_all(policy) and (said := _obstacles(facts)):
+        yield f"some layers of full attention keep transformers' own cache: {said}"
     if asked == AUTO and kernel == REFERENCE:
         reason = obstacle(
             "cpu" if facts.device.type == "cpu" else "triton", facts.device, facts.dtype, policy.precision
@@ -83,3 +86,12 @@ def doubts(policy: Policy, facts: ModelFacts, asked: str, kernel: str) -> Iterat
             f"running the plain torch kernels, which are several times slower: {reason}; "
             'ask for kernel="reference" where this is meant'
         )
+
+
+def _obstacles(facts: ModelFacts) -> str:
+    """Why layers of full attention are not compressed, once for each reason."""
+    found: dict[str, int] = {}
+    for index, layer in enumerate(facts.layers):
+        if layer.obstacle is not None:
+            found.setdefault(layer.obstacle, index)
+    return "; ".join(f"layer {index}: {obstacle}" for obstacle, index in found.items())

@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from headwise.contract import tensors_of
 from headwise.errors import CacheStateError, InputError, MismatchError
-from headwise.hosts.transformers.attention import LAYER_ATTRIBUTE, NAME, PassObserver, active_cache
+from headwise.hosts.transformers.attention import LAYER_ATTRIBUTE, PassObserver, active_cache
 from headwise.report.report import LayerReport
 from headwise.stages.layer import LayerCache
 from headwise.stages.saved import load_layer
@@ -75,8 +75,8 @@ class HeadwiseLayer(CacheLayerMixin):
             )
         if self.awaits_attention:
             raise CacheStateError(
-                f"layer {self.core.index} was updated twice without attention in between; is the model's attention "
-                f"implementation still {NAME!r}?"
+                f"layer {self.core.index} was updated twice without attention in between: this pass computes attention "
+                "elsewhere than through transformers' interface"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import DynamicLayer, PreTrainedModel
+from transformers import DynamicLayer
 from transformers.cache_utils import CacheLayerMixin
 
 from headwise.errors import CacheStateError
-from headwise.hosts.transformers.attention import NAME
 from headwise.hosts.transformers.layer import HeadwiseLayer
 from headwise.stages.layer import LayerCache
 from headwise.types import Int, Tensor
 
 
-def check_pass(model: PreTrainedModel, layers: Sequence[CacheLayerMixin]) -> None:
-    """Refuse a pass over layers that have not seen the same, or not through headwise's attention.
+def check_pass(layers: Sequence[CacheLayerMixin]) -> None:
+    """Refuse a pass over layers that have not seen the same.
 
     Raises:
-        CacheStateError: when the last pass was broken off, or the model's attention was changed.
+        CacheStateError: when the last pass was broken off.
     """
     mine = [layer for layer in layers if isinstance(layer, HeadwiseLayer)]
     # Layers of other kinds count no columns.
@@ -26,10 +25,6 @@ def check_pass(model: PreTrainedModel, layers: Sequence[CacheLayerMixin]) -> Non
     lengths = {layer.get_seq_length() for layer in [*mine, *stock]}
     if len(lengths) > 1 or any(layer.awaits_attention for layer in mine):
         raise CacheStateError("the last forward pass was broken off half-way: reset() the cache and start again")
-    if model.get_decoder().config._attn_implementation != NAME:
-        raise CacheStateError(
-            f"the model's attention implementation was changed; call model.set_attn_implementation({NAME!r})"
-        )
 
 
 def chunk_doubt(core: LayerCache, input_ids: Int[Tensor, "b q"] | None) -> str | None:
