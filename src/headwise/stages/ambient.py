@@ -12,6 +12,10 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import is_autocast_enabled, is_grad_enabled, is_inference_mode_enabled
+
+# Kinds of devices that autocast may be on for.
+_KINDS = ("cpu", "cuda")
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -21,13 +25,14 @@ _R = TypeVar("_R")
 def undisturbed() -> Iterator[None]:
     """While it lasts, no gradients, no inference mode and no autocast."""
     with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
+        if is_inference_mode_enabled():
             # It turns gradients on again, so that it must come first.
             stack.enter_context(torch.inference_mode(False))
-        if torch.is_grad_enabled():
+        if is_grad_enabled():
             stack.enter_context(torch.no_grad())
-        for kind in autocast_kinds():
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in _KINDS:
+            if is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
@@ -36,8 +41,17 @@ def alone(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(function)
     def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with undisturbed():
-            return function(*args, **kwargs)
+        # In every layer of every step, and in most of them there is nothing to undo: a context would cost as much as
+        # some of the work.
+        if (
+            is_grad_enabled()
+            or is_inference_mode_enabled()
+            or is_autocast_enabled("cpu")
+            or is_autocast_enabled("cuda")
+        ):
+            with undisturbed():
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return called
 
@@ -53,11 +67,6 @@ def methods_alone(*names: str) -> Callable[[type[_R]], type[_R]]:
     return changed
 
 
-def autocast_kinds() -> list[str]:
-    """Kinds of devices for which autocast is on."""
-    return [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-
-
 def autocast_dtype(kind: str) -> torch.dtype | None:
     """What autocast computes attention in on devices of that kind; None where it is off."""
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.get_autocast_dtype(kind) if is_autocast_enabled(kind) else None

@@ -104,7 +104,7 @@ def decode(
     """
     queries, fresh = query.shape[3], fresh_keys.shape[2]
     request = DecodeRequest(query, store.view(), fresh_keys, fresh_values, mask, options, with_mass)
-    blocks = list(query_blocks(query, store.longest + fresh))
+    blocks = [slice(1)] if queries == 1 else list(query_blocks(query, store.longest + fresh))
     if len(blocks) == 1:
         return kernels.ragged_decode(request)
     parts = []

@@ -100,7 +100,8 @@ class LayerCache:
         self.accept()
         check_heads(keys, values, self._held)
         batch, _, count, _ = keys.shape
-        self.full_row_bytes = LayerShape(1, keys.shape[-1], values.shape[-1]).token_bytes(keys.dtype)
+        if self.store is None:
+            self.full_row_bytes = LayerShape(1, keys.shape[-1], values.shape[-1]).token_bytes(keys.dtype)
         if self.log.columns == self.seen:
             check_mask(mask, self.log)
             real = None if mask is None else mask.diagonal(self.seen, -2, -1)
@@ -252,7 +253,7 @@ class LayerCache:
     def _held(self) -> tuple[int, ...] | None:
         """Sequences, KV heads, and channels of a key and of a value."""
         if self.store is not None:
-            return (*self.store.lengths.shape, self.store.key_dim, self.store.value_dim)
+            return self.store.heads
         if not self.prompt.rows.begun:
             return None
         keys, values = self.prompt.rows.rows

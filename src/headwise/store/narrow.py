@@ -19,7 +19,7 @@ def narrow(numbers: Tensor, dtype: torch.dtype, what: str, *, waits: bool = True
         what: they are, for the warning.
         waits: False where the host must not wait for the device, and then does not warn.
     """
-    if torch.finfo(dtype).max >= torch.finfo(numbers.dtype).max:
+    if numbers.dtype is dtype or torch.finfo(dtype).max >= torch.finfo(numbers.dtype).max:
         return numbers.to(dtype)
     return within(numbers, dtype, what, _EXACT, waits=waits).to(dtype)
 

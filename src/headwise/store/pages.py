@@ -99,9 +99,9 @@ class PagePool:
 
     def view(self) -> PageView:
         """What a kernel reads, but for how codes are read."""
-        keys, values, columns = (self.pools[name] for name in ("keys", "values", "columns"))
-        table, scores = self.pages.entries, self.pools.get("scores")
-        return PageView(keys, values, columns, scores, table=table, lengths=self.lengths, longest=self.longest)
+        pools, pages = self._pools.tensors, self.pages
+        numbers, scores = (pools["keys"], pools["values"]), pools.get("scores")
+        return PageView(*numbers, pools["columns"], scores, pages.entries, pages.lengths, pages.longest)
 
     def kept(self, part: str) -> Tensor | None:
         """That part of every row, padded to the longest head; undefined where `occupied` is False."""

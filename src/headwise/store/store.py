@@ -73,9 +73,10 @@ class RowStore:
         return self.exact.pages.frozen
 
     @property
-    def key_dim(self) -> int:
-        """Head dimension of keys."""
-        return self.exact.pools["keys"].shape[-1]
+    def heads(self) -> tuple[int, int, int, int]:
+        """Sequences, KV heads, and channels of a key and of a value."""
+        batch, heads = self.exact.lengths.shape
+        return batch, heads, self.exact.pools["keys"].shape[-1], self.value_dim
 
     @property
     def value_dim(self) -> int:
@@ -90,7 +91,8 @@ class RowStore:
     @property
     def longest(self) -> int:
         """Over how many rows a head's are spread, where those of all heads lie side by side."""
-        return sum(pool.longest for pool in self._pools)
+        exact = self.exact.longest
+        return exact + sum(part.pool.longest for part in self.coded) if self.coded else exact
 
     @property
     def used_bytes(self) -> int:
@@ -106,12 +108,16 @@ class RowStore:
 
         While frozen, heads are taken to be as long as their pages have room: how long they are, only the device knows.
         """
-        views = [self.exact.view(), *(part.view() for part in self.coded)]
+        views = [self.exact.view()]
+        if self.coded:
+            views += [part.view() for part in self.coded]
         return [replace(view, longest=view.capacity) for view in views] if self.frozen else views
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """New rows in the type that exact ones are stored in."""
         dtype, waits = self.exact.pools["keys"].dtype, not self.frozen
+        if keys.dtype is dtype and values.dtype is dtype:
+            return keys, values
         return narrow(keys, dtype, "keys", waits=waits), narrow(values, dtype, "values", waits=waits)
 
     def kept_columns(self) -> Int[Tensor, "b h n"]:

@@ -80,22 +80,24 @@ class AppendStruct(ctypes.Structure):
 
 def pages_struct(view: PageView) -> PagesStruct:
     """A view, as long as its tensors live."""
+    keys, values, table = view.keys, view.values, view.table
+    _, page_size, key_width = keys.shape
     return PagesStruct(
-        view.keys.data_ptr(),
-        view.values.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
         pointer(view.columns),
         pointer(view.scores),
-        view.table.data_ptr(),
+        table.data_ptr(),
         view.lengths.data_ptr(),
-        view.page_size,
-        view.table.shape[-1],
+        page_size,
+        table.shape[-1],
         view.longest,
-        view.keys.shape[2],
-        view.values.shape[2],
-        _TYPES[view.keys.dtype],
-        view.keys.stride(),
-        view.values.stride(),
-        *_codings(view.coding),
+        key_width,
+        values.shape[2],
+        _TYPES[keys.dtype],
+        keys.stride(),
+        values.stride(),
+        *(_EXACT if view.coding is None else _codings(view.coding)),
     )
 
 
@@ -109,9 +111,11 @@ def fresh_struct(keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[tupl
     return (keys, values), rows
 
 
-def _codings(coding: Coding | None) -> tuple[CodingStruct, CodingStruct]:
-    if coding is None:
-        return CodingStruct(), CodingStruct()
+# Rows that are numbers. It is copied into whatever has it.
+_EXACT = CodingStruct(), CodingStruct()
+
+
+def _codings(coding: Coding) -> tuple[CodingStruct, CodingStruct]:
     return (
         _coding(coding.key_bits, coding.key_steps, coding.key_hadamard),
         _coding(coding.value_bits, coding.value_steps, coding.value_hadamard),
