@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 import headwise
 import tiny
+from cases import pairwise
 from every_policy import EVERY
 from headwise.stages.ambient import undisturbed
 
@@ -71,9 +72,7 @@ def logits(model, policy, ids, settings, kernel):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "cpu"])
-@pytest.mark.parametrize("changed", list(SETTINGS))
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pairwise(policy=POLICIES, changed=list(SETTINGS), kernel=["reference", "cpu"])
 def test_settings_that_change_between_passes_change_nothing(policy, changed, kernel):
     model, ids = tiny.llama(layers=2), tiny.prompt(51, batch=2, seed=4)
     expected = logits(model, policy, ids, [nullcontext], kernel)

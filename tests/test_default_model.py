@@ -15,7 +15,7 @@ import headwise
 pytestmark = pytest.mark.model
 
 QUESTION = "\n\nSummarize the text above in a few sentences."
-DOCUMENT_TOKENS = 2000
+DOCUMENT_TOKENS = 1200
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,19 @@ def test_layers_whose_keys_others_read_are_named():
     assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), model.generate(ids, **GREEDY))
 
 
+@pytest.mark.parametrize("kind", ["bloom", "falcon"])
+def test_a_model_whose_attention_is_its_own_keeps_its_own_cache(kind):
+    """Nothing of it may be touched: its masks, say, are made for its own attention alone."""
+    sizes = {"n_layer": 2, "n_head": 4} if kind == "bloom" else {"num_hidden_layers": 2}
+    model = made(kind, **sizes)
+    with pytest.raises(UnsupportedModelError, match="layer 0: its keys do not come from the cache to transformers'"):
+        headwise.HeadwiseCache(model, headwise.H2O(heavy=4, recent=8))
+    ids, mask = tiny.left_padded(tiny.prompt(13)[0], tiny.prompt(30)[0])
+    cache = headwise.HeadwiseCache(model, headwise.Full())
+    stock = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY), stock)
+
+
 class Deaf(LlamaForCausalLM):
     """Makes a cache of its own, whatever it is given."""
 

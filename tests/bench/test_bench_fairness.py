@@ -33,7 +33,6 @@ def test_a_twin_shares_its_weights_and_keeps_its_own_attention():
         for made in (one, other):
             assert dict([*made.named_parameters(), *made.named_buffers()])[name] is tensor
     cache = HeadwiseCache(one, contenders.full().policy)
-    assert one.get_decoder().config._attn_implementation == "headwise"
     assert other.get_decoder().config._attn_implementation == "sdpa"
     with torch.inference_mode():
         one(input_ids=ids, past_key_values=cache)
@@ -61,6 +60,7 @@ def test_taking_a_step_apart_leaves_the_cache_as_it_was(contender):
 
 def test_the_wrapper_that_times_attention_is_taken_off_again():
     model = tiny.llama()
+    cache = HeadwiseCache(model, contenders.full().policy)
     calls = []
 
     def watch(function):
@@ -68,9 +68,12 @@ def test_the_wrapper_that_times_attention_is_taken_off_again():
 
     with watched_attention(model, watch):
         model(input_ids=tiny.prompt(5))
-    assert len(calls) == 3
+        assert len(calls) == 3
+        model(input_ids=tiny.prompt(5), past_key_values=cache)
+        assert len(calls) == 6
     model(input_ids=tiny.prompt(5))
-    assert len(calls) == 3
+    model(input_ids=tiny.prompt(5, batch=1)[:, :1], past_key_values=cache)
+    assert len(calls) == 6
 
 
 def test_a_captured_contender_decodes_as_the_plain_one(monkeypatch):

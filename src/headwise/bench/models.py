@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from headwise.hosts.transformers.attention import NAME as HEADWISE
+from headwise.hosts.transformers.attention import register_interface
 from headwise.measure.model_info import Shape
 
 # For the modules that do not import transformers.
@@ -53,11 +55,14 @@ def llama_dimensions(shape: Shape) -> dict[str, Any]:
 
 @contextmanager
 def watched_attention(model: Model, watch: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Let every attention of that kind of model go through what `watch` makes of the function."""
-    name = model.get_decoder().config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[name] = watch(ALL_ATTENTION_FUNCTIONS[name])
+    """Let all attention of such models, their own and headwise's, go through what `watch` makes of the function."""
+    register_interface()
+    names = (model.get_decoder().config._attn_implementation, HEADWISE)
+    for name in names:
+        ALL_ATTENTION_FUNCTIONS[name] = watch(ALL_ATTENTION_FUNCTIONS[name])
     try:
         yield
     finally:
         # Only the override goes; what is registered stays.
-        del ALL_ATTENTION_FUNCTIONS[name]
+        for name in names:
+            del ALL_ATTENTION_FUNCTIONS[name]

@@ -67,7 +67,7 @@ class _Passes:
     def __init__(self, module: nn.Module, config: Any, cache_of: weakref.ref[PassObserver]) -> None:
         self._signature = inspect.signature(module.forward)
         self._config, self._cache_of = config, cache_of
-        self._tokens: list[Any] = []
+        self._begun: list[tuple[Any, Any]] = []
 
     def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Of every pass."""
@@ -76,17 +76,22 @@ class _Passes:
         takes_part = given.get("past_key_values") is cache
         if cache is not None and takes_part and active_cache.get() is not cache:
             cache.begin_pass(given.get("input_ids"))
-            switch_on(self._config)
-            self._tokens.append(active_cache.set(cache))
+            # A model whose attention is its own alone must not be told that it is ours.
+            config = self._config if cache.computes_attention else None
+            if config is not None:
+                switch_on(config)
+            self._begun.append((config, active_cache.set(cache)))
 
     def after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         """Of every pass, also of one that failed."""
         cache = self._cache_of()
         # An inner call or one without this cache has nothing to undo.
-        if not self._tokens or active_cache.get() is not cache:
+        if not self._begun or active_cache.get() is not cache:
             return
-        active_cache.reset(self._tokens.pop())
-        switch_off(self._config)
+        config, token = self._begun.pop()
+        active_cache.reset(token)
+        if config is not None:
+            switch_off(config)
         # There is no output where the pass failed.
         if cache is not None and output is not None:
             cache.end_pass()

@@ -29,6 +29,11 @@ class PassObserver(Protocol):
     """What a cache is to the forward passes it is part of."""
 
     @property
+    def computes_attention(self) -> bool:
+        """Whether any layer is headwise's."""
+        ...
+
+    @property
     def awaits_attention(self) -> bool:
         """Whether a layer has new keys that no attention has been computed for."""
         ...
@@ -92,7 +97,8 @@ def headwise_attention(
         if wanted is not None:
             given = tuple(tensor.to(wanted) for tensor in given)
         output = layer.attend(*given, _as_boolean(attention_mask, len(key)), options)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        # Layers that are trained over are differentiated; a compressed one has let go of what there is to follow.
+        if torch.is_grad_enabled() and not output.requires_grad and any(tensor.requires_grad for tensor in given):
             output = _NoGradients.apply(output, *given)  # type: ignore[no-untyped-call]  # torch's
         return output.flatten(1, 2).transpose(1, 2).contiguous(), None
 

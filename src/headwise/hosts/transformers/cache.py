@@ -145,6 +145,11 @@ class HeadwiseCache(Cache):
         return self._parts.compressed
 
     @property
+    def computes_attention(self) -> bool:
+        """Whether a layer is ours; without any, the model has nothing to ask but of its own layers."""
+        return bool(self._parts.compressed)
+
+    @property
     def awaits_attention(self) -> bool:
         """Whether a layer has new keys that no attention has been computed for."""
         return any(layer.awaits_attention for layer in self.headwise_layers)

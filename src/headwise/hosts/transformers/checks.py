@@ -58,10 +58,10 @@ def check_model(facts: ModelFacts, policy: Policy, kinds: list[str]) -> None:
     """
     if keeps_all(policy) or any(layer.compressed for layer in facts.layers):
         return
-    said = _obstacles(facts)
+    said = _obstacles(facts) or f"all of its {len(kinds)} layers are {', '.join(sorted(set(kinds)))}"
     raise UnsupportedModelError(
-        f"{facts.name} has nothing to compress: all of its {len(kinds)} layers are {', '.join(sorted(set(kinds)))}; "
-        "headwise compresses full-attention layers" + (f", and of these {said}" if said else "")
+        f"{facts.name} has nothing to compress: {said}; headwise compresses layers of full attention that goes through "
+        "transformers' attention interface"
     )
 
 
