@@ -42,6 +42,8 @@ def test_what_is_captured_is_what_kvzip_chooses_by():
 def test_inputs_that_are_captured_are_keys_before_their_rotation():
     model, ids = tiny.llama(layers=3), tiny.prompt(47, seed=5)
     asked = []
+    # With its first cache a model is tried, which is no prompt.
+    headwise.HeadwiseCache(model, headwise.Full())
     handle = model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *seen: asked.append(seen[-1]))
     found = record_scores(model, tiny.tokenizer(), ids)
     handle.remove()

@@ -109,5 +109,8 @@ class LayerCore(Protocol):
 
 
 def tensors_of(held: object) -> list[Tensor]:
-    """Every tensor that is an attribute of an object: what a layer of the host's own holds on to."""
-    return [value for value in vars(held).values() if isinstance(value, Tensor)]
+    """Every tensor that is an attribute of an object, or in a dict that is one: what a host's own layer holds on to."""
+    values = [
+        each for value in vars(held).values() for each in (value.values() if isinstance(value, dict) else [value])
+    ]
+    return [value for value in values if isinstance(value, Tensor)]

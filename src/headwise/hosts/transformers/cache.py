@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from headwise.errors import HeadwiseWarning, MismatchError
 from headwise.hosts.transformers.attachment import attach
 from headwise.hosts.transformers.checks import check_model, check_options, doubts, keeps_all
+from headwise.hosts.transformers.hybrid_layer import layer_kind
 from headwise.hosts.transformers.kinds import KindTable
 from headwise.hosts.transformers.layer import HeadwiseLayer, held_tensors
 from headwise.hosts.transformers.model_facts import read_facts
@@ -22,7 +23,7 @@ from headwise.hosts.transformers.parts import CacheParts
 from headwise.hosts.transformers.passes import check_pass, chunk_doubt
 from headwise.hosts.transformers.persistence import Owner, collect, fill, load, save
 from headwise.hosts.transformers.repetition import repeat_prompt
-from headwise.hosts.transformers.stock_layers import forget_stock
+from headwise.hosts.transformers.stock_layers import renew_stock
 from headwise.kernels.backends import AUTO, choose
 from headwise.policies.base import Policy
 from headwise.policies.budget import with_budget
@@ -125,7 +126,7 @@ class HeadwiseCache(Cache):
         self.captured = False
         cache = weakref.ref(self)
         layers = [
-            HeadwiseLayer(self.make_layer(assembly.layers[index]), layer, cache, self.model_name)
+            layer_kind(layer)(self.make_layer(assembly.layers[index]), layer, cache, self.model_name)
             if index in assembly.layers
             else layer
             for index, layer in enumerate(stock)
@@ -217,9 +218,11 @@ class HeadwiseCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the cache can then serve another prompt."""
-        super().reset()
-        for layer in self._parts.stock:
-            forget_stock(layer)
+        for layer, fresh in zip(self.layers, read_facts(self.model)[1], strict=True):
+            if isinstance(layer, HeadwiseLayer):
+                layer.reset()
+            else:
+                renew_stock(layer, fresh)
         self.passes = 0
         self._whole_model.reset()
         self._parts.truncate()

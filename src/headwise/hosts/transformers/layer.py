@@ -13,7 +13,7 @@ from headwise.errors import CacheStateError, InputError, MismatchError
 from headwise.hosts.transformers.attention import LAYER_ATTRIBUTE, PassObserver, active_cache
 from headwise.report.report import LayerReport
 from headwise.stages.layer import LayerCache
-from headwise.stages.saved import load_layer
+from headwise.stages.saved import load_layer, save_layer
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 
@@ -98,11 +98,23 @@ class HeadwiseLayer(CacheLayerMixin):
         self.awaits_attention = False
         return self.core.attend(query, key, value, mask, options)
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take back what `save_layer` gave."""
-        if state:
-            load_layer(self.core, state)
-            self.lazy_initialization(state["keys"], state["values"])
+    def state(self) -> tuple[dict[str, Tensor], dict[str, bool | int]]:
+        """Tensors and plain data that `restore` needs; empty before the first pass.
+
+        Raises:
+            CacheStateError: when the prompt is still coming in.
+        """
+        return save_layer(self.core), {}
+
+    def restore(self, tensors: dict[str, Tensor], plain: dict[str, bool | int]) -> None:
+        """Take back what `state` gave."""
+        if tensors:
+            load_layer(self.core, tensors)
+            self.lazy_initialization(tensors["keys"], tensors["values"])
+
+    def held(self) -> list[Tensor]:
+        """Every tensor it holds on to."""
+        return self.core.tensors()
 
     def get_seq_length(self) -> int:
         """Tokens seen, kept or not, padding included."""
@@ -191,7 +203,7 @@ class HeadwiseLayer(CacheLayerMixin):
 
 def held_tensors(layer: CacheLayerMixin) -> list[Tensor]:
     """Every tensor that a layer of a cache holds on to, headwise's or transformers' own."""
-    return layer.core.tensors() if isinstance(layer, HeadwiseLayer) else tensors_of(layer)
+    return layer.held() if isinstance(layer, HeadwiseLayer) else tensors_of(layer)
 
 
 def layer_report(layer: CacheLayerMixin) -> LayerReport:

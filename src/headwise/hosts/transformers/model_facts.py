@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicLayer, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer
 from transformers.pytorch_utils import Conv1D
 
 from headwise.contract import LayerFacts, ModelFacts
@@ -28,8 +28,8 @@ def read_facts(model: PreTrainedModel) -> tuple[ModelFacts, list[CacheLayerMixin
     layers = []
     for index, layer in enumerate(stock):
         trial = tried.get(index, LayerTrial())
-        # The exact type: its subclasses are layers of other kinds, which stay as they are.
-        full = type(layer) is DynamicLayer
+        # The exact type: subclasses are layers of other kinds, which stay as they are.
+        full = type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
         obstacle = trial.obstacle if full else None
         rotations = (each for each in rotations_of(_layer_type(config, index)) if same_but_for_position(trial, each))
         layers.append(LayerFacts(full and obstacle is None, trial.shape, next(rotations, None), obstacle))

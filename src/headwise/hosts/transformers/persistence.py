@@ -21,7 +21,6 @@ from headwise.hosts.transformers.parts import CacheParts
 from headwise.hosts.transformers.stock_layers import restore_stock, stock_state
 from headwise.policies import FORMER_CLASSES
 from headwise.policies.base import Policy
-from headwise.stages.saved import save_layer
 from headwise.types import Tensor
 from headwise.weights import fingerprint
 
@@ -119,7 +118,7 @@ def collect(parts: CacheParts, passes: int) -> tuple[dict[str, Tensor], dict[str
     for index, layer in enumerate(parts.layers):
         if isinstance(layer, HeadwiseLayer):
             # After assisted decoding the last tokens still wait for a crop that will not come.
-            state = save_layer(layer.core)
+            state, plain[str(index)] = layer.state()
         else:
             state, plain[str(index)] = stock_state(layer)
         tensors.update({f"layers.{index}.{name}": tensor for name, tensor in state.items()})
@@ -138,7 +137,7 @@ def fill(parts: CacheParts, tensors: dict[str, Tensor], plain: dict[str, Any]) -
     for index, layer in enumerate(parts.layers):
         state = owned.get(f"layers.{index}", {})
         if isinstance(layer, HeadwiseLayer):
-            layer.restore(state)
+            layer.restore(state, plain.get(str(index), {}))
         else:
             restore_stock(layer, state, plain[str(index)])
     passes: int = plain["passes"]

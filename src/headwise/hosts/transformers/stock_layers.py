@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import DynamicLayer
 from transformers.cache_utils import CacheLayerMixin
 
 from headwise.contract import tensors_of
@@ -21,24 +20,34 @@ def stock_tensors(layers: Iterable[CacheLayerMixin]) -> list[Tensor]:
 
 def stock_state(layer: CacheLayerMixin) -> tuple[dict[str, Tensor], dict[str, bool | int]]:
     """Everything a layer is made of: tensors, and plain data; None and callables are made anew with the layer."""
-    tensors = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor)}
-    plain = {name: v for name, v in vars(layer).items() if isinstance(v, bool | int) and name != "record_past"}
+    parts: dict[str, Any] = {}
+    for name, value in vars(layer).items():
+        # Linear layers have states by number.
+        parts.update(
+            {f"{name}[{key}]": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    tensors = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
+    plain = {name: value for name, value in parts.items() if isinstance(value, bool | int) and name != "record_past"}
     return tensors, plain
 
 
 def restore_stock(layer: CacheLayerMixin, tensors: dict[str, Tensor], plain: dict[str, bool | int]) -> None:
     """Put back what `stock_state` gave."""
     for name, value in {**plain, **tensors}.items():
-        setattr(layer, name, value)
-    if isinstance(tensors.get("keys"), Tensor):
-        layer.dtype, layer.device = tensors["keys"].dtype, tensors["keys"].device
+        owner, _, key = name.removesuffix("]").partition("[")
+        if key:
+            getattr(layer, owner)[int(key)] = value
+        else:
+            setattr(layer, name, value)
+    if tensors:
+        first = next(iter(tensors.values()))
+        layer.dtype, layer.device = first.dtype, first.device
 
 
-def forget_stock(layer: CacheLayerMixin) -> None:
-    """What a reset leaves undone: 5.17 fills the old keys with zeros, and then goes on behind them."""
-    if isinstance(layer, DynamicLayer):
-        layer.keys = layer.values = None
-        layer.is_initialized = False
+def renew_stock(layer: CacheLayerMixin, fresh: CacheLayerMixin) -> None:
+    """Make a layer what a fresh one is; a reset of its own keeps the number of sequences, and 5.17 keeps old keys."""
+    vars(layer).clear()
+    vars(layer).update(vars(fresh))
 
 
 @contextmanager
