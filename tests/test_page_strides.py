@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cases import pairwise
 from headwise.kernels.backends import choose
 from headwise.kernels.interface import AppendRequest, DecodeRequest
 from headwise.store.rows import Rows
@@ -48,15 +49,14 @@ def between_others(pool):
     return both[:, 1]
 
 
-LAYOUTS = [transposed, inside_wider_rows, between_others]
+LAYOUTS = {layout.__name__: layout for layout in (transposed, inside_wider_rows, between_others)}
+NAMES = ["reference", "cpu", "triton"]
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
-@pytest.mark.parametrize("of_values", LAYOUTS, ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("of_keys", LAYOUTS, ids=lambda layout: layout.__name__)
+@pairwise(of_keys=LAYOUTS, of_values=LAYOUTS, name=NAMES)
 def test_strides_change_nothing(of_keys, of_values, name):
     kernels, view = choose(name, CPU), filled().view()
-    other = replace(view, keys=of_keys(view.keys), values=of_values(view.values))
+    other = replace(view, keys=LAYOUTS[of_keys](view.keys), values=LAYOUTS[of_values](view.values))
     assert other.keys.stride() != view.keys.stride()
     mask = torch.rand(2, 2, 2 * int(LENGTHS.max()) + 3) < 0.7
     query, keys, values = torch.randn(2, 3, 2, 2, 11), torch.randn(2, 3, 3, 11), torch.randn(2, 3, 3, 7)
@@ -70,14 +70,14 @@ def test_strides_change_nothing(of_keys, of_values, name):
         torch.testing.assert_close(found.on_kept, expected.on_kept)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_new_rows_are_written_where_they_belong(layout, name):
     kernels = choose(name, CPU)
     keys, values = torch.randn(2, 3, 4, 11), torch.randn(2, 3, 4, 7)
     real = torch.tensor([[True, False, True, True], [True, True, True, False]])
     written = []
-    for change in (torch.clone, layout):
+    for change in (torch.clone, LAYOUTS[layout]):
         torch.manual_seed(3)
         pool = filled()
         view = pool.view()
@@ -91,7 +91,7 @@ def test_new_rows_are_written_where_they_belong(layout, name):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_lies_transposed_too(dtype, name):
     kernels, view = choose(name, CPU), filled(dtype, 16, 16, page_size=16).view()
@@ -104,7 +104,7 @@ def test_half_precision_lies_transposed_too(dtype, name):
     torch.testing.assert_close(found.output, expected.output)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("name", NAMES)
 def test_without_a_mask_columns_are_not_needed(name):
     kernels, pool = choose(name, CPU), filled()
     view, rows = pool.view(), (torch.randn(2, 3, 1, 11), torch.randn(2, 3, 1, 7))
