@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ import models
 import tiny
 from headwise.errors import HeadwiseWarning, UnsupportedModelError
 from headwise.hosts.transformers import trial
+from headwise.hosts.transformers.model_facts import read_facts
 from headwise.hosts.transformers.trial import same_but_for_position, try_model
 
 USUAL = {
@@ -70,7 +73,14 @@ def test_a_model_is_tried_once():
     passes = Passes(model.get_decoder())
     caches = [headwise.HeadwiseCache(model, headwise.Full()) for _ in range(3)]
     assert passes.count == 1
+    # What is known of it goes with it.
+    decoder = weakref.ref(model.get_decoder())
+    assert read_facts(model)[0].layers is read_facts(model)[0].layers
+    del model, passes
     assert [cache.get_seq_length() for cache in caches] == [0, 0, 0]
+    del caches
+    gc.collect()
+    assert decoder() is None
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

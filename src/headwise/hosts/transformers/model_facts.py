@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,19 +22,35 @@ from headwise.types import Float, Int, Rotation, Tensor
 _PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 
 
+# Of every decoder that a cache was made for: what was found out about its layers.
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[LayerFacts, ...]] = WeakKeyDictionary()
+
+
 def read_facts(model: PreTrainedModel) -> tuple[ModelFacts, list[CacheLayerMixin]]:
-    """What the stages must know of a model, and the cache layers that transformers would make for it."""
-    config = model.config.get_text_config(decoder=True)
-    stock, tried, rotations_of = stock_layers(config), try_model(model), _rotations(model)
-    layers = []
-    for index, layer in enumerate(stock):
-        trial = tried.get(index, LayerTrial())
-        # The exact type: subclasses are layers of other kinds, which stay as they are.
-        full = type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-        obstacle = trial.obstacle if full else None
-        rotations = (each for each in rotations_of(_layer_type(config, index)) if same_but_for_position(trial, each))
-        layers.append(LayerFacts(full and obstacle is None, trial.shape, next(rotations, None), obstacle))
-    return ModelFacts(type(model).__name__, model, model.dtype, model.device, tuple(layers)), stock
+    """What the stages must know of a model, and the cache layers that transformers would make for it.
+
+    The first time a model is asked about, it reads a few tokens.
+
+    Raises:
+        UnsupportedModelError: when it does not read ids with a cache of transformers.
+    """
+    config, decoder = model.config.get_text_config(decoder=True), model.get_decoder()
+    stock = stock_layers(config)
+    if decoder not in _KNOWN:
+        tried, rotations_of = try_model(model), _rotations(model)
+        _KNOWN[decoder] = tuple(
+            _layer_facts(layer, tried.get(index, LayerTrial()), rotations_of(_layer_type(config, index)))
+            for index, layer in enumerate(stock)
+        )
+    return ModelFacts(type(model).__name__, model, model.dtype, model.device, _KNOWN[decoder]), stock
+
+
+def _layer_facts(layer: CacheLayerMixin, trial: LayerTrial, rotations: Sequence[Rotation]) -> LayerFacts:
+    # The exact type: subclasses are layers of other kinds, which stay as they are.
+    full = type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+    obstacle = trial.obstacle if full else None
+    rotation = next((each for each in rotations if same_but_for_position(trial, each)), None)
+    return LayerFacts(full and obstacle is None, trial.shape, rotation, obstacle)
 
 
 def output_projections(model: PreTrainedModel) -> dict[int, Float[Tensor, "hidden inner"]]:

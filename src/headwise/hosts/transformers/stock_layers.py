@@ -40,8 +40,8 @@ def restore_stock(layer: CacheLayerMixin, tensors: dict[str, Tensor], plain: dic
         else:
             setattr(layer, name, value)
     if tensors:
-        first = next(iter(tensors.values()))
-        layer.dtype, layer.device = first.dtype, first.device
+        like = tensors.get("keys", next(iter(tensors.values())))
+        layer.dtype, layer.device = like.dtype, like.device
 
 
 def renew_stock(layer: CacheLayerMixin, fresh: CacheLayerMixin) -> None:

@@ -1,7 +1,7 @@
 """Trial: a model that reads a few tokens with transformers' own cache -> how each of its layers uses them.
 
-What a model does is found by its own code, not by its name: once per model, when the first cache of it is made. Several
-sequences of two tokens are read, the same two at other positions, so that keys of the first differ by position alone.
+What a model does is found by its own code, not by its name. Several sequences of two tokens are read, the same two at
+other positions, so that keys of the first differ by position alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -76,7 +75,6 @@ class LayerTrial:
 
 
 _trial: ContextVar[dict[int, LayerTrial] | None] = ContextVar("headwise_trial", default=None)
-_DONE: WeakKeyDictionary[nn.Module, Mapping[int, LayerTrial]] = WeakKeyDictionary()
 
 
 def try_model(model: PreTrainedModel) -> Mapping[int, LayerTrial]:
@@ -86,12 +84,6 @@ def try_model(model: PreTrainedModel) -> Mapping[int, LayerTrial]:
         UnsupportedModelError: when the model does not read ids with a cache of transformers.
     """
     decoder = model.get_decoder()
-    if decoder not in _DONE:
-        _DONE[decoder] = _try(decoder)
-    return _DONE[decoder]
-
-
-def _try(decoder: PreTrainedModel) -> Mapping[int, LayerTrial]:
     register_interface()
     seen: dict[int, LayerTrial] = {}
     name, takes = type(decoder).__name__, inspect.signature(decoder.forward).parameters
