@@ -188,3 +188,25 @@ def test_tokens_are_not_taken_back_from_a_running_state():
     with pytest.raises(CacheStateError, match="cannot remove 3 tokens: layer 0 has a running state"):
         cache.crop(-3)
     assert cache.get_seq_length() == 31 + NEW - 1
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_repetition_of_the_prompt_leaves_the_states_as_they_were(family):
+    """A policy that keeps all after it asked the model to repeat its prompt goes on as one that never asked."""
+    model, ids = model_of(family), tiny.prompt(40, seed=7)
+    logits = []
+    for policy in (headwise.KVzip(keep=1.0), headwise.Full()):
+        cache = headwise.HeadwiseCache(model, policy, tokenizer=tiny.tokenizer())
+        with torch.no_grad():
+            model(ids[:, :31], past_key_values=cache)
+        assert cache.report().kept_ratio == 1
+        logits.append(further(model, cache, ids[:, 31:]))
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+def test_steps_of_hybrid_layers_are_not_captured():
+    model = model_of("falcon-h1")
+    cache = headwise.HeadwiseCache(model, headwise.Full())
+    generate(model, cache)
+    with pytest.raises(headwise.UnsupportedModelError, match="every layer's cache is headwise's alone"):
+        headwise.DecodeGraph(model, cache, capture=lambda step: step)

@@ -289,4 +289,4 @@ class HeadwiseCache(Cache):
     def _repeat_prompt(self, ids: Int[Tensor, "b t"]) -> None:
         assert self._tokenizer is not None
         parts = self._parts
-        repeat_prompt(self.model, self, parts.cores, parts.stock, self.token_log, ids, self._tokenizer)
+        repeat_prompt(self.model, self, parts.cores, parts.states, self.token_log, ids, self._tokenizer)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from headwise.errors import CacheStateError, ConfigurationError, InputError, UnsupportedModelError
 from headwise.hosts.transformers.cache import HeadwiseCache
+from headwise.hosts.transformers.layer import HeadwiseLayer
 from headwise.stages.ambient import alone
 from headwise.stages.capture import advance, begin_capture, end_capture
 from headwise.types import Float, Int, Tensor
@@ -53,8 +54,9 @@ class DecodeGraph:
     def __init__(
         self, model: PreTrainedModel, cache: HeadwiseCache, *, room: int = 256, capture: Capture | None = None
     ) -> None:
-        if len(cache.headwise_layers) != len(cache.layers):
-            raise UnsupportedModelError("a step can be captured only where every layer's cache is headwise's")
+        # A hybrid layer has states that the trial of a step would change.
+        if any(type(layer) is not HeadwiseLayer for layer in cache.layers):
+            raise UnsupportedModelError("a step can be captured only where every layer's cache is headwise's alone")
         if capture is None and model.device.type != "cuda":
             raise ConfigurationError(f"CUDA graphs need a model on a GPU, this one is on {model.device}")
         if room < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers.cache_utils import CacheLayerMixin
 
@@ -44,6 +45,12 @@ class CacheParts:
     def stock(self) -> list[CacheLayerMixin]:
         """The layers that stay as transformers made them."""
         return [layer for layer in self.layers if not isinstance(layer, HeadwiseLayer)]
+
+    @property
+    def states(self) -> list[dict[Any, Any]]:
+        """What passes change beside rows that are headwise's: stock layers as a whole, and states of hybrid ones."""
+        beside = [part for layer in self.compressed for part in vars(layer).values() if isinstance(part, dict)]
+        return [vars(layer) for layer in self.stock] + beside
 
     def token_tensors(self) -> list[Tensor]:
         """What is known of tokens beside their rows."""

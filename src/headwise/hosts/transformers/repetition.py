@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import CacheLayerMixin
 
 from headwise.hosts.transformers.stock_layers import unchanged
 from headwise.stages.layer import LayerCache
@@ -32,7 +32,7 @@ def repeat_prompt(
     model: PreTrainedModel,
     cache: Cache,
     cores: Sequence[LayerCache],
-    stock: Sequence[CacheLayerMixin],
+    states: Sequence[dict[Any, Any]],
     log: TokenLog,
     ids: Int[Tensor, "b t"],
     tokenizer: PreTrainedTokenizerBase,
@@ -41,7 +41,8 @@ def repeat_prompt(
 
     Args:
         cache: with the whole prompt in it, uncompressed.
-        cores, stock: its compressed layers, and the others.
+        cores: its compressed layers.
+        states: what passes change beside them.
         ids: the prompt, padding included.
     """
     decoder, device = model.get_decoder(), ids.device
@@ -54,7 +55,7 @@ def repeat_prompt(
         repetition = torch.cat([asked, ids[:, chunk]], dim=1)
         mask = torch.cat([real, counted, real[:, chunk]], dim=1)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, ids.shape[1] :]
-        with _repeating(cores, chunk), unchanged(stock), torch.no_grad():
+        with _repeating(cores, chunk), unchanged(states), torch.no_grad():
             decoder(
                 input_ids=repetition,
                 attention_mask=None if bool(mask.all()) else mask.long(),

@@ -51,12 +51,12 @@ def renew_stock(layer: CacheLayerMixin, fresh: CacheLayerMixin) -> None:
 
 
 @contextmanager
-def unchanged(layers: Iterable[CacheLayerMixin]) -> Iterator[None]:
-    """While it lasts, whatever passes do to those layers is undone at its end."""
-    before: list[tuple[Any, dict[str, Any]]] = [(layer, copy.deepcopy(vars(layer))) for layer in layers]
+def unchanged(states: Iterable[dict[Any, Any]]) -> Iterator[None]:
+    """While it lasts, whatever passes do to those dicts, such as all that layers are made of, is undone at its end."""
+    before = [(state, copy.deepcopy(state)) for state in states]
     try:
         yield
     finally:
-        for layer, state in before:
-            vars(layer).clear()
-            vars(layer).update(state)
+        for state, content in before:
+            state.clear()
+            state.update(content)
