@@ -53,6 +53,10 @@ _USUAL = _COMMON | {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+# What any family takes; a test says which layers.
+SMALL = {name: _USUAL[name] for name in _USUAL if not name.endswith("_token_id") and name != "num_hidden_layers"} | {
+    "intermediate_size": 96
+}
 _MIXED = _USUAL | {
     "head_dim": 16,
     "sliding_window": 11,

@@ -21,17 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import headwise
+import models
 import tiny
 from headwise.errors import CacheStateError
 
-USUAL = {
-    "vocab_size": 101,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 512,
+USUAL = models.SMALL | {
     "pad_token_id": 2,
     "bos_token_id": 0,
     "eos_token_id": None,

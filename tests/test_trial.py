@@ -26,14 +26,7 @@ from headwise.hosts.transformers import trial
 from headwise.hosts.transformers.model_facts import read_facts
 from headwise.hosts.transformers.trial import same_but_for_position, try_model
 
-USUAL = {
-    "vocab_size": 101,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 512,
+USUAL = models.SMALL | {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 100,
