@@ -142,6 +142,7 @@ def test_codes_by_hand():
     swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     view.keys[0] = torch.tensor([[4 | (3 << 4)], [1 | (15 << 4)]], dtype=torch.uint8)
     view.values[0] = torch.tensor([[200, 7], [0, 255]], dtype=torch.uint8)
+    steps = steps.expand(len(view.keys), -1, -1).contiguous()
     view = replace(view, table=torch.zeros(1, 1, 1, dtype=torch.int32), coding=Coding(4, 8, steps, steps, swap, swap))
     # Keys are 0.5 * 4 - 1 = 1 and 3, then 2 * 1 + 0 = 2 and 15 + 3 = 18, and swapped: (3, 1) and (18, 2).
     # Values are 200 / 2 - 1 = 99 and 7, then 0 and 255 + 3 = 258: (7, 99) and (258, 0).

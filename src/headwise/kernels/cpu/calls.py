@@ -6,6 +6,8 @@ import ctypes
 
 import torch
 
+from headwise.errors import InputError
+from headwise.kernels.check import check_append, check_decode
 from headwise.kernels.cpu.library import FLOAT, library_and_threads, pointer
 from headwise.kernels.cpu.structs import (
     AppendStruct,
@@ -23,6 +25,7 @@ _BYTES_PER_SHARE = 64 * 1024
 
 def ragged_decode(request: DecodeRequest) -> Decoded:
     """As `reference.ragged_decode`."""
+    check_decode(request)
     library, parallel_for = library_and_threads()
     query, pages, mask, options = request.query, request.pages, request.mask, request.options
     batch, heads, group, queries, key_dim = query.shape
@@ -63,13 +66,14 @@ def ragged_decode(request: DecodeRequest) -> Decoded:
         options.softcap or 0.0,
         parallel_for,
     )
-    library.headwise_decode(ctypes.byref(arguments))
+    _check(library.headwise_decode(ctypes.byref(arguments)))
     del held
     return Decoded(output if dtype is torch.float32 else output.to(dtype), lse, on_kept, on_fresh)
 
 
 def append(request: AppendRequest) -> None:
     """As `reference.append`."""
+    check_append(request)
     exact, *coded = zip(request.pages, request.increments_by_view(), strict=True)
     for view, increments in coded:
         # Rows that are codes take in none: there are only the increments.
@@ -111,8 +115,20 @@ def _write(
         0 if increments is None else increments.stride(1),
         parallel_for,
     )
-    library.headwise_append(ctypes.byref(arguments))
+    _check(library.headwise_append(ctypes.byref(arguments)))
     del held
+
+
+# What the library answers where it did not do what it was asked: `Status` in `csrc/headwise.h`.
+_REFUSALS = {
+    1: "a length or an entry of a page table lies outside of the pages",
+    2: "the column of a kept row lies outside of the mask",
+}
+
+
+def _check(status: int) -> None:
+    if status:
+        raise InputError(f"{_REFUSALS[status]}: what the cache holds was changed from outside; make a new cache")
 
 
 def _rows_apart(increments: Tensor) -> int:

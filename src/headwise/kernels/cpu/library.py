@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from ctypes import c_int64, c_void_p
+from ctypes import c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict
@@ -43,9 +43,9 @@ def load() -> tuple[ctypes.CDLL, int] | str:
     except (OSError, AttributeError) as error:
         return f"the compiled library does not load: {error}"
     assert parallel_for is not None
-    for name in ("decode", "append", "column_mass", "attention_peaks"):
+    for name, result in (("decode", c_int32), ("append", c_int32), ("column_mass", None), ("attention_peaks", None)):
         function: Any = getattr(library, f"headwise_{name}")
-        function.argtypes, function.restype = [c_void_p], None
+        function.argtypes, function.restype = [c_void_p], result
     library.headwise_read.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p]
     library.headwise_read.restype = None
     library.headwise_vectors.argtypes = [ctypes.c_char_p]

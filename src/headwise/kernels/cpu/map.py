@@ -13,6 +13,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 
 from headwise.kernels.attention import query_blocks
+from headwise.kernels.check import check_mass, check_peaks
 from headwise.kernels.cpu.library import FLOAT, library_and_threads, pointer
 from headwise.kernels.interface import AttentionMap, MassRequest, PeaksRequest
 from headwise.types import Float, Tensor
@@ -46,6 +47,7 @@ class _AttentionPeaks(ctypes.Structure):
 
 def column_mass(request: MassRequest) -> tuple[Float[Tensor, "b h g t"], Float[Tensor, "w b h g t"]]:
     """As `reference.column_mass`."""
+    check_mass(request)
     library, parallel_for = library_and_threads()
     map, widths = request.map, request.widths
     batch, heads, group, _, _ = map.query.shape
@@ -78,6 +80,7 @@ def column_mass(request: MassRequest) -> tuple[Float[Tensor, "b h g t"], Float[T
 
 def attention_and_peaks(request: PeaksRequest) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h t"]]:
     """As `reference.attention_and_peaks`; both come from the same products."""
+    check_peaks(request)
     library, parallel_for = library_and_threads()
     map, values = request.map, request.values
     batch, heads, group, _, _ = map.query.shape

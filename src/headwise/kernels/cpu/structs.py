@@ -7,6 +7,7 @@ from ctypes import c_float, c_int64, c_void_p
 
 import torch
 
+from headwise.errors import InputError
 from headwise.kernels.cpu.library import pointer
 from headwise.kernels.interface import Coding, PageView
 from headwise.types import Tensor
@@ -28,7 +29,8 @@ class PagesStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("keys", "values", "columns", "scores", "table", "lengths")),
-        *((name, c_int64) for name in ("page_size", "table_width", "longest", "key_width", "value_width", "type")),
+        *((name, c_int64) for name in ("page_count", "page_size", "table_width", "longest")),
+        *((name, c_int64) for name in ("key_width", "value_width", "type")),
         ("key_strides", c_int64 * 3),
         ("value_strides", c_int64 * 3),
         ("key_coding", CodingStruct),
@@ -81,7 +83,9 @@ class AppendStruct(ctypes.Structure):
 def pages_struct(view: PageView) -> PagesStruct:
     """A view, as long as its tensors live."""
     keys, values, table = view.keys, view.values, view.table
-    _, page_size, key_width = keys.shape
+    if not (table.is_contiguous() and view.lengths.is_contiguous()):
+        raise InputError("the compiled CPU kernels take page tables and lengths that are dense, and these have strides")
+    page_count, page_size, key_width = keys.shape
     return PagesStruct(
         keys.data_ptr(),
         values.data_ptr(),
@@ -89,6 +93,7 @@ def pages_struct(view: PageView) -> PagesStruct:
         pointer(view.scores),
         table.data_ptr(),
         view.lengths.data_ptr(),
+        page_count,
         page_size,
         table.shape[-1],
         view.longest,

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 
+from headwise.kernels.check import check_mass, check_peaks
 from headwise.kernels.interface import AttentionMap, MassRequest, PeaksRequest
 from headwise.kernels.reference import attend_and_gather
 from headwise.kernels.triton.launch import LAUNCH, dense_rows, factors, is_narrow, on_device, power, strides
@@ -15,6 +16,7 @@ from headwise.types import Float, Int, Tensor
 
 def column_mass(request: MassRequest) -> tuple[Float[Tensor, "b h g t"], Float[Tensor, "w b h g t"]]:
     """As `reference.column_mass`, tile by tile."""
+    check_mass(request)
     map, widths = request.map, request.widths
     band = torch.empty(
         len(widths), *map.query.shape[:3], map.keys.shape[2], dtype=torch.float32, device=map.keys.device
@@ -24,6 +26,7 @@ def column_mass(request: MassRequest) -> tuple[Float[Tensor, "b h g t"], Float[T
 
 def attention_and_peaks(request: PeaksRequest) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h t"]]:
     """As `reference.attention_and_peaks`; the attention is torch's."""
+    check_peaks(request)
     return attend_and_gather(request, column_max)
 
 
@@ -100,7 +103,7 @@ def _last_rows(
     if len(widths) < 2:
         return None
     last = positions[:, (first + block - 1).clamp(max=positions.shape[1] - 1)]
-    beyond = (last + widths.to(positions.dtype)[:, :, None]).transpose(0, 1).flatten(1)
+    beyond = (last + widths.to(positions.dtype)[:, :, None]).transpose(0, 1).flatten(1).contiguous()
     found = torch.searchsorted(row_positions, beyond).view(len(positions), len(widths), len(first))
     return found.transpose(0, 1).contiguous()
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from headwise.kernels.check import check_append, check_decode
 from headwise.kernels.interface import AppendRequest, Decoded, DecodeRequest, PageView
 from headwise.kernels.triton.codes import attend_codes, hadamard_of, turning
 from headwise.kernels.triton.launch import LAUNCH, dense_rows, device_code, factors, is_narrow, on_device, strides
@@ -83,6 +84,7 @@ class _Scratch:
 
 def ragged_decode(request: DecodeRequest) -> Decoded:
     """As `reference.ragged_decode`."""
+    check_decode(request)
     request = replace(
         request,
         query=dense_rows(request.query),
@@ -180,6 +182,7 @@ def _attend(plan: _Plan, scratch: _Scratch) -> None:
 
 def append(request: AppendRequest) -> None:
     """As `reference.append`."""
+    check_append(request)
     exact, *coded = zip(request.pages, request.increments_by_view(), strict=True)
     for view, increments in coded:
         # Rows that are codes take in none: there are only the increments.

@@ -5,6 +5,7 @@
 // heads. A head's rows are taken in the order of the views but for the first, whose numbers come last, so that the fresh
 // rows follow them.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -51,7 +52,7 @@ class Worker {
     for (int64_t x = 0; x < heads; x++) total += length(x);
   }
 
-  void run() {
+  headwise::Status run() {
     for (int64_t head = 0; head < heads; head++)
       if (length(head) == 0) {
         Partial nothing = partial(0);
@@ -60,12 +61,14 @@ class Worker {
       }
     parallel([](Worker& w, int64_t share) { w.attend(share); });
     join();
-    if (!logits) return;
+    if (outside) return headwise::kBadColumn;
+    if (!logits) return headwise::kDone;
     // Few exponentials take less time than waking the threads once more.
     if (heads * rows * logit_stride < kFewLogits)
       for (int64_t share = 0; share < a.shares; share++) probabilities(share);
     else
       parallel([](Worker& w, int64_t share) { w.probabilities(share); });
+    return headwise::kDone;
   }
 
  private:
@@ -145,6 +148,7 @@ class Worker {
   void read(int64_t head, const Pages& pages, int64_t before, int64_t from, int64_t to, Rows& view, float* weights) {
     Chunk chunk;
     Places places;
+    places.limit = a.mask_columns;
     int64_t kept = before + pages.lengths[head];
     for (; from < to; from += chunk.count) {
       int64_t end = std::min(to, from + kChunk);
@@ -157,6 +161,7 @@ class Worker {
       absorb(head, chunk, places, view.partial, weights);
       view.weigh_values(chunk, weights);
     }
+    if (places.outside) outside = true;
   }
 
   void take_fresh(int64_t head, int64_t i, int64_t end, Chunk& chunk, Places& places) const {
@@ -266,15 +271,19 @@ class Worker {
   const int64_t heads, rows, width, partial_floats;
   int64_t scratch_floats, gathered, kept_stride, logit_stride, total;
   float *partials, *scratch, *query, *logits;
+  std::atomic<bool> outside{false};  // whether a row's column is outside of the mask
 };
 
 }  // namespace
 
-void decode(const Decode* args) {
+headwise::Status decode(const Decode* args) {
+  for (int64_t v = 0; v < args->views; v++)
+    for (int64_t head = 0; head < args->batch * args->heads; head++)
+      if (!headwise::inside(args->pages[v], head, 0)) return headwise::kBadPages;
   switch (args->pages[0].type) {
     case headwise::kFloat32: return Worker<float>(*args).run();
     case headwise::kBFloat16: return Worker<BFloat16>(*args).run();
-    case headwise::kFloat16: return Worker<Float16>(*args).run();
+    default: return Worker<Float16>(*args).run();
   }
 }
 

@@ -29,7 +29,7 @@ struct Pages {
   float* scores;     // [pages, page_size], or null
   const int32_t* table;
   int64_t* lengths;
-  int64_t page_size, table_width, longest;
+  int64_t page_count, page_size, table_width, longest;
   int64_t key_width, value_width, type;  // elements of a row: numbers, or bytes of codes
   int64_t key_strides[3], value_strides[3];  // in elements
   Coding key_coding, value_coding;           // only where the type is codes
@@ -42,6 +42,16 @@ struct Fresh {
   int64_t count;
   int64_t key_strides[4], value_strides[4];
 };
+
+// Whether a head is as long as is said at most, and lies with so many rows more in pages that there are.
+inline bool inside(const Pages& p, int64_t head, int64_t more) {
+  int64_t length = p.lengths[head], end = length + more;
+  if (length < 0 || length > p.longest || end > p.table_width * p.page_size) return false;
+  const int32_t* table = p.table + head * p.table_width;
+  for (int64_t i = 0; i * p.page_size < end; i++)
+    if (table[i] < 0 || table[i] >= p.page_count) return false;
+  return true;
+}
 
 struct Decode {
   const Pages* pages;  // [views]: numbers, then codes
@@ -107,10 +117,17 @@ struct AttentionPeaks {
   ParallelFor parallel_for;
 };
 
+// What a call found: it did all, or it did nothing that counts.
+enum Status : int32_t {
+  kDone = 0,
+  kBadPages = 1,   // a length or an entry of a table is outside of the pages
+  kBadColumn = 2,  // a row's column is outside of the mask
+};
+
 // The same kernels, compiled for one set of vector instructions.
 struct Kernels {
   const char* name;
-  void (*decode)(const Decode*);
+  Status (*decode)(const Decode*);
   void (*column_mass)(const ColumnMass*);
   void (*attention_peaks)(const AttentionPeaks*);
 };

@@ -64,6 +64,13 @@ void append_head(const Append& a, int64_t head) {
   p.lengths[head] = length;
 }
 
+// Rows that come into a sequence.
+int64_t coming(const Append& a, int64_t sequence) {
+  if (!a.real) return a.rows.count;
+  const bool* real = a.real + sequence * a.rows.count;
+  return std::count(real, real + a.rows.count, true);
+}
+
 // Independent sums, so that the additions do not wait for one another.
 uint64_t summed(const uint64_t* from, int64_t count) {
   uint64_t sums[8] = {};
@@ -101,7 +108,7 @@ HEADWISE_EXPORT const char* headwise_vectors(const char* wanted) {
 
 HEADWISE_EXPORT const char* headwise_chosen() { return chosen->name; }
 
-HEADWISE_EXPORT void headwise_decode(const Decode* args) { chosen->decode(args); }
+HEADWISE_EXPORT int32_t headwise_decode(const Decode* args) { return chosen->decode(args); }
 
 HEADWISE_EXPORT void headwise_column_mass(const ColumnMass* args) { chosen->column_mass(args); }
 
@@ -109,8 +116,10 @@ HEADWISE_EXPORT void headwise_attention_peaks(const AttentionPeaks* args) {
   chosen->attention_peaks(args);
 }
 
-HEADWISE_EXPORT void headwise_append(const Append* args) {
+HEADWISE_EXPORT int32_t headwise_append(const Append* args) {
   int64_t heads = args->batch * args->heads;
+  for (int64_t head = 0; head < heads; head++)
+    if (!inside(args->pages, head, coming(*args, head / args->heads))) return kBadPages;
   // A thread is worth waking only for more than it takes to wake it.
   int64_t grain = args->increments || args->rows.count > 8 ? 8 : heads;
   args->parallel_for(
@@ -119,6 +128,7 @@ HEADWISE_EXPORT void headwise_append(const Append* args) {
         for (int64_t head = begin; head < end; head++) append_head(*static_cast<const Append*>(context), head);
       },
       const_cast<Append*>(args));
+  return kDone;
 }
 
 // Reads a buffer once with all threads, for the bandwidth; `sums` has one number per share.

@@ -18,6 +18,8 @@ using headwise::size_of;
 struct Places {
   int64_t first;            // index among the head's rows
   int64_t columns[kChunk];  // only where there is a mask
+  int64_t limit;            // of columns: those of the mask
+  bool outside = false;     // whether one was not below it, and the first was taken instead
 };
 
 // Rows i..end of a head, to be read where they lie; their columns too, where those are looked at.
@@ -33,7 +35,12 @@ inline void take(int64_t head, const Pages& p, int64_t i, int64_t end, bool with
       int r = chunk.count++;
       chunk.keys[r] = key;
       chunk.values[r] = value;
-      if (with_columns) places.columns[r] = p.columns[at];
+      if (with_columns) {
+        int64_t column = p.columns[at];
+        bool outside = column < 0 || column >= places.limit;
+        places.columns[r] = outside ? 0 : column;
+        places.outside |= outside;
+      }
     }
   }
 }
