@@ -17,7 +17,7 @@ CONTRACT_TESTS := $(addprefix tests/test_,generate_matrix.py contract_*.py persi
 PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --durations=30
 SHAPES := --jaxtyping-packages=headwise,beartype.beartype
 
-.PHONY: demo test test-all test-oldest check format results model clean
+.PHONY: demo test test-all test-oldest check check-memory format results model clean
 
 demo: model
 	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
@@ -41,6 +41,10 @@ check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# The compiled kernels and the stores with every access to memory watched.
+check-memory: $(VENV)/.ready
+	$(BIN)/python tools/check_memory.py
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

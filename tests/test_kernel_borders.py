@@ -123,9 +123,9 @@ def test_no_tensor_that_does_not_fit_reaches_a_kernel(name, function):
         seen += 1
         try:
             call(changed)
-            missed.append((change, tensor))
-        except InputError as error:
-            assert "given" in str(error) or "have strides" in str(error)
+        except InputError:
+            continue
+        missed.append((change, tensor))
     assert not missed
     assert seen > 20
 
@@ -146,7 +146,9 @@ def test_what_tables_lengths_and_columns_say_is_looked_at_where_it_is_read():
                 with pytest.raises(InputError, match="outside of the pages"):
                     getattr(cpu.KERNELS, function)(request)
                 if view == 0:
-                    assert all(torch.equal(a, b.keys.view(torch.uint8)) for a, b in zip(before, request.pages, strict=True))
+                    assert all(
+                        torch.equal(a, b.keys.view(torch.uint8)) for a, b in zip(before, request.pages, strict=True)
+                    )
     for column in (21, -1, 2**31 - 1):
         request = decode_request()
         # The last row of a head, in whatever page.

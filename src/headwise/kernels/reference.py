@@ -178,10 +178,11 @@ def _gathered(view: PageView) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     NaN would still be NaN: values and columns are 0 there.
     """
     size, (batch, heads) = view.page_size, view.lengths.shape
-    own = view.table[:, :, : -(-view.longest // size)].long().clamp(min=0).flatten()
+    own = view.table[:, :, : -(-view.longest // size)].long().clamp(min=0)
 
     def rows(pool: Tensor) -> Tensor:
-        return pool.index_select(0, own).reshape(batch, heads, -1, *pool.shape[2:])[:, :, : view.longest]
+        found = pool.index_select(0, own.flatten())
+        return found.reshape(batch, heads, own.shape[-1] * size, *pool.shape[2:])[:, :, : view.longest]
 
     keys, values = rows(view.keys), rows(view.values)
     occupied = torch.arange(view.longest, device=keys.device) < view.lengths[:, :, None]

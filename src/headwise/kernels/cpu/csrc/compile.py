@@ -1,7 +1,8 @@
 """Compile: the C++ sources beside this file -> the shared library that `headwise.kernels.cpu.library` loads.
 
 Needs a C++17 compiler (g++ or clang++; $CXX names another) and nothing else: no torch, no headers beyond the
-standard library. Run by the package's build; by hand, `python compile.py` builds in place.
+standard library. Run by the package's build; by hand, `python compile.py` builds in place. `tools/check_memory.py`
+builds one that looks at every access to memory.
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ SOURCES = Path(__file__).resolve().parent
 LIBRARY = SOURCES.parent / f"libheadwise_cpu.{'dylib' if sys.platform == 'darwin' else 'so'}"
 
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall"]
+# For a library that ends the process where memory is read or written that is not its own, or the language says nothing.
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
 # Name of the vector instructions -> the flags that allow them. "base" is what every processor of the kind has.
 _VECTORS = {"x86_64": {"base": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}}
 
 
-def compile_library() -> Path:
+def compile_library(target: Path = LIBRARY, more: tuple[str, ...] = ()) -> Path:
     """Build the library and return where it is.
+
+    Args:
+        target: where to.
+        more: options of the compiler and the linker.
 
     Raises:
         RuntimeError: when there is no compiler, or it fails; the message says which.
@@ -40,17 +47,17 @@ def compile_library() -> Path:
         objects = []
         for name, flags in _VECTORS.get(machine, {"base": []}).items():
             objects.append(Path(folder) / f"{name}.o")
-            _run([*command, *_FLAGS, *flags, f"-DHEADWISE_ISA={name}", "-c", "isa.cpp", "-o", objects[-1]])
+            _run([*command, *_FLAGS, *more, *flags, f"-DHEADWISE_ISA={name}", "-c", "isa.cpp", "-o", objects[-1]])
         objects.append(Path(folder) / "library.o")
-        _run([*command, *_FLAGS, "-c", "library.cpp", "-o", objects[-1]])
+        _run([*command, *_FLAGS, *more, "-c", "library.cpp", "-o", objects[-1]])
         # Linked beside its place and moved: a process that has the old one loaded keeps it.
-        linked = LIBRARY.with_name(f".{LIBRARY.name}.{os.getpid()}")
+        linked = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            _run([*command, "-shared", *objects, "-o", linked])
-            os.replace(linked, LIBRARY)
+            _run([*command, "-shared", *more, *objects, "-o", linked])
+            os.replace(linked, target)
         finally:
             linked.unlink(missing_ok=True)
-    return LIBRARY
+    return target
 
 
 def _run(command: list[str | Path]) -> None:
