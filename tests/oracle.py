@@ -19,6 +19,7 @@ class OracleCore:
         self.evict_every = core.config.cache.evict_every
         self.seen = 0
         self.recording = False
+        self.readers_left = 0
         self.restorable = True
         self.plan = None
         self.keys = self.alive = None

@@ -102,16 +102,6 @@ def test_a_layer_that_computes_attention_twice_is_named():
     assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), stock)
 
 
-def test_layers_whose_keys_others_read_are_named():
-    """Gemma 4: layers 2 and 3 read what 0 and 1 keep."""
-    model = gemma4()
-    with pytest.raises(UnsupportedModelError, match="layer 1: its keys are also read by layer 3"):
-        headwise.HeadwiseCache(model, headwise.H2O(heavy=4, recent=8))
-    ids = tiny.prompt(43)
-    cache = headwise.HeadwiseCache(model, headwise.Full())
-    assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), model.generate(ids, **GREEDY))
-
-
 @pytest.mark.parametrize("kind", ["bloom", "falcon"])
 def test_a_model_whose_attention_is_its_own_keeps_its_own_cache(kind):
     """Nothing of it may be touched: its masks, say, are made for its own attention alone."""

@@ -4,7 +4,8 @@
     python tools/families.py llama gemma3_text          some, on the screen
 
 Each is built at random, with a few layers of every kind it has. `Full()` must give stock's ids, and a window's logits
-must be those of stock's attention with a mask; or the cache must be refused with a reason. Ends with 1 where neither is so.
+must be those of stock's attention with a mask; or the cache must be refused with a reason. Ends with 1 where
+neither is so.
 """
 
 from __future__ import annotations

@@ -14,12 +14,18 @@ _LARGEST = 20_000_000
 # Sizes by what an attribute is called, the first that fits.
 _SIZES: tuple[tuple[str, Any], ...] = (
     (r"vocab_size(_per_layer_input)?", 101),
-    (r"(hidden_size|d_model|n_embd|embed_dim|dim|emb_dim|word_embed_proj_dim|word_embed_size|lru_width|embedding_size)", 64),
+    (
+        r"(hidden_size|d_model|n_embd|embed_dim|dim|emb_dim|word_embed_proj_dim|word_embed_size|lru_width|embedding_size)",
+        64,
+    ),
     (r"(attention_hidden_size|projection_size|input_embedding_size)", 64),
     (r"hidden_size_per_layer_input|attention_head_size|laurel_rank|adapter_rank|.*_lora_rank|time_step_rank", 16),
     (r"(head_dim|attention_head_dim|global_head_dim|v_head_dim|index_head_dim|linear_.*_head_dim|swa_head_dim)", 16),
     (r"(qk_rope_head_dim|qk_nope_head_dim|rotary_dim|mamba_dt_rank)", 8),
-    (r"(moe_|shared_expert_|shared_)?(intermediate_size|ffn_dim)|(en|de)coder_ffn_dim|d_ff|n_inner|.*ffn_hidden_size", 96),
+    (
+        r"(moe_|shared_expert_|shared_)?(intermediate_size|ffn_dim)|(en|de)coder_ffn_dim|d_ff|n_inner|.*ffn_hidden_size",
+        96,
+    ),
     (r"mlp_hidden_size|feed_forward_size", 96),
     (r"(num_hidden_layers|num_layers|n_layers?|decoder_layers|num_blocks|num_decoder_layers)", LAYERS),
     (r"encoder_layers|num_encoder_layers", 1),
@@ -31,7 +37,10 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"(n_group|topk_group|n_shared_experts|num_shared_experts|first_k_dense_replace|moe_layer_start_index)", 1),
     (r"zero_expert_num|num_nextn_predict_layers|num_mtp_layers", 0),
     (r"(index_n_heads|linear_num_.*_heads|altup_num_inputs)", 2),
-    (r"(index_topk|sliding_window|attention_window|local_attention|attention_chunk_size|chunk_size|mamba_chunk_size)", 16),
+    (
+        r"(index_topk|sliding_window|attention_window|local_attention|attention_chunk_size|chunk_size|mamba_chunk_size)",
+        16,
+    ),
     (r"window_size", 16),
     (r"(mamba_num_heads|mamba_n_heads|n_mamba_heads)", 4),
     (r"(mamba_d_head|mamba_head_dim|mamba_headdim)", 32),
@@ -67,7 +76,14 @@ def build(family: str) -> PreTrainedModel:
     """
     reasons = []
     for attempt in (_shrunk, _fewest_changes):
-        for left_out in ((), ("head_dim",), ("layer_types",), ("v_head_dim",), ("num_key_value_heads",), ("head_dim", "layer_types")):
+        for left_out in (
+            (),
+            ("head_dim",),
+            ("layer_types",),
+            ("v_head_dim",),
+            ("num_key_value_heads",),
+            ("head_dim", "layer_types"),
+        ):
             try:
                 return _made(attempt(family, left_out), family)
             except Exception as error:  # whatever a family's own code raises

@@ -55,7 +55,7 @@ def judge(model: PreTrainedModel) -> Verdict:
 
 def _evicts_as_masked(model: PreTrainedModel, ids: torch.Tensor, cache: headwise.HeadwiseCache) -> Verdict:
     layers = [layer.core.index for layer in cache.headwise_layers]
-    with _windowed(model, layers):
+    with _windowed(model, layers + _readers(model, layers)):
         expected = _generate(model, ids, None)
     found = _generate(model, ids, cache)
     kept = {int(tokens.max()) for tokens in cache.report().kept_tokens if tokens is not None}
@@ -75,6 +75,15 @@ def _evicts_as_masked(model: PreTrainedModel, ids: torch.Tensor, cache: headwise
     return Verdict("served", f"{len(layers)} of {count} layers; the others stay: {', '.join(kinds)}")
 
 
+def _readers(model: PreTrainedModel, layers: list[int]) -> list[int]:
+    """Layers without a cache of their own that read the keys of those: the last of their kind."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or []
+    own = len(kinds) - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    of_layers = {kinds[index] for index in layers if index < len(kinds)}
+    return [index for index in range(own, len(kinds)) if kinds[index] in of_layers]
+
+
 def _generate(model: PreTrainedModel, ids: torch.Tensor, cache: headwise.HeadwiseCache | None) -> Any:
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
     return model.generate(
@@ -87,9 +96,16 @@ def _windowed(model: PreTrainedModel, layers: list[int]) -> Iterator[None]:
     """While it lasts, a token behind the prompt sees in those layers the first few, a window before it, and itself."""
 
     def attend(
-        module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, softcap: Any = None, **options: Any
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        scaling: Any = None,
+        softcap: Any = None,
+        **options: Any,
     ) -> Any:
-        queries, columns = query.shape[2], key.shape[2]
+        mask, queries, columns = attention_mask, query.shape[2], key.shape[2]
         key, value = (rows.repeat_interleave(query.shape[1] // rows.shape[1], dim=1) for rows in (key, value))
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         logits = query @ key.mT * scaling
@@ -102,7 +118,7 @@ def _windowed(model: PreTrainedModel, layers: list[int]) -> Iterator[None]:
             logits = logits.masked_fill(~mask[..., :columns], -torch.inf)
         else:
             logits = logits + mask[..., :columns]
-        if queries == 1 and module.layer_idx in layers:
+        if columns > PROMPT and module.layer_idx in layers:
             column = torch.arange(columns)
             logits = logits.masked_fill((column >= SINKS) & (column < columns - WINDOW - 1), -torch.inf)
         sinks = options.get("s_aux")

@@ -6,9 +6,10 @@ A host is one folder under `hosts/`. When a cache is made, it
 3. makes a `stages.token_log.TokenLog`, a `LayerCore` (`stages.layer.LayerCache`) of each compressed layer, and one
    `stages.whole_model.WholeModel` of them.
 Before every pass it announces the kinds of the new tokens to the log, where the policy asks for them, then calls
-`WholeModel.compact` and `take_in`; in the pass each compressed layer calls `LayerCore.attend` instead of attention;
-after it, `WholeModel.compact` again. The host lets the model repeat a prompt where the policy asks for it, and counts
-what its own layers hold on to. `stages.capture` has what a captured step needs beside that.
+`WholeModel.compact` and `take_in`; in the pass each compressed layer calls `LayerCore.attend` instead of attention, and
+layers that read its keys too call `LayerCore.attend_again`; after it, `WholeModel.compact` again. The host lets the
+model repeat a prompt where the policy asks for it, and counts what its own layers hold on to. `stages.capture` has what
+a captured step needs beside that.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ class LayerFacts:
         shape: None where the layer has no attention, or its shape cannot be told.
         rotation: its rotary embedding; None where it has none that is known.
         obstacle: why a layer of full attention is not compressed; None where it is one that is, or none.
+        readers: layers of the model that read its keys and values, itself included.
     """
 
     compressed: bool
     shape: LayerShape | None = None
     rotation: Rotation | None = None
     obstacle: str | None = None
+    readers: int = 1
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,12 @@ class LayerCore(Protocol):
     Attributes:
         seen: columns that it was given.
         recording: while on, the tokens of the last pass can be taken back, and nothing is evicted for them.
+        readers_left: layers of the model that are still to read, in this pass, what this one keeps.
     """
 
     seen: int
     recording: bool
+    readers_left: int
 
     def attend(
         self,
@@ -105,6 +110,17 @@ class LayerCore(Protocol):
         options: LogitOptions,
     ) -> Float[Tensor, "b h g q e"]:
         """Attend with new tokens over everything kept and themselves, and take them in."""
+        ...
+
+    def attend_again(
+        self,
+        query: Float[Tensor, "b h g q d"],
+        keys: Float[Tensor, "b h f d"],
+        values: Float[Tensor, "b h f e"],
+        mask: Bool[Tensor, "b q t"] | None,
+        options: LogitOptions,
+    ) -> Float[Tensor, "b h g q e"]:
+        """The same for a further layer that reads what this one keeps, where there is one (`LayerFacts.readers`)."""
         ...
 
 

@@ -93,6 +93,11 @@ class Policy(ABC):
         return False
 
     @property
+    def asks_queries(self) -> bool:
+        """Whether what it keeps depends on what queries look at, in the prompt or after it."""
+        return self.needs_evidence or self.selection is not None or "score" in self.facts
+
+    @property
     def query_rows(self) -> int | None:
         """How many of the newest queries the evidence must have; None for all of them."""
         return 0

@@ -19,7 +19,7 @@ from headwise.gate.gate import LayerGate
 from headwise.kernels.interface import Kernels
 from headwise.policies.base import Policy
 from headwise.policies.less import Less
-from headwise.policies.wrapper import Wrapper
+from headwise.policies.wrapper import Wrapper, wrappers
 from headwise.stages.config import CacheConfig, LayerConfig
 
 
@@ -53,8 +53,10 @@ def assemble(
         ConfigurationError: when an option is out of range.
         InputError: when there are no trained weights where the policy names some.
         MismatchError: when they are of another model.
-        UnsupportedModelError: when the policy looks through a rotary embedding that is not known.
+        UnsupportedModelError: when the policy looks through a rotary embedding that is not known, or LESS would be for
+            several layers at once.
     """
+    _check_shared(policy, facts)
     policy, less = _with_kernels(policy, facts.module)
     features = {} if less is None else less.layers
     gates = _gates(policy.chooser, facts.module)
@@ -62,7 +64,9 @@ def assemble(
         kernels, page_size, prompt_columns, evict_every, len(facts.layers), dtype, precision=policy.precision
     )
     layers = {
-        index: LayerConfig(index, policy.chooser, cache, layer.rotation, gates.get(index), features.get(index))
+        index: LayerConfig(
+            index, policy.chooser, cache, layer.rotation, gates.get(index), features.get(index), layer.readers
+        )
         for index, layer in enumerate(facts.layers)
         if layer.compressed
     }
@@ -73,6 +77,16 @@ def assemble(
             "positions is not known; take a policy that looks at attention alone, such as SnapKV"
         )
     return Assembly(policy, kernels, layers)
+
+
+def _check_shared(policy: Policy, facts: ModelFacts) -> None:
+    """Refuse one memory for the queries of several layers."""
+    shared = [index for index, layer in enumerate(facts.layers) if layer.compressed and layer.readers > 1]
+    if shared and any(isinstance(wrapper, Less) for wrapper in wrappers(policy)):
+        raise UnsupportedModelError(
+            f"LESS learns a memory for the queries of one layer, and in {facts.name} "
+            f"{facts.layers[shared[0]].readers} layers read the keys of layer {shared[0]}; take the policy without it"
+        )
 
 
 def _with_kernels(policy: Policy, model: nn.Module) -> tuple[Policy, Less | None]:

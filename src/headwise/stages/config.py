@@ -58,6 +58,7 @@ class LayerConfig:
         rotation: the layer's rotary embedding, for policies that look through it; None where it is not known.
         gate: of the layer, where scores are predicted.
         features: of LESS, where what is evicted is remembered.
+        readers: layers of the model that read what this one keeps, itself included.
     """
 
     index: int
@@ -66,3 +67,4 @@ class LayerConfig:
     rotation: Rotation | None = None
     gate: LayerGate | None = None
     features: LayerFeatures | None = None
+    readers: int = 1

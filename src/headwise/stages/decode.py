@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from headwise.errors import CacheStateError
 from headwise.kernels.attention import query_blocks
 from headwise.kernels.interface import Decoded, DecodeRequest, Kernels
 from headwise.less.state import EvictedState
@@ -34,6 +35,23 @@ class Pass:
         """Leave out all but the first tokens."""
         self.query = self.query[:, :, :, :kept]
         self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
+
+    def join(self, again: Pass) -> None:
+        """Take note of what a further layer asked that reads the same rows: heads of one more group.
+
+        Raises:
+            CacheStateError: when it asked for fewer tokens, so that nothing can be said of what its heads look at.
+        """
+        if again.query.shape[3] != self.query.shape[3]:
+            raise CacheStateError(
+                f"a layer that reads another's keys asked for {again.query.shape[3]} of {self.query.shape[3]} tokens, "
+                "and the policy looks at all of them: call the model with logits_to_keep=0"
+            )
+        self.query = torch.cat([self.query, again.query], dim=2)
+        if self.options.sinks is not None and again.options.sinks is not None:
+            self.options = replace(self.options, sinks=torch.cat([self.options.sinks, again.options.sinks], dim=1))
+        if self.mass is not None and again.mass is not None:
+            self.mass = self.mass[0] + again.mass[0], self.mass[1] + again.mass[1]
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to, but for the mask, which all layers share."""

@@ -16,15 +16,17 @@ from headwise.stages.compact import Prompt, compact
 from headwise.stages.config import LayerConfig
 from headwise.stages.decode import Pass, append_pass, decode_pass, fresh_rows
 from headwise.stages.evict import evict
+from headwise.stages.holdings import Holdings
 from headwise.stages.plan import Plan
+from headwise.stages.take_back import check_last_pass, check_taken_in
 from headwise.stages.token_log import TokenLog
 from headwise.store.rows import Rows
 from headwise.store.store import RowStore
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 
-@methods_alone("attend", "take_back", "accept", "select", "to", "evict_if_due")
-class LayerCache:
+@methods_alone("attend", "attend_again", "take_back", "accept", "select", "to", "evict_if_due")
+class LayerCache(Holdings):
     """The compressed cache of one attention layer.
 
     Args:
@@ -32,13 +34,11 @@ class LayerCache:
         log: of the tokens, shared by the layers of a cache.
 
     Attributes:
-        prompt: on its way; what it has taken of time stays there.
-        plan, store: None until the prompt is in.
-        evicted: what LESS remembers of rows that went.
         full_row_bytes: bytes of a key and its value, what a full cache holds per token and head.
         evicted_at: columns seen when the rules were last applied.
         repetition_chunk: columns of the prompt that the model is repeating, while it does.
         captured_column: of the new token, while a step is captured and replayed (`stages/capture.py`).
+        readers_left: layers of the model that are still to read, in this pass, what this one keeps.
     """
 
     def __init__(self, config: LayerConfig, log: TokenLog) -> None:
@@ -64,6 +64,7 @@ class LayerCache:
         self.evicted_at = 0
         self._pending: Pass | None = None
         self.captured_column: Int[Tensor, " 1"] | None = None
+        self.readers_left = 0
 
     def attend(
         self,
@@ -114,10 +115,48 @@ class LayerCache:
             output = self._decode(current)
             # The mask is shared by all layers and needed no more.
             current.mask = None
-        self._pending = current
-        if not self.recording:
-            self.accept()
+        self._pending, self.readers_left = current, self.config.readers - 1
+        self._accept_if_read()
         return output
+
+    def attend_again(
+        self,
+        query: Float[Tensor, "b h g q d"],
+        keys: Float[Tensor, "b h f d"],
+        values: Float[Tensor, "b h f e"],
+        mask: Bool[Tensor, "b q t"] | None,
+        options: LogitOptions,
+    ) -> Float[Tensor, "b h g q e"]:
+        """Attend for a further layer that reads what this one keeps, in the same pass, after `attend`.
+
+        Args:
+            query: of all new tokens, or of the newest of them.
+            keys, values: as `attend` had them.
+
+        Raises:
+            CacheStateError: when there was no such pass, or it had all its readers.
+        """
+        if self.repetition_chunk is not None:
+            return self.prompt.repeat(query, keys, values, mask, options, self.repetition_chunk)
+        first = self._pending
+        if first is None or not self.readers_left:
+            raise CacheStateError(
+                f"layer {self.index} is read more often in this pass than it was in the model's trial"
+            )
+        again = Pass(query.detach(), first.keys, first.values, mask, options)
+        if self.store is None:
+            output = self.prompt.rows.attend(query, first.keys, first.values, mask, options)
+        else:
+            output = self._decode(again)
+        if self.config.policy.asks_queries:
+            first.join(again)
+        self.readers_left -= 1
+        self._accept_if_read()
+        return output
+
+    def _accept_if_read(self) -> None:
+        if not (self.recording or self.readers_left):
+            self.accept()
 
     def go_on_with(self, plan: Plan, store: RowStore) -> None:
         """Take over what was chosen from the prompt."""
@@ -150,28 +189,10 @@ class LayerCache:
             CacheStateError: when the state without those tokens is no longer known.
         """
         if self._pending is not None:
-            there = self._pending.keys.shape[2]
-            if count > there:
-                raise CacheStateError(f"cannot remove {count} tokens: only the {there} of the last pass can go")
-            return
-        if count == 0:
-            return
-        if count > self.seen:
-            raise CacheStateError(f"cannot remove {count} tokens from a cache that has seen {self.seen}")
-        if self.prompt.rows.begun:
-            raise CacheStateError("cannot remove tokens while the prompt is still coming in")
-        beyond = self.plan is not None and self.plan.chosen_once and self.seen - count < self.evicted_at
-        ranked = self.plan is not None and (self.plan.evicts or self.plan.scored)
-        if beyond or ranked:
-            raise CacheStateError(
-                f"cannot remove {count} tokens: rules have evicted or ranked tokens with them in view, and what is "
-                "evicted does not return; reset() the cache and start again"
-            )
-        if self.store is not None and not self.store.can_forget(count):
-            raise CacheStateError(
-                f"cannot remove {count} tokens: older ones were written down as codes because of them, and codes do "
-                "not become exact again; reset() the cache and start again"
-            )
+            check_last_pass(count, self._pending)
+        elif count:
+            begun = self.prompt.rows.begun
+            check_taken_in(count, self.seen, self.evicted_at, begun, self.plan, self.store)
 
     @property
     def restorable(self) -> bool:
@@ -221,46 +242,6 @@ class LayerCache:
         if self.store is not None:
             self.store.to(device)
         self.evicted.to(device)
-
-    @property
-    def kept_tokens(self) -> Int[Tensor, "b h"] | None:
-        """Stored rows of every head; None before the first pass."""
-        pending = 0 if self._pending is None else self._pending.keys.shape[2]
-        if self.store is not None:
-            return self.store.lengths + pending
-        held = self._not_stored()
-        if not held:
-            return None
-        return torch.full(held[0].shape[:2], self.seen, dtype=torch.long, device=held[0].device)
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the rows it keeps, and of what it remembers of the others."""
-        rows = 0 if self.store is None else self.store.used_bytes
-        return rows + self.evicted_bytes + sum(tensor.nbytes for tensor in self._not_stored())
-
-    @property
-    def evicted_bytes(self) -> int:
-        """Bytes of what it remembers of evicted rows."""
-        return sum(tensor.nbytes for tensor in self.evicted.state().values())
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor it holds on to."""
-        parts = [part.tensors() for part in (self.store, self.plan) if part is not None]
-        return [*self._not_stored(), *self.evicted.state().values(), *(tensor for part in parts for tensor in part)]
-
-    @property
-    def _held(self) -> tuple[int, ...] | None:
-        """Sequences, KV heads, and channels of a key and of a value."""
-        if self.store is not None:
-            return self.store.heads
-        if not self.prompt.rows.begun:
-            return None
-        keys, values = self.prompt.rows.rows
-        return (*keys.shape[:2], keys.shape[-1], values.shape[-1])
-
-    def _not_stored(self) -> list[Tensor]:
-        return ([] if self._pending is None else self._pending.tensors()) + self.prompt.tensors()
 
     def _decode(self, current: Pass) -> Float[Tensor, "b h g q e"]:
         assert self.store is not None and self.plan is not None

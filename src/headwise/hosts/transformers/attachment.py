@@ -24,7 +24,7 @@ def attach(model: PreTrainedModel, cache: PassObserver) -> None:
     decoder, handles = model.get_decoder(), []
     # A call of the whole model and one of its decoder alone are both seen; the inner one of a nest does nothing.
     for module in {id(m): m for m in (model, decoder)}.values():
-        passes = _Passes(module, decoder.config, weakref.ref(cache))
+        passes = _Passes(module, decoder.config, weakref.ref(cache), inner=module is not model)
         handles.append(module.register_forward_pre_hook(_Hook(passes.before), with_kwargs=True))
         handles.append(module.register_forward_hook(_Hook(passes.after), with_kwargs=True, always_call=True))
     watch_preparation(model)
@@ -47,11 +47,11 @@ def _nothing(*_: Any) -> None:
 class _Hook:
     """A hook as torch calls it; in a copy of the model, or in another process, there is nothing to see."""
 
-    def __init__(self, call: Callable[..., None]) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
 
-    def __call__(self, *args: Any) -> None:
-        self._call(*args)
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
 
     def __reduce__(self) -> Any:
         return _unhooked, ()
@@ -62,15 +62,19 @@ def _unhooked() -> Callable[..., None]:
 
 
 class _Passes:
-    """Passes of one module, of which some have that cache."""
+    """Passes of one module, of which some have that cache.
 
-    def __init__(self, module: nn.Module, config: Any, cache_of: weakref.ref[PassObserver]) -> None:
+    Args:
+        inner: whether it is the decoder, which a whole model calls.
+    """
+
+    def __init__(self, module: nn.Module, config: Any, cache_of: weakref.ref[PassObserver], *, inner: bool) -> None:
         self._signature = inspect.signature(module.forward)
-        self._config, self._cache_of = config, cache_of
+        self._inner, self._config, self._cache_of = inner, config, cache_of
         self._begun: list[tuple[Any, Any]] = []
 
-    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Of every pass."""
+    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Of every pass; returns what it is called with instead, if anything."""
         cache = self._cache_of()
         given = kwargs if not args else self._signature.bind_partial(*args, **kwargs).arguments
         takes_part = given.get("past_key_values") is cache
@@ -81,6 +85,10 @@ class _Passes:
             if config is not None:
                 switch_on(config)
             self._begun.append((config, active_cache.set(cache)))
+        if cache is None or not takes_part or not self._inner or not kwargs.get("logits_to_keep"):
+            return None
+        # Layers that read the keys of others would be asked for these tokens only, and a profile is of all.
+        return (args, {**kwargs, "logits_to_keep": 0}) if cache.asks_all_queries else None
 
     def after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         """Of every pass, also of one that failed."""

@@ -34,6 +34,11 @@ class PassObserver(Protocol):
         ...
 
     @property
+    def asks_all_queries(self) -> bool:
+        """Whether layers that read the keys of others must be asked for every token."""
+        ...
+
+    @property
     def awaits_attention(self) -> bool:
         """Whether a layer has new keys that no attention has been computed for."""
         ...

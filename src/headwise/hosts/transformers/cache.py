@@ -151,6 +151,11 @@ class HeadwiseCache(Cache):
         return bool(self._parts.compressed)
 
     @property
+    def asks_all_queries(self) -> bool:
+        """Whether the policy looks at what layers ask that read the keys of others."""
+        return self.policy.chooser.asks_queries and any(layer.readers > 1 for layer in self._assembly.layers.values())
+
+    @property
     def awaits_attention(self) -> bool:
         """Whether a layer has new keys that no attention has been computed for."""
         return any(layer.awaits_attention for layer in self.headwise_layers)

@@ -94,7 +94,9 @@ class HeadwiseLayer(CacheLayerMixin):
         mask: Bool[Tensor, "b q t"] | None,
         options: LogitOptions,
     ) -> Float[Tensor, "b h g q e"]:
-        """Called back by the attention function with what `update` let through."""
+        """Called back by the attention function with what `update` let through, by each layer that reads it."""
+        if not self.awaits_attention:
+            return self.core.attend_again(query, key, value, mask, options)
         self.awaits_attention = False
         return self.core.attend(query, key, value, mask, options)
 

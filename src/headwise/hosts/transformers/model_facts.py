@@ -50,7 +50,7 @@ def _layer_facts(layer: CacheLayerMixin, trial: LayerTrial, rotations: Sequence[
     full = type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
     obstacle = trial.obstacle if full else None
     rotation = next((each for each in rotations if same_but_for_position(trial, each)), None)
-    return LayerFacts(full and obstacle is None, trial.shape, rotation, obstacle)
+    return LayerFacts(full and obstacle is None, trial.shape, rotation, obstacle, max(1, len(trial.readers)))
 
 
 def output_projections(model: PreTrainedModel) -> dict[int, Float[Tensor, "hidden inner"]]:
@@ -90,8 +90,17 @@ def _rotations(model: PreTrainedModel) -> Callable[[str | None], list[Rotation]]
     apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
     if not isinstance(embedding, nn.Module) or apply is None:
         return lambda _: []
-    wanted = list(inspect.signature(embedding.forward).parameters)
-    if wanted[:2] != ["x", "position_ids"] or list(inspect.signature(apply).parameters)[:4] != ["q", "k", "cos", "sin"]:
+    wanted, takes = (list(inspect.signature(of).parameters) for of in (embedding.forward, apply))
+    if takes[:4] == ["q", "k", "cos", "sin"]:
+        both = apply
+
+        def apply(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            turned: Tensor = both(part, part, cos, sin)[0]
+            return turned
+
+    elif takes[:3] != ["x", "cos", "sin"]:
+        return lambda _: []
+    if wanted[:2] != ["x", "position_ids"]:
         return lambda _: []
     made: dict[str | None, list[Rotation]] = {}
 
@@ -120,7 +129,7 @@ def _rotation(embedding: nn.Module, apply: Callable[..., Any], layer_type: str |
             cos, sin = cos / scaling, -sin / scaling
         end = vectors.shape[-1] if share is None else share * cos.shape[-1]
         part = vectors[..., :end]
-        turned: Tensor = apply(part, part, cos, sin)[0]
+        turned: Tensor = apply(part, cos, sin)
         return torch.cat([turned, vectors[..., end:]], dim=-1)
 
     return rotate

@@ -23,7 +23,7 @@ def check_pass(layers: Sequence[CacheLayerMixin]) -> None:
     # Layers of other kinds count no columns.
     stock = [layer for layer in layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
     lengths = {layer.get_seq_length() for layer in [*mine, *stock]}
-    if len(lengths) > 1 or any(layer.awaits_attention for layer in mine):
+    if len(lengths) > 1 or any(layer.awaits_attention or layer.core.readers_left for layer in mine):
         raise CacheStateError("the last forward pass was broken off half-way: reset() the cache and start again")
 
 

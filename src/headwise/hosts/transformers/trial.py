@@ -67,9 +67,7 @@ class LayerTrial:
             return f"it gives keys to the cache {self.updates} times in a pass"
         if not self.readers:
             return "its keys do not come from the cache to transformers' attention interface as they are"
-        if len(set(self.readers)) > 1:
-            return f"its keys are also read by {self.readers[1]}"
-        if len(self.readers) > 1:
+        if len(self.readers) > len(set(self.readers)):
             return f"it computes attention {len(self.readers)} times in a pass"
         return None
 
