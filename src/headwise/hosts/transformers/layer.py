@@ -95,8 +95,14 @@ class HeadwiseLayer(CacheLayerMixin):
         options: LogitOptions,
     ) -> Float[Tensor, "b h g q e"]:
         """Called back by the attention function with what `update` let through."""
+        try:
+            output = self.core.attend(query, key, value, mask, options)
+        except InputError:
+            # Said before anything changes; after any other the layer is left as if it still waited.
+            self.awaits_attention = False
+            raise
         self.awaits_attention = False
-        return self.core.attend(query, key, value, mask, options)
+        return output
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, bool | int]]:
         """Tensors and plain data that `restore` needs; empty before the first pass.
