@@ -183,7 +183,7 @@ def test_a_model_with_nothing_to_compress_is_refused_and_left_as_it_was(policy):
     with pytest.raises(UnsupportedModelError, match="nothing to compress"):
         headwise.HeadwiseCache(model, policy_of(ALL_SLIDING, policy), tokenizer=TOKENIZER)
     assert model.config._attn_implementation == "eager"
-    assert not model._forward_pre_hooks
+    assert "forward" not in vars(model)
 
 
 # With policies that evict.

@@ -151,10 +151,10 @@ def test_a_pass_that_ends_before_all_have_read_is_noticed():
     cache = headwise.HeadwiseCache(model, headwise.H2O(heavy=4, recent=4))
 
     def fail(*_):
-        raise RuntimeError("in the middle")
+        raise KeyboardInterrupt
 
     hook = model.get_decoder().layers[READER].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="in the middle"), torch.no_grad():
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
         model(models.prompt(), past_key_values=cache)
     hook.remove()
     with pytest.raises(CacheStateError, match="broken off"):

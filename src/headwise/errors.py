@@ -4,6 +4,7 @@ HeadwiseError
 ├── ConfigurationError      a policy, rule or option cannot be what was asked for
 │   └── UnknownPolicyError  no policy of that name; the message lists the nearest
 ├── InputError              a prompt, file or tensor cannot be used
+│   └── FileWriteError      a file cannot be written; also an OSError
 ├── UnsupportedModelError   the model has nothing to compress, or no way in for a cache
 ├── CacheStateError         the cache cannot do this in the state it is in
 ├── MismatchError           a cache, file or model does not belong to the other
@@ -29,6 +30,10 @@ class UnknownPolicyError(ConfigurationError):
 
 class InputError(HeadwiseError, ValueError):
     """A prompt, file or tensor cannot be used."""
+
+
+class FileWriteError(InputError, OSError):
+    """A file cannot be written: no room, no permission, or something is in its place."""
 
 
 class UnsupportedModelError(HeadwiseError):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from headwise.errors import InputError
+from headwise.errors import FileWriteError, InputError
 
 
 def read_text(file: str | Path) -> str:
@@ -67,16 +68,17 @@ def whole_file(target: Path, what: str = "") -> Iterator[Path]:
         what: is written, such as "a picture": a failure then becomes a complaint of ours, and else stays an OSError.
 
     Raises:
-        InputError: when it cannot be written and `what` is given.
+        FileWriteError: when it cannot be written and `what` is given.
     """
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
+    # No other process writes to it, and no other thread.
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         yield scratch
         os.replace(scratch, target)
     except OSError as error:
         if not what:
             raise
-        raise InputError(f"cannot write {what} to {str(target)!r}: {error.strerror or error}") from error
+        raise FileWriteError(f"cannot write {what} to {str(target)!r}: {error.strerror or error}") from error
     finally:
         scratch.unlink(missing_ok=True)
 

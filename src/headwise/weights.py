@@ -107,7 +107,7 @@ class WeightsFolder(Generic[Whole]):
             with whole_file(folder / self.file) as scratch:
                 save_file(tensors, scratch, {"format": self.marker})
             write_text(folder / CONFIG, json.dumps(dict(weights.about), indent=2) + "\n")
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise InputError(f"cannot write to {str(folder)!r}: {error}") from error
 
     def load(self, folder: Path) -> Whole:

@@ -1,6 +1,8 @@
-"""Admit: a pass that is about to begin -> nothing, or an error where it does not go with what the cache has seen."""
+"""Admit: what is about to be done with a cache -> nothing, or an error where it does not go with what it has seen."""
 
 from __future__ import annotations
+
+import torch
 
 from headwise.errors import InputError
 from headwise.stages.token_log import TokenLog
@@ -53,3 +55,25 @@ def check_mask(mask: Bool[Tensor, "b q t"] | None, log: TokenLog) -> None:
             f"column {column} of sequence {sequence} was hidden when it was read, and the mask of this pass shows it; "
             "what was hidden is not kept: hide it in every pass, or read the prompt again with all that is to be seen"
         )
+
+
+def check_select(indices: Tensor, held: int) -> None:
+    """Refuse a choice of sequences that there is not.
+
+    Args:
+        indices: whole numbers, or for each sequence whether it stays.
+        held: sequences.
+
+    Raises:
+        InputError: saying which.
+    """
+    if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.is_floating_point() or indices.is_complex():
+        given = (
+            f"a tensor of {indices.dtype} and shape {tuple(indices.shape)}" if isinstance(indices, Tensor) else indices
+        )
+        raise InputError(f"sequences are chosen by one row of whole numbers or of True and False, got {given}")
+    if indices.dtype == torch.bool:
+        if len(indices) != held:
+            raise InputError(f"the cache holds {held} sequences, and {len(indices)} are said to stay or to go")
+    elif len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < held:
+        raise InputError(f"the cache holds sequences 0 to {held - 1}, and {indices.tolist()} are chosen")

@@ -45,7 +45,6 @@ class LayerCache(Holdings):
         self.config, self.log = config, log
         self.evicted = EvictedState(config.features)
         self.recording = False
-        self.repetition_chunk: slice | None = None
         self.full_row_bytes = 0
         self.reset()
 
@@ -57,6 +56,7 @@ class LayerCache(Holdings):
     def reset(self) -> None:
         """Forget everything, ready for another prompt."""
         self.seen = 0
+        self.repetition_chunk: slice | None = None
         self.prompt = Prompt(self.config, self.log, self.evicted)
         self.evicted.reset()
         self.plan: Plan | None = None

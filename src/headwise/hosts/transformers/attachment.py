@@ -5,7 +5,10 @@ What hangs on the model goes with its last cache, and is not copied with the mod
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,93 +16,130 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from headwise.errors import CacheStateError
 from headwise.hosts.transformers.attention import PassObserver, active_cache, register_interface
+from headwise.hosts.transformers.passes import judged, refuse_broken
 from headwise.hosts.transformers.preparation import forget_preparation, watch_preparation
-from headwise.hosts.transformers.switch import switch_off, switch_on
+from headwise.hosts.transformers.switch import switch_back, switch_on, switched
+from headwise.types import Tensor
+
+_NAME = "forward"
+
+# A cache may die while another is attached, in the same thread too.
+_LOCK = threading.RLock()
+
+# Caches in a pass, by id.
+_IN_PASS: dict[int, object] = {}
 
 
 def attach(model: PreTrainedModel, cache: PassObserver) -> None:
     """Let the cache see every forward pass that it is part of, and route the model's attention through it meanwhile."""
     register_interface()
-    decoder, handles = model.get_decoder(), []
-    # A call of the whole model and one of its decoder alone are both seen; the inner one of a nest does nothing.
-    for module in {id(m): m for m in (model, decoder)}.values():
-        passes = _Passes(module, decoder.config, weakref.ref(cache), inner=module is not model)
-        handles.append(module.register_forward_pre_hook(_Hook(passes.before), with_kwargs=True))
-        handles.append(module.register_forward_hook(_Hook(passes.after), with_kwargs=True, always_call=True))
-    watch_preparation(model)
-    finalizer = weakref.finalize(cache, _detach, weakref.ref(model), handles)
+    decoder = model.get_decoder()
+    with _LOCK:
+        # A call of the whole model and one of its decoder alone are both seen; the inner one of a nest does nothing.
+        for module in (model, decoder):
+            found = vars(module).get(_NAME)
+            inner = module is not model
+            forward = found if isinstance(found, _Forward) else _Forward(module, decoder.config, inner=inner)
+            forward.caches.add(cache)
+            vars(module)[_NAME] = forward
+        watch_preparation(model)
+    finalizer = weakref.finalize(cache, _detach, weakref.ref(model), weakref.ref(decoder))
     finalizer.atexit = False
 
 
-def _detach(model_of: weakref.ref[PreTrainedModel], handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    model = model_of()
-    if model is not None:
-        forget_preparation(model)
+def _detach(model_of: weakref.ref[PreTrainedModel], decoder_of: weakref.ref[nn.Module]) -> None:
+    with _LOCK:
+        for module_of in (model_of, decoder_of):
+            module = module_of()
+            found = None if module is None else vars(module).get(_NAME)
+            # A cache that is going may still be counted, and is not met any more.
+            if isinstance(found, _Forward) and not list(found.caches):
+                del vars(module)[_NAME]
+                if found.before is not None:
+                    vars(module)[_NAME] = found.before
+        model = model_of()
+        if model is not None:
+            forget_preparation(model)
 
 
-def _nothing(*_: Any) -> None:
-    """What a copy of a hook is."""
+class _Forward:
+    """Stands in the place of a module's forward for as long as it has caches.
 
-
-class _Hook:
-    """A hook as torch calls it; in a copy of the model, or in another process, there is nothing to see."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __reduce__(self) -> Any:
-        return _unhooked, ()
-
-
-def _unhooked() -> Callable[..., None]:
-    return _nothing
-
-
-class _Passes:
-    """Passes of one module, of which some have that cache.
+    No hooks of torch: those that are called after a pass are not when it was interrupted (`KeyboardInterrupt`).
 
     Args:
         inner: whether it is the decoder, which a whole model calls.
+
+    Attributes:
+        caches: that the module has.
+        before: what others had put into the module's place before.
     """
 
-    def __init__(self, module: nn.Module, config: Any, cache_of: weakref.ref[PassObserver], *, inner: bool) -> None:
-        self._signature = inspect.signature(module.forward)
-        self._inner, self._config, self._cache_of = inner, config, cache_of
-        self._begun: list[tuple[Any, Any]] = []
+    def __init__(self, module: nn.Module, config: Any, *, inner: bool) -> None:
+        self._module, self._config, self._inner = weakref.ref(module), config, inner
+        self.__signature__ = inspect.signature(module.forward)
+        functools.update_wrapper(self, module.forward)
+        # It would hold the module, which holds this.
+        del vars(self)["__wrapped__"]
+        self.caches: weakref.WeakSet[PassObserver] = weakref.WeakSet()
+        self.before = vars(module).get(_NAME)
 
-    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Of every pass; returns what it is called with instead, if anything."""
-        cache = self._cache_of()
-        given = kwargs if not args else self._signature.bind_partial(*args, **kwargs).arguments
-        takes_part = given.get("past_key_values") is cache
-        if cache is not None and takes_part and active_cache.get() is not cache:
-            cache.begin_pass(given.get("input_ids"))
-            # A model whose attention is its own alone must not be told that it is ours.
-            config = self._config if cache.computes_attention else None
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._module()
+        forward = self.before or getattr(type(module), _NAME).__get__(module)
+        given = kwargs if not args else self.__signature__.bind_partial(*args, **kwargs).arguments
+        cache: Any = given.get("past_key_values")
+        if cache is None or cache not in self.caches:
+            return forward(*args, **kwargs)
+        if self._inner and kwargs.get("logits_to_keep") and cache.asks_all_queries:
+            # Layers that read the keys of others would be asked for these tokens only, and a profile is of all.
+            kwargs = {**kwargs, "logits_to_keep": 0}
+        if active_cache.get() is cache:
+            return forward(*args, **kwargs)
+        return self._serve(cache, lambda: forward(*args, **kwargs), given.get("input_ids"))
+
+    def _serve(self, cache: PassObserver, forward: Callable[[], Any], input_ids: Tensor | None) -> Any:
+        """A pass that the cache is part of; however it ends, what holds during it does not hold any longer."""
+        refuse_broken(cache)
+        this, outer, own = object(), active_cache.get(), switched()
+        # A model whose attention is its own alone must not be told that it is ours.
+        config = self._config if cache.computes_attention else None
+        try:
+            if _IN_PASS.setdefault(id(cache), this) is not this:
+                raise CacheStateError("the cache is in a forward pass of another thread; it serves one pass at a time")
+            active_cache.set(cache)
             if config is not None:
-                switch_on(config)
-            self._begun.append((config, active_cache.set(cache)))
-        if cache is None or not takes_part or not self._inner or not kwargs.get("logits_to_keep"):
-            return None
-        # Layers that read the keys of others would be asked for these tokens only, and a profile is of all.
-        return (args, {**kwargs, "logits_to_keep": 0}) if cache.asks_all_queries else None
+                switch_on(config, this)
+            return judged(cache, forward, input_ids)
+        finally:
+            try:
+                _leave(cache, this, outer, own, config)
+            except BaseException:
+                # An interruption may fall even here.
+                _leave(cache, this, outer, own, config)
+                raise
 
-    def after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        """Of every pass, also of one that failed."""
-        cache = self._cache_of()
-        # An inner call or one without this cache has nothing to undo.
-        if not self._begun or active_cache.get() is not cache:
-            return
-        config, token = self._begun.pop()
-        active_cache.reset(token)
+    def __reduce__(self) -> Any:
+        # A copy of the model, also in another process, has the method of its class.
+        return getattr, (self._module(), _NAME)
+
+
+def _leave(cache: PassObserver, this: object, outer: PassObserver | None, own: tuple[Any, ...], config: Any) -> None:
+    """Back to what was before a pass; once more does nothing."""
+    if _IN_PASS.get(id(cache)) is this:
+        active_cache.set(outer)
         if config is not None:
-            switch_off(config)
-        # There is no output where the pass failed.
-        if cache is not None and output is not None:
-            cache.end_pass()
+            switch_back(config, this, own)
+        del _IN_PASS[id(cache)]
+
+
+def _renew_lock() -> None:
+    """In a process that was forked: another thread, which is not there, may have held it."""
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -26,7 +27,15 @@ LAYER_ATTRIBUTE = "headwise_layer"
 
 @runtime_checkable
 class PassObserver(Protocol):
-    """What a cache is to the forward passes it is part of."""
+    """What a cache is to the forward passes it is part of.
+
+    Attributes:
+        layers: of the model.
+        broken: whether something was broken off half-way, so that it must be reset.
+    """
+
+    layers: list[CacheLayerMixin]
+    broken: bool
 
     @property
     def computes_attention(self) -> bool:

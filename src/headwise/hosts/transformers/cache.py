@@ -20,7 +20,7 @@ from headwise.hosts.transformers.kinds import KindTable
 from headwise.hosts.transformers.layer import HeadwiseLayer, held_tensors
 from headwise.hosts.transformers.model_facts import read_facts
 from headwise.hosts.transformers.parts import CacheParts
-from headwise.hosts.transformers.passes import check_pass, chunk_doubt
+from headwise.hosts.transformers.passes import check_pass, chunk_doubt, methods_whole
 from headwise.hosts.transformers.persistence import Owner, collect, fill, load, save
 from headwise.hosts.transformers.repetition import repeat_prompt
 from headwise.hosts.transformers.stock_layers import renew_stock
@@ -37,6 +37,7 @@ from headwise.stages.whole_model import WholeModel
 from headwise.types import Int, Tensor
 
 
+@methods_whole("crop", "reorder_cache", "batch_select_indices", "batch_repeat_interleave", "save", "__deepcopy__")
 @methods_alone("begin_pass", "end_pass", "announce", "crop", "reorder_cache", "__deepcopy__")
 @methods_alone("batch_select_indices", "batch_repeat_interleave")
 class HeadwiseCache(Cache):
@@ -121,7 +122,7 @@ class HeadwiseCache(Cache):
         self.policy, self.kernel, self._assembly = assembly.policy, assembly.kernels.name, assembly
         self.token_log, self.kind_table = TokenLog("kind" in self.policy.chooser.facts), kinds
         self.model_name, self._model, self._tokenizer = type(model).__name__, weakref.ref(model), tokenizer
-        self.passes = 0
+        self.passes, self.broken = 0, False
         # Set while a step of it is captured: its bookkeeping is then done between the passes, not in them.
         self.captured = False
         cache = weakref.ref(self)
@@ -179,9 +180,11 @@ class HeadwiseCache(Cache):
             CacheStateError: when the last pass was broken off.
         """
         layers = self.headwise_layers
-        if not layers or self.captured or self._whole_model.repeating:
+        if self.captured or self._whole_model.repeating:
             return
         check_pass(self.layers)
+        if not layers:
+            return
         self._parts.announce(input_ids, layers[0].core.seen)
         # Where a pass was judged only after its end, as drafts are.
         self._whole_model.compact()
@@ -212,14 +215,7 @@ class HeadwiseCache(Cache):
             CacheStateError: when those tokens have already had an effect that cannot be undone.
         """
         # 5.17 hands over a tensor, which the layers must not share.
-        tokens_to_remove = int(tokens_to_remove)
-        for layer in self.headwise_layers:
-            layer.check_crop(tokens_to_remove)
-        # Stock layers that refuse do so at once: they come first. Those that have seen nothing may crash.
-        for layer in sorted(self.layers, key=lambda layer: isinstance(layer, HeadwiseLayer)):
-            if getattr(layer, "is_initialized", True):
-                layer.crop(tokens_to_remove)
-        self._parts.truncate()
+        self._parts.crop(int(tokens_to_remove))
 
     def reset(self) -> None:
         """Forget everything; the cache can then serve another prompt."""
@@ -234,19 +230,22 @@ class HeadwiseCache(Cache):
 
     def reorder_cache(self, beam_idx: Int[Tensor, " new"]) -> None:
         """Continue the beams at those indices."""
+        self._parts.check_select(beam_idx)
         super().reorder_cache(beam_idx)
         self._parts.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences at those indices."""
+        self._parts.check_select(indices)
         super().batch_select_indices(indices)
         self._parts.select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
-        batch = next((len(kept) for layer in self.headwise_layers if (kept := layer.core.kept_tokens) is not None), 0)
+        indices = self._parts.repeated(repeats)
+        self._parts.check_select(indices)
         super().batch_repeat_interleave(repeats)
-        self._parts.select(torch.arange(batch, device="cpu").repeat_interleave(repeats))
+        self._parts.select(indices)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to, those of stock layers included."""

@@ -95,10 +95,15 @@ class HeadwiseLayer(CacheLayerMixin):
         options: LogitOptions,
     ) -> Float[Tensor, "b h g q e"]:
         """Called back by the attention function with what `update` let through, by each layer that reads it."""
-        if not self.awaits_attention:
-            return self.core.attend_again(query, key, value, mask, options)
+        attend = self.core.attend if self.awaits_attention else self.core.attend_again
+        try:
+            output = attend(query, key, value, mask, options)
+        except InputError:
+            # Said before anything changes; after any other the layer is left as if it still waited.
+            self.awaits_attention = False
+            raise
         self.awaits_attention = False
-        return self.core.attend(query, key, value, mask, options)
+        return output
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, bool | int]]:
         """Tensors and plain data that `restore` needs; empty before the first pass.

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from headwise.errors import CacheStateError, InputError
 from headwise.hosts.transformers.kinds import KindTable
 from headwise.hosts.transformers.layer import HeadwiseLayer, layer_report
 from headwise.report.report import Report
+from headwise.stages.admit import check_select
 from headwise.stages.layer import LayerCache
 from headwise.stages.token_log import TokenLog
 from headwise.types import Int, Tensor
@@ -85,6 +88,55 @@ class CacheParts:
         self.log.truncate(columns)
         if self.kinds is not None:
             self.kinds.truncate(columns, self.log)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens from all layers, or from none when one of them cannot.
+
+        Raises:
+            InputError: for a positive number.
+            CacheStateError: when those tokens have already had an effect that cannot be undone.
+        """
+        for layer in self.compressed:
+            layer.check_crop(tokens_to_remove)
+        # Stock layers that refuse do so at once: they come first. Those that have seen nothing may crash.
+        for number, layer in enumerate(layer for layer in self.stock if getattr(layer, "is_initialized", True)):
+            try:
+                layer.crop(tokens_to_remove)
+            except RuntimeError as error:
+                if number:
+                    raise
+                raise CacheStateError(
+                    f"cannot remove {-tokens_to_remove} tokens: layers that keep transformers' own cache have let go "
+                    "of what came before them; reset() the cache and start again"
+                ) from error
+        for layer in self.compressed:
+            layer.crop(tokens_to_remove)
+        self.truncate()
+
+    def check_select(self, indices: Tensor) -> None:
+        """Refuse a choice of sequences before anything of it is done.
+
+        Raises:
+            InputError: when there are no such sequences.
+            CacheStateError: while the prompt is still coming in.
+        """
+        for core in self.cores:
+            core.accept()
+            if core.prompt.rows.begun:
+                raise CacheStateError("cannot select sequences while the prompt is still coming in")
+            if core.store is not None:
+                check_select(indices, core.store.heads[0])
+
+    def repeated(self, repeats: int) -> Int[Tensor, " new"]:
+        """Indices that name every sequence so many times.
+
+        Raises:
+            InputError: for less than none.
+        """
+        if not isinstance(repeats, int) or repeats < 0:
+            raise InputError(f"sequences are repeated 0 times or more, got {repeats!r}")
+        batch = next((core.store.heads[0] for core in self.cores if core.store is not None), 0)
+        return torch.arange(batch, device="cpu").repeat_interleave(repeats)
 
     def select(self, indices: Int[Tensor, " new"]) -> None:
         """Keep what is known of the sequences at `indices`, in that order."""

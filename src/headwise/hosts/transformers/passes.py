@@ -1,16 +1,112 @@
-"""Passes: a cache before a forward pass -> nothing, or an error where the last one was broken off, or a doubt."""
+"""Passes: a cache and what is done with it -> the same, and an error where something before was broken off half-way."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from transformers import DynamicLayer
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
-from headwise.errors import CacheStateError
+from headwise.errors import CacheStateError, HeadwiseError
+from headwise.hosts.transformers.attention import PassObserver
 from headwise.hosts.transformers.layer import HeadwiseLayer
 from headwise.stages.layer import LayerCache
 from headwise.types import Int, Tensor
+
+_BROKEN = "the last forward pass was broken off half-way: reset() the cache and start again"
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def refuse_broken(cache: PassObserver) -> None:
+    """Refuse a cache that something left half-way.
+
+    Raises:
+        CacheStateError: until it is reset.
+    """
+    if cache.broken:
+        raise CacheStateError(_BROKEN)
+
+
+def judged(cache: PassObserver, forward: Callable[[], _R], input_ids: Tensor | None) -> _R:
+    """A pass, after which the cache is broken where it failed and had taken something in."""
+    seen, begun = _columns(cache.layers), False
+    try:
+        cache.begin_pass(input_ids)
+        begun = True
+        output = forward()
+        cache.end_pass()
+    except BaseException as error:
+        # An interruption may fall between any two lines. Before the pass, what is refused changes nothing.
+        if not isinstance(error, Exception if begun else HeadwiseError) or (begun and _changed(cache.layers, seen)):
+            cache.broken = True
+        raise
+    return output
+
+
+def whole_or_broken(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A method that is refused on a broken cache, and that breaks the cache where it is broken off itself."""
+
+    @wraps(method)
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        cache: Any = args[0]
+        refuse_broken(cache)
+        try:
+            return method(*args, **kwargs)
+        except (HeadwiseError, OSError):
+            # Said before anything changes, or by a disk.
+            raise
+        except BaseException:
+            cache.broken = True
+            raise
+
+    return called
+
+
+def methods_whole(*names: str) -> Callable[[type[_R]], type[_R]]:
+    """A class whose methods of those names are `whole_or_broken`, and whose `reset` makes it whole."""
+
+    def changed(owner: type[_R]) -> type[_R]:
+        for name in names:
+            setattr(owner, name, whole_or_broken(vars(owner)[name]))
+        reset = vars(owner)["reset"]
+
+        @wraps(reset)
+        def renewed(cache: Any) -> None:
+            cache.broken = True
+            reset(cache)
+            cache.broken = False
+
+        setattr(owner, "reset", renewed)  # noqa: B010  # a class of any kind
+        return owner
+
+    return changed
+
+
+def _waits(layer: CacheLayerMixin) -> bool:
+    """Whether not all attention was computed over the new keys of a layer."""
+    return isinstance(layer, HeadwiseLayer) and (layer.awaits_attention or layer.core.readers_left > 0)
+
+
+def _columns(layers: Sequence[CacheLayerMixin]) -> set[int]:
+    """How many columns layers that count them have seen."""
+    return {
+        layer.get_seq_length()
+        for layer in layers
+        if isinstance(layer, HeadwiseLayer) or (isinstance(layer, DynamicLayer) and layer.is_initialized)
+    }
+
+
+def _changed(layers: Sequence[CacheLayerMixin], seen: set[int]) -> bool:
+    """Whether any layer may have taken something in since they had seen that much."""
+    # Running states do not tell; other layers are not known.
+    telling = all(isinstance(each, HeadwiseLayer | DynamicLayer) for each in layers)
+    telling = telling and not any(isinstance(each, LinearAttentionLayer) for each in layers)
+    waits = any(_waits(layer) for layer in layers)
+    return not telling or waits or _columns(layers) != seen
 
 
 def check_pass(layers: Sequence[CacheLayerMixin]) -> None:
@@ -19,12 +115,9 @@ def check_pass(layers: Sequence[CacheLayerMixin]) -> None:
     Raises:
         CacheStateError: when the last pass was broken off.
     """
-    mine = [layer for layer in layers if isinstance(layer, HeadwiseLayer)]
-    # Layers of other kinds count no columns.
-    stock = [layer for layer in layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
-    lengths = {layer.get_seq_length() for layer in [*mine, *stock]}
-    if len(lengths) > 1 or any(layer.awaits_attention or layer.core.readers_left for layer in mine):
-        raise CacheStateError("the last forward pass was broken off half-way: reset() the cache and start again")
+    waits = any(_waits(layer) for layer in layers)
+    if waits or len(_columns(layers)) > 1:
+        raise CacheStateError(_BROKEN)
 
 
 def chunk_doubt(core: LayerCache, input_ids: Int[Tensor, "b q"] | None) -> str | None:

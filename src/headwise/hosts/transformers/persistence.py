@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +12,27 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from transformers import PreTrainedModel
 
 from headwise.errors import InputError, MismatchError
 from headwise.files import whole_file
 from headwise.hosts.transformers.kinds import KindTable
 from headwise.hosts.transformers.layer import HeadwiseLayer
+from headwise.hosts.transformers.model_facts import read_facts
 from headwise.hosts.transformers.parts import CacheParts
+from headwise.hosts.transformers.saved_checks import check_saved, checksum
 from headwise.hosts.transformers.stock_layers import restore_stock, stock_state
 from headwise.policies import FORMER_CLASSES
 from headwise.policies.base import Policy
 from headwise.types import Tensor
 from headwise.weights import fingerprint
 
-_FORMAT = "headwise-cache-2"
+_FORMAT = "headwise-cache-3"
+
+# Without a checksum; otherwise the same.
+_FORMER = "headwise-cache-2"
+
+_CHECKSUM = "checksum"
 
 # What the names of the token log's tensors begin with in a file.
 _LOG = "transcript"
@@ -39,7 +47,7 @@ class Owner:
         kinds: what it takes tokens for, where the policy asks.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     model_name: str
     policy: Policy
     kinds: KindTable | None
@@ -76,12 +84,21 @@ def save(parts: CacheParts, passes: int, owner: Owner, path: Path) -> None:
 
     Raises:
         CacheStateError: when a prompt is still coming in.
+        FileWriteError: when the file cannot be written; what was there before is still there.
     """
     tensors, plain = collect(parts, passes)
     metadata = {"format": _FORMAT, **owner.metadata(), "state": json.dumps(plain)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as scratch:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
+    metadata[_CHECKSUM] = checksum(tensors, metadata)
+    with whole_file(path, "a cache") as scratch:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata)
+        except SafetensorError as error:
+            # What it says of a disk.
+            raise OSError(str(error)) from error
+        # The name must not be there before the content, or a loss of power leaves neither the old nor the new.
+        with open(scratch, "rb") as written:
+            os.fsync(written.fileno())
 
 
 def load(parts: CacheParts, owner: Owner, path: Path, device: torch.device) -> int:
@@ -96,13 +113,23 @@ def load(parts: CacheParts, owner: Owner, path: Path, device: torch.device) -> i
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
+            if metadata.get("format") not in (_FORMAT, _FORMER):
                 raise InputError(f"{str(path)!r} is not a cache saved by this version of headwise ({_FORMAT})")
             owner.check(metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except SafetensorError as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise InputError(f"{str(path)!r} is not a safetensors file: {error}") from error
-    return fill(parts, {name: tensor.to(device) for name, tensor in tensors.items()}, json.loads(metadata["state"]))
+    told = metadata.pop(_CHECKSUM, None)
+    if metadata["format"] == _FORMAT and told != checksum(tensors, metadata):
+        raise InputError(f"{str(path)!r} is damaged: its content is not what was saved; save the cache again")
+    try:
+        plain = json.loads(metadata["state"])
+        check_saved(parts, read_facts(owner.model)[0].layers, tensors, plain)
+        return fill(parts, {name: tensor.to(device) for name, tensor in tensors.items()}, plain)
+    except InputError as error:
+        raise InputError(f"{str(path)!r} is {error}") from error
+    except (LookupError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{str(path)!r} is not a sound saved cache: {type(error).__name__}: {error}") from error
 
 
 def collect(parts: CacheParts, passes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
