@@ -97,7 +97,7 @@ class HeadwiseCache(Cache):
         assembly = assemble(
             policy,
             facts,
-            choose(kernel, model.device, dtype, policy.precision),
+            choose(kernel, facts.device, dtype, policy.precision),
             page_size=page_size,
             prompt_columns=prompt_tokens,
             evict_every=evict_every,
@@ -271,7 +271,7 @@ class HeadwiseCache(Cache):
             InputError: when the file is missing or not a saved cache.
         """
         cache = cls(model, policy, **options)
-        cache.passes = load(cache._parts, cache._owner, Path(path), model.get_decoder().device)
+        cache.passes = load(cache._parts, cache._owner, Path(path), read_facts(model)[0].device)
         return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadwiseCache:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from headwise.contract import LayerFacts, ModelFacts
 from headwise.hosts.transformers.trial import LayerTrial, same_but_for_position, stock_layers, try_model
+from headwise.placement import device_of
 from headwise.types import Float, Int, Rotation, Tensor
 
 # What transformers' families call the matrix behind attention.
@@ -42,7 +43,7 @@ def read_facts(model: PreTrainedModel) -> tuple[ModelFacts, list[CacheLayerMixin
             _layer_facts(layer, tried.get(index, LayerTrial()), rotations_of(_layer_type(config, index)))
             for index, layer in enumerate(stock)
         )
-    return ModelFacts(type(model).__name__, model, model.dtype, model.device, _KNOWN[decoder]), stock
+    return ModelFacts(type(model).__name__, model, model.dtype, device_of(decoder), _KNOWN[decoder]), stock
 
 
 def _layer_facts(layer: CacheLayerMixin, trial: LayerTrial, rotations: Sequence[Rotation]) -> LayerFacts:
