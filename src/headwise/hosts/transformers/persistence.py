@@ -15,6 +15,7 @@ from torch import nn
 
 from headwise.errors import InputError, MismatchError
 from headwise.files import whole_file
+from headwise.hosts.transformers.adapters import active_adapters
 from headwise.hosts.transformers.kinds import KindTable
 from headwise.hosts.transformers.layer import HeadwiseLayer
 from headwise.hosts.transformers.parts import CacheParts
@@ -50,6 +51,7 @@ class Owner:
             "model": fingerprint(self.model),
             "model_name": self.model_name,
             "policy": repr(self.policy),
+            "adapters": active_adapters(self.model),
             "kinds": "" if self.kinds is None else self.kinds.fingerprint,
         }
 
@@ -64,6 +66,11 @@ class Owner:
             raise MismatchError(f"the cache was saved with {found.get('policy')}, not with {self.policy!r}")
         if found.get("kinds") != own["kinds"]:
             raise MismatchError("the cache was saved with another tokenizer or other markers")
+        # Files written before this was noted say nothing of it.
+        if found.get("adapters", own["adapters"]) != own["adapters"]:
+            raise MismatchError(
+                f"the cache was saved with the adapters [{found.get('adapters')}] active, not with [{own['adapters']}]"
+            )
         if found.get("model") != own["model"]:
             raise MismatchError(
                 f"the cache was saved with another {found.get('model_name')}: shapes, dtype or weights differ from "
