@@ -1,4 +1,4 @@
-"""Adapters of PEFT: applied, switched, merged and taken off while a cache lives, and those that make a cache of theirs."""
+"""Adapters of PEFT: applied, switched, merged and taken off while a cache lives, or that make a cache of theirs."""
 
 from __future__ import annotations
 
