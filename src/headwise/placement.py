@@ -1,4 +1,4 @@
-"""Placement: a module, wherever its weights lie -> the device that it computes on, and the numbers of its parameters.
+"""Placement: a module, however its weights are kept -> the device that it computes on, and the numbers of its weights.
 
 Where accelerate has offloaded weights to main memory or to a disk, tensors without content take their place, and a hook
 on each module knows where its weights are and where they are needed. Hooks are looked at; nothing is imported.
@@ -35,9 +35,23 @@ def parameters_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     tied = getattr(model, "all_tied_weights_keys", ())
     for name, parameter in sorted(model.named_parameters()):
         if not parameter.is_meta:
-            yield name, parameter.detach()
+            yield name, _numbers(parameter)
         elif name not in tied:
-            yield name, _fetched(model, name)
+            yield name, _numbers(_fetched(model, name))
+
+
+def packed_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What is saved of it beside parameters: buffers, where some ways to quantize keep weights, and packed weights."""
+    for name, value in sorted(model.state_dict(keep_vars=True).items()):
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                yield name, _numbers(_fetched(model, name) if part.is_meta else part)
+
+
+def _numbers(weight: Tensor) -> Tensor:
+    """Without history; of codes, what they stand for."""
+    coded = weight.is_quantized or type(weight).dequantize is not Tensor.dequantize
+    return (weight.dequantize() if coded else weight).detach()
 
 
 def _fetched(model: nn.Module, name: str) -> Tensor:

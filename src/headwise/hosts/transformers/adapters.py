@@ -31,7 +31,7 @@ def active_adapters(model: nn.Module) -> str:
         for module in model.modules()
         if getattr(module, "disable_adapters", True) is False
         # A method of models of transformers has the same name.
-        for name in module.active_adapters
+        for name in getattr(module, "active_adapters", ())
         if name not in getattr(module, "merged_adapters", ())
     }
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
