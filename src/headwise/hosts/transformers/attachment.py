@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from headwise.errors import ConfigurationError
 from headwise.hosts.transformers.attention import PassObserver, active_cache, register_interface
 from headwise.hosts.transformers.preparation import forget_preparation, watch_preparation
 from headwise.hosts.transformers.switch import switch_off, switch_on
@@ -65,16 +66,33 @@ class _Passes:
     """Passes of one module, of which some have that cache."""
 
     def __init__(self, module: nn.Module, config: Any, cache_of: weakref.ref[PassObserver]) -> None:
-        self._signature = inspect.signature(module.forward)
+        self._parameters = inspect.signature(module.forward).parameters
+        # A wrapper may take them as they come: what they are is seen when the decoder is called.
+        self._nameless = any(each.kind is each.VAR_POSITIONAL for each in self._parameters.values())
         self._config, self._cache_of = config, cache_of
-        self._begun: list[tuple[Any, Any]] = []
+        self._begun: list[tuple[Any, Any] | None] = []
 
     def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Of every pass."""
+        """Of every pass.
+
+        Raises:
+            ConfigurationError: when it is to return attention weights.
+        """
         cache = self._cache_of()
-        given = kwargs if not args else self._signature.bind_partial(*args, **kwargs).arguments
-        takes_part = given.get("past_key_values") is cache
-        if cache is not None and takes_part and active_cache.get() is not cache:
+        if args and self._nameless:
+            return
+        given = kwargs if not args else dict(zip(self._parameters, args, strict=False)) | kwargs
+        if cache is None:
+            return
+        if active_cache.get() is cache:
+            # Inside of a pass of ours: one of the decoder, or somebody's plain one, which has nothing to undo.
+            self._begun.append(None)
+        elif given.get("past_key_values") is cache:
+            if cache.computes_attention and given.get("output_attentions", self._config.output_attentions):
+                raise ConfigurationError(
+                    "output_attentions=True: kept rows give the output of attention, and no weights over all tokens; "
+                    "ask for them with transformers' own cache, or use_cache=False"
+                )
             cache.begin_pass(given.get("input_ids"))
             # A model whose attention is its own alone must not be told that it is ours.
             config = self._config if cache.computes_attention else None
@@ -85,10 +103,10 @@ class _Passes:
     def after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         """Of every pass, also of one that failed."""
         cache = self._cache_of()
-        # An inner call or one without this cache has nothing to undo.
-        if not self._begun or active_cache.get() is not cache:
+        begun = self._begun.pop() if self._begun and active_cache.get() is cache else None
+        if begun is None:
             return
-        config, token = self._begun.pop()
+        config, token = begun
         active_cache.reset(token)
         if config is not None:
             switch_off(config)

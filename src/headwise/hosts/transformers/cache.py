@@ -21,7 +21,7 @@ from headwise.hosts.transformers.layer import HeadwiseLayer, held_tensors
 from headwise.hosts.transformers.model_facts import read_facts
 from headwise.hosts.transformers.parts import CacheParts
 from headwise.hosts.transformers.passes import check_pass, chunk_doubt
-from headwise.hosts.transformers.persistence import Owner, collect, fill, load, save
+from headwise.hosts.transformers.persistence import Owner, collect, fill, load, refuse_pickling, save
 from headwise.hosts.transformers.repetition import repeat_prompt
 from headwise.hosts.transformers.stock_layers import renew_stock
 from headwise.kernels.backends import AUTO, choose
@@ -281,6 +281,8 @@ class HeadwiseCache(Cache):
         copy._build(self.model, self._assembly, read_facts(self.model)[1], self._tokenizer, kinds)
         copy.passes = fill(copy._parts, *collect(self._parts, self.passes))
         return copy
+
+    __reduce_ex__ = refuse_pickling
 
     @property
     def _owner(self) -> Owner:

@@ -6,14 +6,14 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from headwise.errors import InputError, MismatchError
+from headwise.errors import CacheStateError, InputError, MismatchError
 from headwise.files import whole_file
 from headwise.hosts.transformers.adapters import active_adapters
 from headwise.hosts.transformers.kinds import KindTable
@@ -149,6 +149,18 @@ def fill(parts: CacheParts, tensors: dict[str, Tensor], plain: dict[str, Any]) -
             restore_stock(layer, state, plain[str(index)])
     passes: int = plain["passes"]
     return passes
+
+
+def refuse_pickling(cache: Any, _: Any) -> NoReturn:
+    """Takes the place of what `pickle`, `torch.save` and processes ask a cache for.
+
+    Raises:
+        CacheStateError: always; saying what to do.
+    """
+    raise CacheStateError(
+        f"a {type(cache).__name__} is bound to its model and cannot be pickled: write it with cache.save(path) and, "
+        "where the model is, read it with HeadwiseCache.load(path, model, policy); copy.deepcopy(cache) copies it"
+    )
 
 
 def _current(policy: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from headwise.errors import CacheStateError, HeadwiseWarning
+from headwise.errors import CacheStateError, HeadwiseWarning, InputError
 from headwise.hosts.transformers.attention import PassObserver
 
 _NAME = "prepare_inputs_for_generation"
@@ -34,8 +34,15 @@ class _Preparation:
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         model = self._model()
         prepare = self.before or getattr(type(model), _NAME).__get__(model)
-        prepared: dict[str, Any] = prepare(*args, **kwargs)
         cache = kwargs.get("past_key_values")
+        new = kwargs.get("next_sequence_length")
+        if new is not None and new <= 0 and isinstance(cache, PassObserver):
+            seen = cache.get_seq_length()
+            raise InputError(
+                f"a prompt of {seen + new} tokens has nothing new for a cache that has seen {seen}, as where it was "
+                "used for another prompt before: reset() it, or make a cache for each prompt"
+            )
+        prepared: dict[str, Any] = prepare(*args, **kwargs)
         if not isinstance(cache, PassObserver) or prepared.get("past_key_values") is cache:
             return prepared
         if prepared.get("past_key_values") is not None:
