@@ -79,26 +79,26 @@ class _Passes:
             ConfigurationError: when it is to return attention weights.
         """
         cache = self._cache_of()
+        if cache is not None and active_cache.get() is cache:
+            # Inside of a pass of ours: one of the decoder, or somebody's plain one, which has nothing to undo.
+            self._begun.append(None)
+            return
         if args and self._nameless:
             return
         given = kwargs if not args else dict(zip(self._parameters, args, strict=False)) | kwargs
-        if cache is None:
+        if cache is None or given.get("past_key_values") is not cache:
             return
-        if active_cache.get() is cache:
-            # Inside of a pass of ours: one of the decoder, or somebody's plain one, which has nothing to undo.
-            self._begun.append(None)
-        elif given.get("past_key_values") is cache:
-            if cache.computes_attention and given.get("output_attentions", self._config.output_attentions):
-                raise ConfigurationError(
-                    "output_attentions=True: kept rows give the output of attention, and no weights over all tokens; "
-                    "ask for them with transformers' own cache, or use_cache=False"
-                )
-            cache.begin_pass(given.get("input_ids"))
-            # A model whose attention is its own alone must not be told that it is ours.
-            config = self._config if cache.computes_attention else None
-            if config is not None:
-                switch_on(config)
-            self._begun.append((config, active_cache.set(cache)))
+        if cache.computes_attention and given.get("output_attentions", self._config.output_attentions):
+            raise ConfigurationError(
+                "output_attentions=True: kept rows give the output of attention, and no weights over all tokens; ask for "
+                "them with transformers' own cache, or use_cache=False"
+            )
+        cache.begin_pass(given.get("input_ids"))
+        # A model whose attention is its own alone must not be told that it is ours.
+        config = self._config if cache.computes_attention else None
+        if config is not None:
+            switch_on(config)
+        self._begun.append((config, active_cache.set(cache)))
 
     def after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         """Of every pass, also of one that failed."""
