@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +22,7 @@ from torch import nn
 
 from headwise.errors import InputError, MismatchError
 from headwise.files import whole_file, write_text
+from headwise.placement import packed_of, parameters_of
 from headwise.types import Float, Tensor
 
 CONFIG = "config.json"
@@ -168,19 +170,19 @@ class WeightsFolder(Generic[Whole]):
 
 def sample_weights(model: nn.Module) -> dict[str, Float[Tensor, " n"]]:
     """A few numbers of every parameter, by name: what a model is known by where it may have been rounded."""
-    samples = ((name, _sampled(parameter)) for name, parameter in model.named_parameters())
+    samples = ((name, _sampled(parameter)) for name, parameter in parameters_of(model))
     return {name: sample.float().cpu().clone() for name, sample in samples}
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of a model's shapes and of a few numbers of every parameter; the same on every device."""
+    """Hash of a model's shapes and of a few numbers of all its weights; the same on every device."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in chain(parameters_of(model), packed_of(model)):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(_sampled(parameter).double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def _sampled(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().flatten()
+    flat = parameter.flatten()
     return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED]

@@ -63,11 +63,21 @@ class WholeModel:
 
     @alone
     def compact(self) -> None:
-        """Choose for all layers at once, where the policy decides so and the whole prompt is in."""
+        """Choose for all layers at once, where the policy decides so and the whole prompt is in.
+
+        Raises:
+            InputError: when the prompt had tokens without ids.
+        """
         cores = self._cores
         if not self._policy.needs_all_layers or not cores or not all(core.prompt.complete for core in cores):
             return
         if self._ids is not None:
+            if self._ids.shape[1] < cores[0].seen:
+                raise InputError(
+                    f"{self._policy.name} lets the model repeat its prompt, but of {cores[0].seen} tokens only "
+                    f"{self._ids.shape[1]} have ids, as where an adapter puts virtual tokens before the prompt; take a "
+                    "policy that repeats nothing"
+                )
             started = clock(self._ids.device)
             self.repeating = True
             try:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from headwise.errors import CacheStateError
+from headwise.errors import CacheStateError, ConfigurationError
 from headwise.hosts.transformers.attention import PassObserver, active_cache, register_interface
 from headwise.hosts.transformers.passes import judged, refuse_broken
 from headwise.hosts.transformers.preparation import forget_preparation, watch_preparation
@@ -80,6 +80,9 @@ class _Forward:
     def __init__(self, module: nn.Module, config: Any, *, inner: bool) -> None:
         self._module, self._config, self._inner = weakref.ref(module), config, inner
         self.__signature__ = inspect.signature(module.forward)
+        self._parameters = self.__signature__.parameters
+        # A wrapper may take them as they come: what they are is seen when the decoder is called.
+        self._nameless = any(each.kind is each.VAR_POSITIONAL for each in self._parameters.values())
         functools.update_wrapper(self, module.forward)
         # It would hold the module, which holds this.
         del vars(self)["__wrapped__"]
@@ -89,10 +92,17 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
         forward = self.before or getattr(type(module), _NAME).__get__(module)
-        given = kwargs if not args else self.__signature__.bind_partial(*args, **kwargs).arguments
+        if args and self._nameless:
+            return forward(*args, **kwargs)
+        given = kwargs if not args else dict(zip(self._parameters, args, strict=False)) | kwargs
         cache: Any = given.get("past_key_values")
         if cache is None or cache not in self.caches:
             return forward(*args, **kwargs)
+        if cache.computes_attention and given.get("output_attentions", self._config.output_attentions):
+            raise ConfigurationError(
+                "output_attentions=True: kept rows give the output of attention, and no weights over all tokens; ask "
+                "for them with transformers' own cache, or use_cache=False"
+            )
         if self._inner and kwargs.get("logits_to_keep") and cache.asks_all_queries:
             # Layers that read the keys of others would be asked for these tokens only, and a profile is of all.
             kwargs = {**kwargs, "logits_to_keep": 0}

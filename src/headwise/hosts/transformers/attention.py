@@ -64,6 +64,10 @@ class PassObserver(Protocol):
         """Forget everything."""
         ...
 
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        ...
+
 
 # The cache of the forward pass in progress: tells a lost attribute from a call that has no headwise cache.
 active_cache: ContextVar[PassObserver | None] = ContextVar("headwise_active_cache", default=None)

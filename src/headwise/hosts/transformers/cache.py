@@ -21,7 +21,7 @@ from headwise.hosts.transformers.layer import HeadwiseLayer, held_tensors
 from headwise.hosts.transformers.model_facts import read_facts
 from headwise.hosts.transformers.parts import CacheParts
 from headwise.hosts.transformers.passes import check_pass, chunk_doubt, methods_whole
-from headwise.hosts.transformers.persistence import Owner, collect, fill, load, save
+from headwise.hosts.transformers.persistence import Owner, collect, fill, load, refuse_pickling, save
 from headwise.hosts.transformers.repetition import repeat_prompt
 from headwise.hosts.transformers.stock_layers import renew_stock
 from headwise.kernels.backends import AUTO, choose
@@ -98,7 +98,7 @@ class HeadwiseCache(Cache):
         assembly = assemble(
             policy,
             facts,
-            choose(kernel, model.device, dtype, policy.precision),
+            choose(kernel, facts.device, dtype, policy.precision),
             page_size=page_size,
             prompt_columns=prompt_tokens,
             evict_every=evict_every,
@@ -275,7 +275,7 @@ class HeadwiseCache(Cache):
             InputError: when the file is missing or not a saved cache.
         """
         cache = cls(model, policy, **options)
-        cache.passes = load(cache._parts, cache._owner, Path(path), model.get_decoder().device)
+        cache.passes = load(cache._parts, cache._owner, Path(path), read_facts(model)[0].device)
         return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadwiseCache:
@@ -285,6 +285,8 @@ class HeadwiseCache(Cache):
         copy._build(self.model, self._assembly, read_facts(self.model)[1], self._tokenizer, kinds)
         copy.passes = fill(copy._parts, *collect(self._parts, self.passes))
         return copy
+
+    __reduce_ex__ = refuse_pickling
 
     @property
     def _owner(self) -> Owner:

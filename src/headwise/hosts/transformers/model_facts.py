@@ -15,7 +15,9 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAtte
 from transformers.pytorch_utils import Conv1D
 
 from headwise.contract import LayerFacts, ModelFacts
+from headwise.hosts.transformers.adapters import check_adapter
 from headwise.hosts.transformers.trial import LayerTrial, same_but_for_position, stock_layers, try_model
+from headwise.placement import device_of
 from headwise.types import Float, Int, Rotation, Tensor
 
 # What transformers' families call the matrix behind attention.
@@ -34,6 +36,7 @@ def read_facts(model: PreTrainedModel) -> tuple[ModelFacts, list[CacheLayerMixin
     Raises:
         UnsupportedModelError: when it does not read ids with a cache of transformers.
     """
+    check_adapter(model)
     config, decoder = model.config.get_text_config(decoder=True), model.get_decoder()
     stock = stock_layers(config)
     if decoder not in _KNOWN:
@@ -42,7 +45,7 @@ def read_facts(model: PreTrainedModel) -> tuple[ModelFacts, list[CacheLayerMixin
             _layer_facts(layer, tried.get(index, LayerTrial()), rotations_of(_layer_type(config, index)))
             for index, layer in enumerate(stock)
         )
-    return ModelFacts(type(model).__name__, model, model.dtype, model.device, _KNOWN[decoder]), stock
+    return ModelFacts(type(model).__name__, model, model.dtype, device_of(decoder), _KNOWN[decoder]), stock
 
 
 def _layer_facts(layer: CacheLayerMixin, trial: LayerTrial, rotations: Sequence[Rotation]) -> LayerFacts:

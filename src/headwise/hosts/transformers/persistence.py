@@ -7,15 +7,16 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from headwise.errors import InputError, MismatchError
+from headwise.errors import CacheStateError, InputError, MismatchError
 from headwise.files import whole_file
+from headwise.hosts.transformers.adapters import active_adapters
 from headwise.hosts.transformers.kinds import KindTable
 from headwise.hosts.transformers.layer import HeadwiseLayer
 from headwise.hosts.transformers.model_facts import read_facts
@@ -58,6 +59,7 @@ class Owner:
             "model": fingerprint(self.model),
             "model_name": self.model_name,
             "policy": repr(self.policy),
+            "adapters": active_adapters(self.model),
             "kinds": "" if self.kinds is None else self.kinds.fingerprint,
         }
 
@@ -72,6 +74,11 @@ class Owner:
             raise MismatchError(f"the cache was saved with {found.get('policy')}, not with {self.policy!r}")
         if found.get("kinds") != own["kinds"]:
             raise MismatchError("the cache was saved with another tokenizer or other markers")
+        # Files written before this was noted say nothing of it.
+        if found.get("adapters", own["adapters"]) != own["adapters"]:
+            raise MismatchError(
+                f"the cache was saved with the adapters [{found.get('adapters')}] active, not with [{own['adapters']}]"
+            )
         if found.get("model") != own["model"]:
             raise MismatchError(
                 f"the cache was saved with another {found.get('model_name')}: shapes, dtype or weights differ from "
@@ -169,6 +176,18 @@ def fill(parts: CacheParts, tensors: dict[str, Tensor], plain: dict[str, Any]) -
             restore_stock(layer, state, plain[str(index)])
     passes: int = plain["passes"]
     return passes
+
+
+def refuse_pickling(cache: Any, _: Any) -> NoReturn:
+    """Takes the place of what `pickle`, `torch.save` and processes ask a cache for.
+
+    Raises:
+        CacheStateError: always; saying what to do.
+    """
+    raise CacheStateError(
+        f"a {type(cache).__name__} is bound to its model and cannot be pickled: write it with cache.save(path) and, "
+        "where the model is, read it with HeadwiseCache.load(path, model, policy); copy.deepcopy(cache) copies it"
+    )
 
 
 def _current(policy: str) -> str:

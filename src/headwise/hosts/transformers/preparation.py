@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from headwise.errors import HeadwiseWarning
+from headwise.errors import CacheStateError, HeadwiseWarning, InputError
 from headwise.hosts.transformers.attention import PassObserver
 
 _NAME = "prepare_inputs_for_generation"
@@ -34,17 +34,30 @@ class _Preparation:
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         model = self._model()
         prepare = self.before or getattr(type(model), _NAME).__get__(model)
-        prepared: dict[str, Any] = prepare(*args, **kwargs)
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, PassObserver) and prepared.get("past_key_values") is not cache:
-            warnings.warn(
-                f"{type(model).__name__} lets go of its cache here and reads all tokens again, as it turns them "
-                "otherwise from now on; what to keep of them is chosen anew",
-                HeadwiseWarning,
-                stacklevel=2,
+        new = kwargs.get("next_sequence_length")
+        if new is not None and new <= 0 and isinstance(cache, PassObserver):
+            seen = cache.get_seq_length()
+            raise InputError(
+                f"a prompt of {seen + new} tokens has nothing new for a cache that has seen {seen}, as where it was "
+                "used for another prompt before: reset() it, or make a cache for each prompt"
             )
-            cache.reset()
-            prepared["past_key_values"] = cache
+        prepared: dict[str, Any] = prepare(*args, **kwargs)
+        if not isinstance(cache, PassObserver) or prepared.get("past_key_values") is cache:
+            return prepared
+        if prepared.get("past_key_values") is not None:
+            raise CacheStateError(
+                f"{type(model).__name__} puts another cache in the place of the one it is given, as PEFT does for "
+                "prefix tuning; generate without past_key_values"
+            )
+        warnings.warn(
+            f"{type(model).__name__} lets go of its cache here and reads all tokens again, as it turns them "
+            "otherwise from now on; what to keep of them is chosen anew",
+            HeadwiseWarning,
+            stacklevel=2,
+        )
+        cache.reset()
+        prepared["past_key_values"] = cache
         return prepared
 
     def __reduce__(self) -> Any:

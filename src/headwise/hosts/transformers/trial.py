@@ -22,6 +22,7 @@ from headwise.contract import LayerShape
 from headwise.errors import UnsupportedModelError
 from headwise.hosts.transformers.attention import bystander, register_interface
 from headwise.hosts.transformers.switch import headwise_attention_on
+from headwise.placement import device_of
 from headwise.stages.ambient import undisturbed
 from headwise.types import Float, Rotation, Tensor
 
@@ -79,7 +80,7 @@ def try_model(model: PreTrainedModel) -> Mapping[int, LayerTrial]:
     """What was seen of each layer that used the cache, by index.
 
     Raises:
-        UnsupportedModelError: when the model does not read ids with a cache of transformers.
+        UnsupportedModelError: when the model has no weights, or does not read ids with a cache of transformers.
     """
     decoder = model.get_decoder()
     register_interface()
@@ -87,7 +88,12 @@ def try_model(model: PreTrainedModel) -> Mapping[int, LayerTrial]:
     name, takes = type(decoder).__name__, inspect.signature(decoder.forward).parameters
     if "past_key_values" not in takes or "input_ids" not in takes:
         raise UnsupportedModelError(f"{name} takes no cache: its forward pass has no input_ids or no past_key_values")
-    device = decoder.get_input_embeddings().weight.device
+    device = device_of(decoder.get_input_embeddings())
+    if device.type == "meta":
+        raise UnsupportedModelError(
+            f"{name} has no weights yet: it is on the meta device; load them, or offload them with accelerate, before "
+            "a cache is made"
+        )
     ids = torch.tensor([[1, 2]], device=device).expand(len(POSITIONS), -1)
     options: dict[str, Any] = {}
     if "position_ids" in takes:
