@@ -86,12 +86,13 @@ class _Passes:
         if args and self._nameless:
             return
         given = kwargs if not args else dict(zip(self._parameters, args, strict=False)) | kwargs
-        if cache is None or given.get("past_key_values") is not cache:
+        takes_part = given.get("past_key_values") is cache
+        if cache is None or not takes_part:
             return
         if cache.computes_attention and given.get("output_attentions", self._config.output_attentions):
             raise ConfigurationError(
-                "output_attentions=True: kept rows give the output of attention, and no weights over all tokens; ask for "
-                "them with transformers' own cache, or use_cache=False"
+                "output_attentions=True: kept rows give the output of attention, and no weights over all tokens; ask "
+                "for them with transformers' own cache, or use_cache=False"
             )
         cache.begin_pass(given.get("input_ids"))
         # A model whose attention is its own alone must not be told that it is ours.
