@@ -18,6 +18,9 @@ from headwise.errors import UnsupportedModelError
 from headwise.placement import device_of
 from headwise.weights import fingerprint, sample_weights
 
+# What the oldest transformers says of weights that are away.
+pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
+
 CPU = torch.device("cpu")
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 POLICIES = [

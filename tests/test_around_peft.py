@@ -68,7 +68,7 @@ def generate(model, cache, ids=IDS, **options):
 
 def two_turns(model, cache):
     ids = generate(model, cache)
-    return generate(model, cache, torch.cat([ids, IDS[:, :4]], dim=1))
+    return generate(model, cache, torch.cat([ids, IDS[:, : VIRTUAL + 4]], dim=1))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "prefix"])

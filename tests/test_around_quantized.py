@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from torch.ao.quantization import quantize_dynamic
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import DynamicCache
 
 import headwise
 import tiny
+from coded_weights import with_int8_weights
 from headwise.errors import MismatchError
 from headwise.weights import fingerprint, sample_weights
 
@@ -29,14 +27,8 @@ POLICIES = [
 ]
 
 
-def torchao(config, model):
-    quantize_(model, config)
-    return model
-
-
 WAYS = {
-    "weights": functools.partial(torchao, Int8WeightOnlyConfig()),
-    "weights and activations": functools.partial(torchao, Int8DynamicActivationInt8WeightConfig()),
+    "weights": with_int8_weights,
     # Its layers have no parameters, and their weights are in what is saved of them.
     "packed": lambda model: quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8),
 }

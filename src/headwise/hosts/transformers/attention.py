@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from headwise.errors import CacheStateError, UnsupportedModelError
+from headwise.hosts.transformers.compilation import leave_out_of_graphs
 from headwise.kernels.attention import dense_attention
 from headwise.kernels.interface import AttentionMap
 from headwise.stages.ambient import autocast_dtype
@@ -179,6 +180,7 @@ def register_interface() -> None:
     """Make "headwise" known to transformers: the attention function and the mask that goes with it."""
     AttentionInterface.register(NAME, headwise_attention)
     AttentionMaskInterface.register(NAME, _mask)
+    leave_out_of_graphs()
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
