@@ -32,10 +32,12 @@ class PassObserver(Protocol):
     Attributes:
         layers: of the model.
         broken: whether something was broken off half-way, so that it must be reset.
+        newest: the last token of every sequence, where it is known.
     """
 
     layers: list[CacheLayerMixin]
     broken: bool
+    newest: Tensor | None
 
     @property
     def computes_attention(self) -> bool:

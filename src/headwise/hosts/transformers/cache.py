@@ -122,7 +122,7 @@ class HeadwiseCache(Cache):
         self.policy, self.kernel, self._assembly = assembly.policy, assembly.kernels.name, assembly
         self.token_log, self.kind_table = TokenLog("kind" in self.policy.chooser.facts), kinds
         self.model_name, self._model, self._tokenizer = type(model).__name__, weakref.ref(model), tokenizer
-        self.passes, self.broken = 0, False
+        self.passes, self.broken, self.newest = 0, False, None
         # Set while a step of it is captured: its bookkeeping is then done between the passes, not in them.
         self.captured = False
         cache = weakref.ref(self)

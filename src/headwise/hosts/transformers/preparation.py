@@ -6,6 +6,7 @@ again. What the cache kept of them was turned otherwise, so it begins again too.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from headwise.errors import HeadwiseWarning
 from headwise.hosts.transformers.attention import PassObserver
+from headwise.hosts.transformers.passes import check_continuation
 
 _NAME = "prepare_inputs_for_generation"
 
@@ -30,12 +32,21 @@ class _Preparation:
         self._model = weakref.ref(model)
         self.caches = 0
         self.before = vars(model).get(_NAME)
+        # Read by `generate`, to see what it may be given.
+        self.__signature__ = inspect.signature(getattr(model, _NAME))
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         model = self._model()
         prepare = self.before or getattr(type(model), _NAME).__get__(model)
-        prepared: dict[str, Any] = prepare(*args, **kwargs)
         cache = kwargs.get("past_key_values")
+        given, count = args[0] if args else kwargs.get("input_ids"), kwargs.get("next_sequence_length")
+        # Not said of a prompt that comes in chunks.
+        doubt = None
+        if isinstance(cache, PassObserver) and given is not None and count is not None:
+            doubt = check_continuation(cache, given, count)
+        if doubt is not None:
+            warnings.warn(doubt, HeadwiseWarning, stacklevel=2)
+        prepared: dict[str, Any] = prepare(*args, **kwargs)
         if isinstance(cache, PassObserver) and prepared.get("past_key_values") is not cache:
             warnings.warn(
                 f"{type(model).__name__} lets go of its cache here and reads all tokens again, as it turns them "
