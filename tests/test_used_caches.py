@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import models
 import tiny
-from headwise import H2O, Full, HeadwiseCache, HeadwiseWarning, InputError, Quantized, SnapKV
+from headwise import H2O, CacheStateError, Full, HeadwiseCache, HeadwiseWarning, InputError, Quantized, SnapKV
 
 TOKENIZER = tiny.tokenizer()
 CODES = Quantized(Full(), 8, recent=4)
@@ -55,6 +55,18 @@ def test_ids_that_end_before_what_was_seen_are_refused_and_change_nothing(model,
     again = new_cache(model, cache.policy)
     ids = models.generate(model, PAIR, again, max_new_tokens=4)
     assert torch.equal(answered(model, cache, longer(ids)), answered(model, again, longer(ids)))
+
+
+def test_of_a_cache_that_was_broken_off_that_is_said_first(model, cache):
+    def fail(*_):
+        raise ArithmeticError
+
+    handle = model.get_decoder().layers[1].register_forward_hook(fail)
+    with pytest.raises(ArithmeticError):
+        answered(model, cache, longer(cache.ids))
+    handle.remove()
+    with pytest.raises(CacheStateError, match="broken off"):
+        answered(model, cache, PAIR)
 
 
 def test_another_prompt_is_said_and_the_conversation_itself_is_not(model, cache):

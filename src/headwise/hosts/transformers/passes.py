@@ -75,8 +75,10 @@ def check_continuation(cache: PassObserver, input_ids: Tensor, count: int) -> st
         count: how many of them the model is to read; less than one where they end before what was seen.
 
     Raises:
+        CacheStateError: when something was broken off; that comes first.
         InputError: when there is nothing to read.
     """
+    refuse_broken(cache)
     seen, columns = max(_columns(cache.layers), default=0), input_ids.shape[1]
     if count < 1:
         raise InputError(
