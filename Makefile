@@ -17,7 +17,7 @@ CONTRACT_TESTS := $(addprefix tests/test_,generate_matrix.py contract_*.py persi
 PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --durations=30
 SHAPES := --jaxtyping-packages=headwise,beartype.beartype
 
-.PHONY: demo test test-all test-oldest check check-memory format results model clean
+.PHONY: demo test test-all test-oldest soak check check-memory format results model clean
 
 demo: model
 	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
@@ -35,6 +35,11 @@ test-all: model
 
 test-oldest: $(OLD_VENV)/.ready
 	$(OLD_VENV)/bin/python -m pytest $(PARALLEL) -m "not own" $(CONTRACT_TESTS)
+
+# Everything that may happen to a cache, for so long; what came of it is in docs/robustness.md.
+MINUTES ?= 20
+soak: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --minutes $(MINUTES)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -85,7 +85,7 @@ def test_a_batch_of_a_pipeline_is_what_its_prompts_give_alone(write, policy):
 
 def test_one_cache_for_several_prompts_of_a_pipeline_is_refused(write):
     """With batches of different size too."""
-    with pytest.raises(InputError, match=r"prompt of \d+ tokens has nothing new for a cache"):
+    with pytest.raises(InputError, match=r"the cache has seen \d+ tokens, and generate\(\) was given \d+"):
         write([TEXTS[0], TEXTS[2]], past_key_values=cache(headwise.Full()), **GREEDY)
     with pytest.raises(InputError):
         write(TEXTS, batch_size=2, past_key_values=cache(headwise.Full()), **GREEDY)

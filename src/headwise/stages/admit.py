@@ -21,15 +21,24 @@ def check_heads(keys: Float[Tensor, "b h q d"], values: Float[Tensor, "b h q e"]
     given = (*keys.shape[:2], keys.shape[-1], values.shape[-1])
     if held is None or given == held:
         return
-    if given[0] != held[0]:
-        raise InputError(
-            f"the cache holds {held[0]} sequences and this pass brings {given[0]}; drop or repeat sequences with "
-            "batch_select_indices(), batch_repeat_interleave() or reorder_cache(), or reset() the cache for others"
-        )
+    check_batch(given[0], held[0])
     raise InputError(
         f"the cache holds {held[1]} KV heads of {held[2]} and {held[3]} channels and this pass brings {given[1]} of "
         f"{given[2]} and {given[3]}; a cache serves one model"
     )
+
+
+def check_batch(given: int, held: int) -> None:
+    """Refuse another number of sequences than is held.
+
+    Raises:
+        InputError: saying how many there are.
+    """
+    if given != held:
+        raise InputError(
+            f"the cache holds {held} sequences and this pass brings {given}; drop or repeat sequences with "
+            "batch_select_indices(), batch_repeat_interleave() or reorder_cache(), or reset() the cache for others"
+        )
 
 
 def check_mask(mask: Bool[Tensor, "b q t"] | None, log: TokenLog) -> None:

@@ -36,6 +36,11 @@ class Assembly:
     kernels: Kernels
     layers: Mapping[int, LayerConfig]
 
+    @property
+    def asks_all_queries(self) -> bool:
+        """Whether the policy looks at what layers ask that read the keys of others."""
+        return self.policy.chooser.asks_queries and any(layer.readers > 1 for layer in self.layers.values())
+
 
 def assemble(
     policy: Policy,

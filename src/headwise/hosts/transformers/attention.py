@@ -33,20 +33,16 @@ class PassObserver(Protocol):
     Attributes:
         layers: of the model.
         broken: whether something was broken off half-way, so that it must be reset.
+        newest: the last token of every sequence, where it is known.
+        computes_attention: whether any layer is headwise's.
+        asks_all_queries: whether layers that read the keys of others must be asked for every token.
     """
 
     layers: list[CacheLayerMixin]
     broken: bool
-
-    @property
-    def computes_attention(self) -> bool:
-        """Whether any layer is headwise's."""
-        ...
-
-    @property
-    def asks_all_queries(self) -> bool:
-        """Whether layers that read the keys of others must be asked for every token."""
-        ...
+    newest: Tensor | None
+    computes_attention: bool
+    asks_all_queries: bool
 
     @property
     def awaits_attention(self) -> bool:

@@ -134,6 +134,8 @@ class HeadwiseCache(Cache):
         ]
         super().__init__(layers=layers)
         self._parts = CacheParts(self.layers, self.token_log, kinds)
+        # Without a layer of ours the model has nothing to ask but of its own.
+        self.computes_attention, self.asks_all_queries = bool(self._parts.compressed), assembly.asks_all_queries
         self._whole_model = WholeModel(self.policy.chooser, self._parts.cores, weakref.WeakMethod(self._repeat_prompt))
         attach(model, self)
 
@@ -147,14 +149,13 @@ class HeadwiseCache(Cache):
         return self._parts.compressed
 
     @property
-    def computes_attention(self) -> bool:
-        """Whether a layer is ours; without any, the model has nothing to ask but of its own layers."""
-        return bool(self._parts.compressed)
+    def newest(self) -> Int[Tensor, " b"] | None:
+        """The last token of every sequence, where it is known."""
+        return self._parts.newest
 
-    @property
-    def asks_all_queries(self) -> bool:
-        """Whether the policy looks at what layers ask that read the keys of others."""
-        return self.policy.chooser.asks_queries and any(layer.readers > 1 for layer in self._assembly.layers.values())
+    @newest.setter
+    def newest(self, ids: Int[Tensor, " b"] | None) -> None:
+        self._parts.newest = ids
 
     @property
     def awaits_attention(self) -> bool:

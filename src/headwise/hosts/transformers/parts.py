@@ -20,7 +20,7 @@ from headwise.types import Int, Tensor
 from headwise.units import storage_bytes
 
 
-@dataclass(frozen=True)
+@dataclass
 class CacheParts:
     """The parts of one cache.
 
@@ -28,11 +28,13 @@ class CacheParts:
         layers: headwise's and transformers' own, in the order of the model.
         log: of the tokens.
         kinds: what it takes tokens for, where the policy asks.
+        newest: the last token of every sequence, where it is known.
     """
 
     layers: Sequence[CacheLayerMixin]
     log: TokenLog
     kinds: KindTable | None
+    newest: Int[Tensor, " b"] | None = None
 
     @property
     def compressed(self) -> list[HeadwiseLayer]:
@@ -58,7 +60,7 @@ class CacheParts:
     def token_tensors(self) -> list[Tensor]:
         """What is known of tokens beside their rows."""
         ids = None if self.kinds is None else self.kinds.ids
-        return [*self.log.tensors().values(), *([] if ids is None else [ids])]
+        return [*self.log.tensors().values(), *(each for each in (ids, self.newest) if each is not None)]
 
     def report(self, policy: str, kernel: str, seen: int, repetition_seconds: float) -> Report:
         """What they hold now, and what a full cache would hold, after so many tokens."""

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from transformers import DynamicLayer
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
-from headwise.errors import CacheStateError, HeadwiseError
+from headwise.errors import CacheStateError, HeadwiseError, InputError
 from headwise.hosts.transformers.attention import PassObserver
 from headwise.hosts.transformers.layer import HeadwiseLayer
+from headwise.stages.admit import check_batch
 from headwise.stages.layer import LayerCache
 from headwise.types import Int, Tensor
 
@@ -34,6 +36,8 @@ def refuse_broken(cache: PassObserver) -> None:
 def judged(cache: PassObserver, forward: Callable[[], _R], input_ids: Tensor | None) -> _R:
     """A pass, after which the cache is broken where it failed and had taken something in."""
     seen, begun = _columns(cache.layers), False
+    if input_ids is not None:
+        _check_ids(input_ids, cache.layers, max(seen, default=0))
     try:
         cache.begin_pass(input_ids)
         begun = True
@@ -44,7 +48,53 @@ def judged(cache: PassObserver, forward: Callable[[], _R], input_ids: Tensor | N
         if not isinstance(error, Exception if begun else HeadwiseError) or (begun and _changed(cache.layers, seen)):
             cache.broken = True
         raise
+    cache.newest = None if input_ids is None else input_ids[:, -1].clone()
     return output
+
+
+def _check_ids(input_ids: Tensor, layers: Sequence[CacheLayerMixin], seen: int) -> None:
+    """Refuse what models and layers of transformers' own answer with an error about shapes.
+
+    Raises:
+        InputError: saying what was given.
+    """
+    if not input_ids.numel():
+        told = f"; the cache has seen {seen}, and needs all ids so far and at least one more" if seen else ""
+        raise InputError(f"this pass brings no tokens: its input_ids have shape {tuple(input_ids.shape)}{told}")
+    for layer in layers:
+        store = getattr(layer.core, "store", None) if isinstance(layer, HeadwiseLayer) else None
+        if store is not None:
+            check_batch(len(input_ids), store.heads[0])
+            return
+
+
+def check_continuation(cache: PassObserver, input_ids: Tensor, count: int) -> str | None:
+    """Look at the ids that `generate` was given for a cache; returns what is doubtful about them.
+
+    Args:
+        count: how many of them the model is to read; less than one where they end before what was seen.
+
+    Raises:
+        CacheStateError: when something was broken off; that comes first.
+        InputError: when there is nothing to read.
+    """
+    refuse_broken(cache)
+    seen, columns = max(_columns(cache.layers), default=0), input_ids.shape[1]
+    if count < 1:
+        raise InputError(
+            f"the cache has seen {seen} tokens, and generate() was given {columns}: pass the ids of the whole "
+            "conversation and what is new of it, crop() what is to be read again, or reset() the cache"
+        )
+    newest, cache.newest = cache.newest, None
+    # One token more is what every step of a generation brings.
+    if newest is None or count < 2 or columns != seen + count or len(input_ids) != len(newest):
+        return None
+    if torch.equal(input_ids[:, seen - 1], newest.to(input_ids.device)):
+        return None
+    return (
+        f"the cache has seen {seen} tokens, and the ids that generate() was given do not begin with them: their first "
+        f"{seen} are not read; reset() the cache for another prompt"
+    )
 
 
 def whole_or_broken(method: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -54,6 +104,7 @@ def whole_or_broken(method: Callable[_P, _R]) -> Callable[_P, _R]:
     def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         cache: Any = args[0]
         refuse_broken(cache)
+        cache.newest = None
         try:
             return method(*args, **kwargs)
         except (HeadwiseError, OSError):
@@ -78,7 +129,7 @@ def methods_whole(*names: str) -> Callable[[type[_R]], type[_R]]:
         def renewed(cache: Any) -> None:
             cache.broken = True
             reset(cache)
-            cache.broken = False
+            cache.broken, cache.newest = False, None
 
         setattr(owner, "reset", renewed)  # noqa: B010  # a class of any kind
         return owner

@@ -6,14 +6,16 @@ again. What the cache kept of them was turned otherwise, so it begins again too.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from headwise.errors import CacheStateError, HeadwiseWarning, InputError
+from headwise.errors import CacheStateError, HeadwiseWarning
 from headwise.hosts.transformers.attention import PassObserver
+from headwise.hosts.transformers.passes import check_continuation
 
 _NAME = "prepare_inputs_for_generation"
 
@@ -30,18 +32,20 @@ class _Preparation:
         self._model = weakref.ref(model)
         self.caches = 0
         self.before = vars(model).get(_NAME)
+        # Read by `generate`, to see what it may be given.
+        self.__signature__ = inspect.signature(getattr(model, _NAME))
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         model = self._model()
         prepare = self.before or getattr(type(model), _NAME).__get__(model)
         cache = kwargs.get("past_key_values")
-        new = kwargs.get("next_sequence_length")
-        if new is not None and new <= 0 and isinstance(cache, PassObserver):
-            seen = cache.get_seq_length()
-            raise InputError(
-                f"a prompt of {seen + new} tokens has nothing new for a cache that has seen {seen}, as where it was "
-                "used for another prompt before: reset() it, or make a cache for each prompt"
-            )
+        given, count = args[0] if args else kwargs.get("input_ids"), kwargs.get("next_sequence_length")
+        # Not said of a prompt that comes in chunks.
+        doubt = None
+        if isinstance(cache, PassObserver) and given is not None and count is not None:
+            doubt = check_continuation(cache, given, count)
+        if doubt is not None:
+            warnings.warn(doubt, HeadwiseWarning, stacklevel=2)
         prepared: dict[str, Any] = prepare(*args, **kwargs)
         if not isinstance(cache, PassObserver) or prepared.get("past_key_values") is cache:
             return prepared

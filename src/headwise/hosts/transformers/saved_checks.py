@@ -172,7 +172,7 @@ def _check_rows(
     rows = int(lengths.sum())
     taken = {each.name: part.take(prefix + each.name, (rows, *each.shape), each.dtype) for each in consists_of}
     part.within(f"{prefix}columns", taken["columns"], 0, columns - 1)
-    owner = torch.arange(lengths.numel()).repeat_interleave(lengths.flatten())
+    owner = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths.flatten())
     return owner * columns + taken["columns"]
 
 
