@@ -82,9 +82,9 @@ def test_threads_with_caches_of_their_own_generate_what_they_would_alone(before,
 
 
 def windowed(module, query, key, value, attention_mask, **options):
-    """What a user may have registered: like no other."""
+    """What a user may have registered: like no other to the bit, and near enough to be served."""
     output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return output * 0.9, weights
+    return output * 0.999, weights
 
 
 class Held:

@@ -10,6 +10,8 @@ import weakref
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
@@ -17,6 +19,8 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import headwise
 import models
@@ -65,7 +69,8 @@ def test_a_model_is_tried_once():
     model = tiny.llama()
     passes = Passes(model.get_decoder())
     caches = [headwise.HeadwiseCache(model, headwise.Full()) for _ in range(3)]
-    assert passes.count == 1
+    # Two more with a cache that keeps all, and two with transformers' own beside them.
+    assert passes.count == 1 + 2 + 2
     # What is known of it goes with it.
     decoder = weakref.ref(model.get_decoder())
     assert read_facts(model)[0].layers is read_facts(model)[0].layers
@@ -129,6 +134,56 @@ class Deaf(LlamaForCausalLM):
 def test_a_model_that_makes_no_use_of_its_cache_is_refused():
     with pytest.raises(UnsupportedModelError, match="LlamaModel makes no use of the cache that it is given"):
         headwise.HeadwiseCache(Deaf(tiny.llama().config), headwise.Full())
+
+
+class Peeking(LlamaForCausalLM):
+    """Looks into the layers of its cache by itself."""
+
+    def __init__(self, config, add):
+        super().__init__(config)
+        forward = self.model.forward
+
+        def peeking(input_ids=None, past_key_values=None, **kwargs):
+            output = forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+            seen = past_key_values.layers[0].keys
+            output.last_hidden_state = output.last_hidden_state + add(seen)
+            return output
+
+        self.model.forward = peeking
+
+
+@pytest.mark.parametrize(
+    ("add", "said"),
+    [
+        (lambda keys: keys.sum(), "it raises AttributeError: 'NoneType' object has no attribute 'sum'"),
+        (lambda keys: 0 if keys is None else 1, "its output is off by"),
+    ],
+    ids=["raises", "differs"],
+)
+def test_a_model_that_looks_into_its_cache_is_refused_when_a_cache_is_made(add, said):
+    model = Peeking(tiny.llama().config, add).eval()
+    for policy in (headwise.Full(), headwise.H2O(heavy=4, recent=4)):
+        with pytest.raises(UnsupportedModelError, match=said):
+            headwise.HeadwiseCache(model, policy)
+
+
+def test_a_model_with_an_attention_function_of_somebodys_own_is_refused():
+    """Another took its place in silence; one that computes what all others do may be replaced."""
+
+    def halved(module, query, key, value, attention_mask, **options):
+        output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return output * 0.5, weights
+
+    AttentionInterface.register("halved", halved)
+    AttentionMaskInterface.register("halved", sdpa_mask)
+    model = tiny.llama()
+    model.set_attn_implementation("halved")
+    with pytest.raises(UnsupportedModelError, match="its output is off by"):
+        headwise.HeadwiseCache(model, headwise.Full())
+    model = tiny.llama()
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        headwise.HeadwiseCache(model, headwise.Full())
 
 
 def test_a_model_that_cannot_read_ids_is_refused_with_what_it_said():

@@ -51,17 +51,44 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"num_kv_shared_layers", 2),
     (r"initializer_range", 0.2),
 )
+_OPTIONAL = {"sliding_window", "attention_chunk_size", "q_lora_rank", "attention_window"}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 _AS_DECODER = {"is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False}
 
+_LINEAR_AND_FULL = ["linear_attention", "full_attention"] * (LAYERS // 2)
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_INDEXED = {"n_heads": 2, "kv_heads": 1, "head_dim": 16, "budget": 32, "compress_ratio": 4}
+_LEAVE = object()
+
 # What no rule above can tell, family by family: attributes that depend on one another.
-_ZAMBA_KINDS = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 _OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
+    "deepseek_v4": {"mlp_layer_types": ["moe"] * LAYERS},
+    "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
+    "granitemoehybrid": {"layer_types": _LINEAR_AND_FULL},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
+    "longcat_flash": {"num_layers": 2, "num_hidden_layers": LAYERS, "head_dim": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "prophetnet": {"num_hidden_layers": _LEAVE, "num_encoder_layers": LAYERS},
+    "qwen4_exp": {f"indexer_{name}": size for name, size in _INDEXED.items()} | {"ngram_vocab_size_base": 101},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local"] * LAYERS, "local_attn_chunk_length": 32},
     "xmod": {"default_language": "en_XX"},
-    "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
-    "longcat_flash": {"num_layers": 2, "num_hidden_layers": 4, "head_dim": 8},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * (LAYERS // 2),
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "zaya": {"num_experts_per_tok": 1},
 }
+_OWN["zamba2"] = _OWN["zamba"] | {"hybrid_layer_ids": [1, 3]}
+# Numbers that are better left to a family, where they go with others; tried in turn.
+_LEFT_OUT: tuple[tuple[str, ...], ...] = (
+    *((), ("head_dim",), ("layer_types",), ("v_head_dim",), ("num_key_value_heads",), ("head_dim", "layer_types")),
+    *(("q_lora_rank",), ("mlp_layer_types",)),
+)
 
 
 class NotBuilt(Exception):
@@ -76,20 +103,13 @@ def build(family: str) -> PreTrainedModel:
     """
     reasons = []
     for attempt in (_shrunk, _fewest_changes):
-        for left_out in (
-            (),
-            ("head_dim",),
-            ("layer_types",),
-            ("v_head_dim",),
-            ("num_key_value_heads",),
-            ("head_dim", "layer_types"),
-        ):
+        for left_out in _LEFT_OUT:
             try:
                 return _made(attempt(family, left_out), family)
             except Exception as error:  # whatever a family's own code raises
                 said = str(error).strip().splitlines() or [""]
                 reasons.append(f"{type(error).__name__}: {said[0][:120]}")
-    raise NotBuilt(reasons[0])
+    raise NotBuilt(reasons[0].split("\n")[0])
 
 
 def _made(config: PretrainedConfig, family: str) -> PreTrainedModel:
@@ -112,7 +132,7 @@ def _shrunk(family: str, left_out: tuple[str, ...]) -> PretrainedConfig:
     whole = AutoConfig.for_model(family)
     plain = whole.get_text_config(decoder=True)
     options = sizes(plain) | _kinds(plain) | _decoder(plain) | _OWN.get(family.removesuffix("_text"), {})
-    return type(plain)(**{name: value for name, value in options.items() if name not in left_out})
+    return type(plain)(**_without(options, left_out))
 
 
 def _fewest_changes(family: str, left_out: tuple[str, ...]) -> PretrainedConfig:
@@ -120,14 +140,17 @@ def _fewest_changes(family: str, left_out: tuple[str, ...]) -> PretrainedConfig:
     whole = AutoConfig.for_model(family)
     parts = {name: _part(getattr(whole, name), left_out) for name in getattr(whole, "sub_configs", {})}
     options = sizes(whole) | _kinds(whole) | _OWN.get(family, {})
-    return type(whole)(**{name: value for name, value in options.items() if name not in left_out} | parts)
+    return type(whole)(**_without(options, left_out) | parts)
 
 
 def _part(part: Any, left_out: tuple[str, ...]) -> Any:
     if not isinstance(part, PretrainedConfig):
         return part
-    options = sizes(part) | _kinds(part)
-    return type(part)(**{name: value for name, value in options.items() if name not in left_out})
+    return type(part)(**_without(sizes(part) | _kinds(part), left_out))
+
+
+def _without(options: dict[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in left_out and value is not _LEAVE}
 
 
 def sizes(config: PretrainedConfig) -> dict[str, Any]:
@@ -135,9 +158,8 @@ def sizes(config: PretrainedConfig) -> dict[str, Any]:
     found = {}
     for name in {*config.to_dict(), *getattr(config, "attribute_map", {})}:
         size = next((size for pattern, size in _SIZES if re.fullmatch(pattern, name)), None)
-        usual = _get(config, name)
-        # What a family leaves out by default makes another kind of model of it.
-        if size is not None and (usual or isinstance(usual, int)):
+        # Where a family leaves these out by default, they make another kind of model of it.
+        if size is not None and (name not in _OPTIONAL or _get(config, name)):
             found[name] = size
     if _get(config, "num_key_value_heads") == _get(config, "num_attention_heads") and "num_key_value_heads" in found:
         found["num_key_value_heads"] = 4
@@ -152,7 +174,7 @@ def _kinds(config: PretrainedConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("layer_types", "layers_block_type"):
         kinds = _get(config, name)
-        if isinstance(kinds, list) and kinds and _settable(config, name):
+        if isinstance(kinds, list) and kinds and name not in config.attribute_map and _settable(config, name):
             full = next((kind for kind in kinds if kind in ("full_attention", "attention", "hybrid")), kinds[-1])
             other = next((kind for kind in kinds if kind != full), full)
             found[name] = [other, full] * (LAYERS // 2)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 import headwise
 from headwise.errors import HeadwiseError
 
 PROMPT, NEW, SINKS, WINDOW = 43, 8, 2, 9
+_OWNER = "family_verdict_layer"
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,20 @@ def judge(model: PreTrainedModel) -> Verdict:
         return Verdict("wrong", f"{type(error).__name__}: {error}"[:200])
 
 
+class _Marking(DynamicCache):
+    """Transformers' own cache; whoever attends to its keys knows of which layer they are."""
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **options: Any) -> Any:
+        """As always."""
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **options)
+        setattr(keys, _OWNER, layer_idx)
+        return keys, values
+
+
 def _evicts_as_masked(model: PreTrainedModel, ids: torch.Tensor, cache: headwise.HeadwiseCache) -> Verdict:
     layers = [layer.core.index for layer in cache.headwise_layers]
-    with _windowed(model, layers + _readers(model, layers)):
-        expected = _generate(model, ids, None)
+    with _windowed(model, layers):
+        expected = _generate(model, ids, _Marking(config=model.config))
     found = _generate(model, ids, cache)
     kept = {int(tokens.max()) for tokens in cache.report().kept_tokens if tokens is not None}
     if kept != {SINKS + WINDOW}:
@@ -75,16 +86,7 @@ def _evicts_as_masked(model: PreTrainedModel, ids: torch.Tensor, cache: headwise
     return Verdict("served", f"{len(layers)} of {count} layers; the others stay: {', '.join(kinds)}")
 
 
-def _readers(model: PreTrainedModel, layers: list[int]) -> list[int]:
-    """Layers without a cache of their own that read the keys of those: the last of their kind."""
-    config = model.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None) or []
-    own = len(kinds) - (getattr(config, "num_kv_shared_layers", 0) or 0)
-    of_layers = {kinds[index] for index in layers if index < len(kinds)}
-    return [index for index in range(own, len(kinds)) if kinds[index] in of_layers]
-
-
-def _generate(model: PreTrainedModel, ids: torch.Tensor, cache: headwise.HeadwiseCache | None) -> Any:
+def _generate(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache | headwise.HeadwiseCache | None) -> Any:
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
     return model.generate(
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=NEW, **options
@@ -105,7 +107,7 @@ def _windowed(model: PreTrainedModel, layers: list[int]) -> Iterator[None]:
         softcap: Any = None,
         **options: Any,
     ) -> Any:
-        mask, queries, columns = attention_mask, query.shape[2], key.shape[2]
+        mask, attended, queries, columns = attention_mask, key, query.shape[2], key.shape[2]
         key, value = (rows.repeat_interleave(query.shape[1] // rows.shape[1], dim=1) for rows in (key, value))
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         logits = query @ key.mT * scaling
@@ -118,7 +120,7 @@ def _windowed(model: PreTrainedModel, layers: list[int]) -> Iterator[None]:
             logits = logits.masked_fill(~mask[..., :columns], -torch.inf)
         else:
             logits = logits + mask[..., :columns]
-        if columns > PROMPT and module.layer_idx in layers:
+        if columns > PROMPT and getattr(attended, _OWNER, None) in layers:
             column = torch.arange(columns)
             logits = logits.masked_fill((column >= SINKS) & (column < columns - WINDOW - 1), -torch.inf)
         sinks = options.get("s_aux")

@@ -22,6 +22,7 @@ from headwise.hosts.transformers.model_facts import read_facts
 from headwise.hosts.transformers.parts import CacheParts
 from headwise.hosts.transformers.passes import check_pass, chunk_doubt, methods_whole
 from headwise.hosts.transformers.persistence import Owner, collect, fill, load, refuse_pickling, save
+from headwise.hosts.transformers.proof import check_served
 from headwise.hosts.transformers.repetition import repeat_prompt
 from headwise.hosts.transformers.stock_layers import renew_stock
 from headwise.kernels.backends import AUTO, choose
@@ -105,6 +106,7 @@ class HeadwiseCache(Cache):
             dtype=cache_dtype,
         )
         check_model(facts, policy, [type(layer).__name__ for layer in stock])
+        check_served(model, HeadwiseCache)
         needs_kinds = "kind" in policy.chooser.facts and tokenizer is not None
         self._build(model, assembly, stock, tokenizer, KindTable(tokenizer, markers) if needs_kinds else None)
         for doubt in doubts(self.policy, facts, kernel, self.kernel):
@@ -134,7 +136,6 @@ class HeadwiseCache(Cache):
         ]
         super().__init__(layers=layers)
         self._parts = CacheParts(self.layers, self.token_log, kinds)
-        # Without a layer of ours the model has nothing to ask but of its own.
         self.computes_attention, self.asks_all_queries = bool(self._parts.compressed), assembly.asks_all_queries
         self._whole_model = WholeModel(self.policy.chooser, self._parts.cores, weakref.WeakMethod(self._repeat_prompt))
         attach(model, self)
