@@ -31,7 +31,7 @@ What headwise does with every causal language model of transformers {version}, e
 **Served** means that `Full()` gave the ids of transformers' own cache, and that a window over the compressed layers \
 gave the logits of transformers' own attention with a mask. Layers that are not compressed keep what transformers \
 gives them. **Refused** means that making a cache raises an error with the reason. A checkpoint may differ from its \
-family's usual configuration, as with sliding windows: `headwise doctor MODEL` or making a cache says what holds for it.
+family's usual configuration, as with sliding windows: making a cache says what holds for it.
 
 {counts}
 """

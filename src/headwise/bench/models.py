@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headwise.hosts.transformers.attention import NAME as HEADWISE
 from headwise.hosts.transformers.attention import register_interface
+from headwise.hosts.transformers.decoder import decoder_of
 from headwise.measure.model_info import Shape
 
 # For the modules that do not import transformers.
@@ -57,7 +58,7 @@ def llama_dimensions(shape: Shape) -> dict[str, Any]:
 def watched_attention(model: Model, watch: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Let all attention of such models, their own and headwise's, go through what `watch` makes of the function."""
     register_interface()
-    names = (model.get_decoder().config._attn_implementation, HEADWISE)
+    names = (decoder_of(model).config._attn_implementation, HEADWISE)
     for name in names:
         ALL_ATTENTION_FUNCTIONS[name] = watch(ALL_ATTENTION_FUNCTIONS[name])
     try:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from headwise.errors import CacheStateError, ConfigurationError
 from headwise.hosts.transformers.attention import PassObserver, active_cache, register_interface
+from headwise.hosts.transformers.decoder import decoder_of
 from headwise.hosts.transformers.passes import judged, refuse_broken
 from headwise.hosts.transformers.preparation import forget_preparation, watch_preparation
 from headwise.hosts.transformers.switch import switch_back, switch_on, switched
@@ -35,7 +36,7 @@ _IN_PASS: dict[int, object] = {}
 def attach(model: PreTrainedModel, cache: PassObserver) -> None:
     """Let the cache see every forward pass that it is part of, and route the model's attention through it meanwhile."""
     register_interface()
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     with _LOCK:
         # A call of the whole model and one of its decoder alone are both seen; the inner one of a nest does nothing.
         for module in (model, decoder):
@@ -49,9 +50,9 @@ def attach(model: PreTrainedModel, cache: PassObserver) -> None:
     finalizer.atexit = False
 
 
-def _detach(model_of: weakref.ref[PreTrainedModel], decoder_of: weakref.ref[nn.Module]) -> None:
+def _detach(model_of: weakref.ref[PreTrainedModel], inner_of: weakref.ref[nn.Module]) -> None:
     with _LOCK:
-        for module_of in (model_of, decoder_of):
+        for module_of in (model_of, inner_of):
             module = module_of()
             found = None if module is None else vars(module).get(_NAME)
             # A cache that is going may still be counted, and is not met any more.

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from headwise.contract import LayerFacts, ModelFacts
 from headwise.hosts.transformers.adapters import check_adapter
+from headwise.hosts.transformers.decoder import decoder_of
 from headwise.hosts.transformers.trial import LayerTrial, same_but_for_position, stock_layers, try_model
 from headwise.placement import device_of
 from headwise.types import Float, Int, Rotation, Tensor
@@ -37,7 +38,7 @@ def read_facts(model: PreTrainedModel) -> tuple[ModelFacts, list[CacheLayerMixin
         UnsupportedModelError: when it does not read ids with a cache of transformers.
     """
     check_adapter(model)
-    config, decoder = model.config.get_text_config(decoder=True), model.get_decoder()
+    config, decoder = model.config.get_text_config(decoder=True), decoder_of(model)
     stock = stock_layers(config)
     if decoder not in _KNOWN:
         tried, rotations_of = try_model(model), _rotations(model)
@@ -59,7 +60,7 @@ def _layer_facts(layer: CacheLayerMixin, trial: LayerTrial, rotations: Sequence[
 def output_projections(model: PreTrainedModel) -> dict[int, Float[Tensor, "hidden inner"]]:
     """The matrix that each attention layer multiplies its heads' outputs with, as far as it is known."""
     found: dict[int, Tensor] = {}
-    for module in model.get_decoder().modules():
+    for module in decoder_of(model).modules():
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int):
             continue
@@ -88,7 +89,7 @@ def _rotations(model: PreTrainedModel) -> Callable[[str | None], list[Rotation]]
     It is that which turns keys as the model does. Vectors come and go as fp32. A scaling that some embeddings carry
     (YaRN) is part of the turn to a position, and taken out again on the way back.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     embedding = getattr(decoder, "rotary_emb", None)
     apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
     if not isinstance(embedding, nn.Module) or apply is None:

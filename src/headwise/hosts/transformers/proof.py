@@ -16,6 +16,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from headwise.errors import UnsupportedModelError
+from headwise.hosts.transformers.decoder import decoder_of
 from headwise.kernels.backends import REFERENCE
 from headwise.placement import device_of
 from headwise.policies import Full
@@ -40,7 +41,7 @@ def check_served(model: PreTrainedModel, make_cache: Callable[..., Any]) -> None
     Raises:
         UnsupportedModelError: with the difference, or with what the model raised.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if decoder.training:
         return
     if decoder not in _FOUND:
@@ -55,7 +56,7 @@ def check_served(model: PreTrainedModel, make_cache: Callable[..., Any]) -> None
 
 
 def _difference(model: PreTrainedModel, make_cache: Callable[..., Any]) -> str | None:
-    decoder, cache = model.get_decoder(), make_cache(model, Full(), kernel=REFERENCE)
+    decoder, cache = decoder_of(model), make_cache(model, Full(), kernel=REFERENCE)
     if not cache.computes_attention:
         return None
     with undisturbed():

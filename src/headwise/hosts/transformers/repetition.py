@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from headwise.hosts.transformers.decoder import decoder_of
 from headwise.hosts.transformers.stock_layers import unchanged
 from headwise.stages.layer import LayerCache
 from headwise.stages.token_log import TokenLog
@@ -45,7 +46,7 @@ def repeat_prompt(
         states: what passes change beside them.
         ids: the prompt, padding included.
     """
-    decoder, device = model.get_decoder(), ids.device
+    decoder, device = decoder_of(model), ids.device
     columns = torch.arange(ids.shape[1], device=device).expand(len(ids), 1, -1)
     real = log.real(columns)[:, 0]
     opening = _answer_opening(tokenizer)

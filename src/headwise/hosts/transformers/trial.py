@@ -21,6 +21,7 @@ from transformers.cache_utils import CacheLayerMixin
 from headwise.contract import LayerShape
 from headwise.errors import UnsupportedModelError
 from headwise.hosts.transformers.attention import bystander, register_interface
+from headwise.hosts.transformers.decoder import decoder_of
 from headwise.hosts.transformers.switch import headwise_attention_on
 from headwise.placement import device_of
 from headwise.stages.ambient import undisturbed
@@ -82,7 +83,7 @@ def try_model(model: PreTrainedModel) -> Mapping[int, LayerTrial]:
     Raises:
         UnsupportedModelError: when the model has no weights, or does not read ids with a cache of transformers.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     register_interface()
     seen: dict[int, LayerTrial] = {}
     name, takes = type(decoder).__name__, inspect.signature(decoder.forward).parameters

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from headwise.files import whole_file
 from headwise.gate.inputs import gate_inputs
 from headwise.hosts.transformers.cache import HeadwiseCache
+from headwise.hosts.transformers.decoder import decoder_of
 from headwise.policies.evidence import Evidence
 from headwise.policies.scored import RepetitionScored
 from headwise.policies.size import Size
@@ -58,7 +59,7 @@ def record_scores(
     """What there is to learn from a prompt, by layer."""
     policy = ScoreRecorder()
     cache = HeadwiseCache(model, policy, tokenizer=tokenizer)
-    model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    decoder_of(model)(input_ids=ids, past_key_values=cache, use_cache=True)
     return {layer.core.index: seen for layer, seen in zip(cache.headwise_layers, policy.seen, strict=True)}
 
 

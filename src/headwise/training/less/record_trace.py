@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from headwise.errors import UnsupportedModelError
 from headwise.hosts.transformers.cache import HeadwiseCache
+from headwise.hosts.transformers.decoder import decoder_of
 from headwise.hosts.transformers.layer import HeadwiseLayer
 from headwise.policies.base import Policy
 from headwise.stages.config import LayerConfig
@@ -61,7 +62,7 @@ def record_trace(
     """
     cache = _PromptKeepingCache(model, policy, tokenizer=tokenizer, prompt_tokens=prompt)
     cores = [layer.core for layer in cache.headwise_layers]
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     decoder(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
     past = {index: _past(layer) for index, layer in enumerate(cache.layers)}
     every = cores[0].config.cache.evict_every

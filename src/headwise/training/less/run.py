@@ -17,6 +17,7 @@ import torch
 
 from headwise.errors import ConfigurationError
 from headwise.hosts.transformers.cache import HeadwiseCache
+from headwise.hosts.transformers.decoder import decoder_of
 from headwise.hosts.transformers.model_facts import output_projections, read_facts
 from headwise.less.checkpoint import check_kernels
 from headwise.less.features import LayerFeatures, LessKernels
@@ -239,7 +240,7 @@ def capture(
         ids: `[1, t]`, of which the first `prompt` are read at once.
     """
     cache = _WatchedCache(model, policy, tokenizer=tokenizer, prompt_tokens=prompt)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     with torch.inference_mode():
         for part in (ids[:, :prompt], ids[:, prompt:]):
             decoder(input_ids=part, past_key_values=cache, use_cache=True)
