@@ -204,8 +204,11 @@ BESIDE = {
     KeepMedia(StreamingLLM(window=4, sinks=1)): 5,
     KeepMedia(H2O(heavy=3, recent=4)): 7,
     KeepMedia(SnapKV(keep=6)): 6,
+    # With so few queries to ask, they would take some of the image.
+    KeepMedia(SnapKV(keep=11, window=1)): 11,
     KeepMedia(AdaKV(keep=6, safeguard=1.0)): 6,
     KeepMedia(FastGen(0.0)): 3,
+    KeepMedia(FastGen(keep=TEXT)): TEXT,
     Quantized(KeepMedia(SnapKV(keep=6))): 6,
     KeepMedia(Full()): TEXT,
 }
@@ -336,6 +339,21 @@ def test_a_turn_that_does_not_go_on_from_the_image_before_is_warned_of(family, h
         right = turn(family, ids, other, **about)
     assert torch.equal(right, two_turns_of(family, ids))
     assert not torch.equal(right, wrong)
+
+
+@pytest.mark.parametrize("family", IN_GRIDS)
+def test_what_is_known_of_positions_goes_with_the_sequences(family):
+    cache, (ids, mask) = new_cache(family, Full()), tiny.left_padded(IDS[0], seeing.prompt(9)[0])
+    generate(family, ids, cache, attention_mask=mask, max_new_tokens=2)
+    assert cache.token_log.told.shift.tolist() == [-12, 0]
+    cache.batch_select_indices(torch.tensor([1]))
+    seen = cache.get_seq_length()
+    mask = torch.cat([mask[1:], torch.ones(1, seen + 3 - mask.shape[1], dtype=torch.long)], dim=1)
+    place = torch.arange(3)[None] + int(mask.sum()) - 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HeadwiseWarning)
+        shared(family)(words(3), past_key_values=cache, attention_mask=mask, position_ids=place)
+    assert cache.token_log.told.shift.tolist() == [0]
 
 
 def two_turns_of(family, ids):
