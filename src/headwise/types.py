@@ -41,11 +41,13 @@ Rotation = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 class Kind(IntFlag):
-    """What a token is, as a bit set (FastGen, section 3.4)."""
+    """What a token is, as a bit set (the first two: FastGen, section 3.4)."""
 
     ORDINARY = 0
     SPECIAL = 1
     PUNCTUATION = 2
+    # A placeholder, in the place of which the model sees a part of an image or a video, or hears a sound.
+    MEDIA = 4
 
 
 @dataclass(frozen=True)

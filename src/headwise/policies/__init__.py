@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from headwise.policies.fastgen import FastGen
     from headwise.policies.full import Full
     from headwise.policies.h2o import H2O
+    from headwise.policies.keep_media import KeepMedia
     from headwise.policies.keydiff import KeyDiff
     from headwise.policies.keynorm import KeyNorm
     from headwise.policies.kvzip import KVzip
@@ -43,6 +44,7 @@ HOMES = {
     "Full": "full",
     "H2O": "h2o",
     "KVzip": "kvzip",
+    "KeepMedia": "keep_media",
     "KeyDiff": "keydiff",
     "KeyNorm": "keynorm",
     "Less": "less",
@@ -77,6 +79,7 @@ __all__ = [
     "FastGen",
     "Full",
     "KVzip",
+    "KeepMedia",
     "KeyDiff",
     "KeyNorm",
     "Less",

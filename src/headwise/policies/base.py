@@ -23,7 +23,8 @@ from headwise.policies.tokens import Tokens
 from headwise.quant.formats import Precision
 from headwise.types import Bool, Float, Int, Tensor
 
-Fact = Literal["kind", "score"]
+# What the tokenizer says of a token, what the model puts in its place, and what attention it got.
+Fact = Literal["kind", "media", "score"]
 
 # What policies override, by former names.
 _RENAMED_HOOKS = {"deferred": "needs_all_layers", "reconstructs": "needs_repetition", "damage": "format_loss"}
@@ -140,6 +141,11 @@ class Policy(ABC):
     def facts(self) -> frozenset[Fact]:
         """Which optional facts of `Tokens` the rungs look at."""
         return frozenset().union(*(rung.reads for rung in self.rungs))
+
+    @property
+    def reads_kinds(self) -> bool:
+        """Whether it looks at `Tokens.kind`."""
+        return not self.facts.isdisjoint({"kind", "media"})
 
     def parameters(self) -> dict[str, object]:
         """The configuration by name, as given."""

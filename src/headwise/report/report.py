@@ -10,7 +10,7 @@ import numpy as np
 
 from headwise.stages.layer import LayerCache
 from headwise.store.store import RowStore
-from headwise.types import Tensor
+from headwise.types import Kind, Tensor
 from headwise.units import format_bytes, storage_bytes
 
 # An array of rule names, `[batch, KV heads]`.
@@ -32,6 +32,8 @@ class LayerReport:
         memory_bytes: what LESS holds of evicted rows; a part of the bytes used.
         weight_bytes: the kernels of LESS, which all caches share and none of the other numbers counts.
         formats: of each head's older rows, such as "K8V4", an array of the same shape; None where all rows are exact.
+        kept_media: of the kept tokens, those that stand for images, videos and sounds, of the same shape; None where
+            the policy does not look at what tokens are.
     """
 
     used_bytes: int
@@ -46,6 +48,7 @@ class LayerReport:
     memory_bytes: int = 0
     weight_bytes: int = 0
     formats: Names | None = None
+    kept_media: Tensor | None = None
 
     @classmethod
     def of_stock(cls, tensors: list[Tensor]) -> LayerReport:
@@ -80,6 +83,7 @@ class LayerReport:
             memory_bytes=layer.evicted_bytes,
             weight_bytes=weight_bytes,
             formats=None if layer.store is None else _format_names(layer.store),
+            kept_media=_kept_media(layer),
         )
 
 
@@ -147,6 +151,11 @@ class Report:
         return [layer.kept_tokens for layer in self.layers]
 
     @property
+    def kept_media(self) -> list[Tensor | None]:
+        """How many of them stand for images, videos and sounds; None also where the policy does not look at that."""
+        return [layer.kept_media for layer in self.layers]
+
+    @property
     def rules(self) -> list[Names | None]:
         """Rule names per layer, arrays of the same shape; None for a layer that is not headwise's."""
         return [layer.rules for layer in self.layers]
@@ -185,6 +194,10 @@ class Report:
         """Attention mass that the budget let every head of a sequence retain; None where no budget was given."""
         return next((layer.found.tolist() for layer in self.layers if layer.found is not None), None)
 
+    @property
+    def _any_media(self) -> bool:
+        return any(kept is not None and bool(kept.any()) for kept in self.kept_media)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python numbers, strings and lists, ready for JSON."""
         return {
@@ -205,6 +218,7 @@ class Report:
             **({"format_counts": self.format_counts} if self.format_counts else {}),
             "kept_tokens": [None if kept is None else kept.tolist() for kept in self.kept_tokens],
             "rules": [None if rules is None else rules.tolist() for rules in self.rules],
+            **({"kept_media": [None if m is None else m.tolist() for m in self.kept_media]} if self._any_media else {}),
             **({"formats": [None if f is None else f.tolist() for f in self.formats]} if self.format_counts else {}),
         }
 
@@ -214,6 +228,7 @@ class Report:
             ("policy", self.policy),
             ("tokens seen", f"{self.seen_tokens:,}"),
             ("tokens kept", f"{self.kept_ratio:.1%} of all rows"),
+            *([("of them media", _share_of_media(self))] if self._any_media else []),
             ("memory used", format_bytes(self.used_bytes)),
             ("memory held", format_bytes(self.allocated_bytes)),
             *([("remembered", describe_memory(self))] if self.remembered else []),
@@ -231,6 +246,21 @@ class Report:
         lines += [(f"  {name}", f"{count} of {total} heads") for name, count in counts]
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _kept_media(layer: LayerCache) -> Tensor | None:
+    """How many rows of every head stand for images, videos and sounds; None where kinds are not known."""
+    if layer.store is None:
+        return None
+    occupied = layer.store.occupied()
+    kinds = layer.log.kinds(layer.store.kept_columns().masked_fill(~occupied, 0))
+    return None if kinds is None else (occupied & ((kinds & int(Kind.MEDIA)) != 0)).sum(dim=-1).cpu()
+
+
+def _share_of_media(report: Report) -> str:
+    """Rows that stand for media, as a share of those kept."""
+    pairs = [(m, k) for m, k in zip(report.kept_media, report.kept_tokens, strict=True) if m is not None]
+    return f"{sum(int(m.sum()) for m, _ in pairs) / sum(int(k.sum()) for _, k in pairs if k is not None):.1%}"
 
 
 def _format_names(store: RowStore) -> Names | None:

@@ -9,6 +9,7 @@ import torch
 
 from headwise.errors import InputError
 from headwise.policies.tokens import Tokens
+from headwise.stages.told_positions import ToldPositions
 from headwise.types import Bool, Float, Int, Tensor, UInt8
 
 
@@ -27,6 +28,7 @@ class TokenLog:
         # Both stay None until the first padding column: without padding a position is its column.
         self._real: Bool[Tensor, "b t"] | None = None
         self._positions: Int[Tensor, "b t"] | None = None
+        self.told = ToldPositions()
 
     def announce(self, kinds: UInt8[Tensor, "b q"] | None) -> None:
         """Take the kinds of the tokens that the coming forward pass will process."""
@@ -36,7 +38,8 @@ class TokenLog:
         """Add `count` columns; `real` is None where none of them is padding.
 
         Raises:
-            InputError: when the policy needs kinds and the model was called without `input_ids`.
+            InputError: when the policy needs kinds and the model was called without `input_ids`, or needs positions
+                and the model was told others than are counted.
         """
         if self.needs_kinds:
             kinds = self._announced
@@ -53,6 +56,10 @@ class TokenLog:
             new = torch.ones(batch, count, dtype=torch.bool, device=device) if real is None else real.to(device)
             self._set_real(torch.cat([self._real, new], dim=1))
         self.columns += count
+        if self.told.waiting:
+            columns = torch.arange(self.columns - count, self.columns, device=device).expand(batch, 1, -1)
+            first = self.columns == count
+            self.told.count(self.positions(columns)[:, 0], self.real(columns)[:, 0], first=first)
 
     def mark(self, marked: Bool[Tensor, "b recent"], kind: int) -> None:
         """Add bits to the kinds of the newest tokens: those just announced, and older ones if there are more."""
@@ -75,6 +82,7 @@ class TokenLog:
         if columns == 0:
             # The next prompt may have another number of sequences.
             self._kinds = self._real = self._positions = self._announced = None
+            self.told = ToldPositions()
         if self._kinds is not None:
             self._kinds = self._kinds[:, :columns].clone()
         if self._real is not None:
@@ -82,6 +90,7 @@ class TokenLog:
 
     def select(self, indices: Int[Tensor, " new"]) -> None:
         """Keep the sequences at `indices`, in that order; one may be taken several times."""
+        self.told.select(indices)
         if self._kinds is not None:
             self._kinds = self._kinds[indices.to(self._kinds.device)]
         if self._real is not None:
@@ -151,7 +160,7 @@ class TokenLog:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything it holds, by name."""
-        held = {"kinds": self._kinds, "real": self._real, "positions": self._positions}
+        held = {"kinds": self._kinds, "real": self._real, "positions": self._positions, "shift": self.told.shift}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def restore(self, columns: int, tensors: dict[str, Tensor]) -> None:
@@ -160,6 +169,7 @@ class TokenLog:
         self._kinds = tensors.get("kinds")
         self._real = tensors.get("real")
         self._positions = tensors.get("positions")
+        self.told.shift = tensors.get("shift")
 
     def _keep_real(self, real: Bool[Tensor, "b t"]) -> None:
         """What is left of the columns, after some went; the padding may have gone with them."""

@@ -20,6 +20,7 @@ from headwise.errors import CacheStateError, ConfigurationError
 from headwise.hosts.transformers.attention import PassObserver, active_cache, register_interface
 from headwise.hosts.transformers.decoder import decoder_of
 from headwise.hosts.transformers.passes import judged, refuse_broken
+from headwise.hosts.transformers.positions import tell_positions
 from headwise.hosts.transformers.preparation import forget_preparation, watch_preparation
 from headwise.hosts.transformers.switch import switch_back, switch_on, switched
 from headwise.types import Tensor
@@ -107,6 +108,8 @@ class _Forward:
         if self._inner and kwargs.get("logits_to_keep") and cache.asks_all_queries:
             # Layers that read the keys of others would be asked for these tokens only, and a profile is of all.
             kwargs = {**kwargs, "logits_to_keep": 0}
+        if self._inner:
+            tell_positions(cache, given.get("position_ids"))
         if active_cache.get() is cache:
             return forward(*args, **kwargs)
         return self._serve(cache, lambda: forward(*args, **kwargs), given.get("input_ids"))

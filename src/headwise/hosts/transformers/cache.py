@@ -16,12 +16,13 @@ from headwise.errors import HeadwiseWarning, MismatchError
 from headwise.hosts.transformers.attachment import attach
 from headwise.hosts.transformers.checks import check_model, check_options, doubts, keeps_all
 from headwise.hosts.transformers.hybrid_layer import layer_kind
-from headwise.hosts.transformers.kinds import KindTable
+from headwise.hosts.transformers.kinds import KindTable, kind_table
 from headwise.hosts.transformers.layer import HeadwiseLayer, held_tensors
 from headwise.hosts.transformers.model_facts import read_facts
 from headwise.hosts.transformers.parts import CacheParts
 from headwise.hosts.transformers.passes import check_pass, chunk_doubt, methods_whole
 from headwise.hosts.transformers.persistence import Owner, collect, fill, load, refuse_pickling, save
+from headwise.hosts.transformers.placeholders import check_repeatable
 from headwise.hosts.transformers.proof import check_served
 from headwise.hosts.transformers.repetition import repeat_prompt
 from headwise.hosts.transformers.stock_layers import renew_stock
@@ -107,8 +108,7 @@ class HeadwiseCache(Cache):
         )
         check_model(facts, policy, [type(layer).__name__ for layer in stock])
         check_served(model, HeadwiseCache)
-        needs_kinds = "kind" in policy.chooser.facts and tokenizer is not None
-        self._build(model, assembly, stock, tokenizer, KindTable(tokenizer, markers) if needs_kinds else None)
+        self._build(model, assembly, stock, tokenizer, kind_table(policy.chooser, model, tokenizer, markers))
         for doubt in doubts(self.policy, facts, kernel, self.kernel):
             warnings.warn(doubt, HeadwiseWarning, stacklevel=2)
 
@@ -122,7 +122,7 @@ class HeadwiseCache(Cache):
     ) -> None:
         """Everything but what is checked of options, which a copy has in common with what it is made of."""
         self.policy, self.kernel, self._assembly = assembly.policy, assembly.kernels.name, assembly
-        self.token_log, self.kind_table = TokenLog("kind" in self.policy.chooser.facts), kinds
+        self.token_log, self.kind_table = TokenLog(self.policy.chooser.reads_kinds), kinds
         self.model_name, self._model, self._tokenizer = type(model).__name__, weakref.ref(model), tokenizer
         self.passes, self.broken = 0, False
         # Set while a step of it is captured: its bookkeeping is then done between the passes, not in them.
@@ -190,6 +190,7 @@ class HeadwiseCache(Cache):
         self._parts.announce(input_ids, layers[0].core.seen)
         # Where a pass was judged only after its end, as drafts are.
         self._whole_model.compact()
+        check_repeatable(self, input_ids)
         self._whole_model.take_in(input_ids)
         if self.passes == 1 and not keeps_all(self.policy):
             doubt = chunk_doubt(layers[0].core, input_ids)

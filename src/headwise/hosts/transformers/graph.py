@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from headwise.errors import CacheStateError, ConfigurationError, InputError, UnsupportedModelError
 from headwise.hosts.transformers.cache import HeadwiseCache
 from headwise.hosts.transformers.layer import HeadwiseLayer
+from headwise.hosts.transformers.positions import check_counted
 from headwise.stages.ambient import alone
 from headwise.stages.capture import advance, begin_capture, end_capture
 from headwise.types import Float, Int, Tensor
@@ -47,7 +48,7 @@ class DecodeGraph:
     Raises:
         UnsupportedModelError: when layers of the model keep their own cache, which cannot be captured.
         ConfigurationError: when the model is not on a GPU and no `capture` is given, or `room` is less than 1.
-        CacheStateError: when the prompt is not in.
+        CacheStateError: when the prompt is not in, or its positions were not those of its tokens in order.
     """
 
     @alone
@@ -64,6 +65,7 @@ class DecodeGraph:
         kept = cache.headwise_layers[0].core.kept_tokens
         if cache.get_seq_length() == 0 or kept is None:
             raise CacheStateError("a step can be captured once the prompt is in")
+        check_counted(cache)
         self._model, self._cache = model, cache
         self._room, self._left = room, 0
         self._capture = cuda_graph if capture is None else capture

@@ -1,17 +1,19 @@
-"""Kinds: a tokenizer and token ids -> which tokens are special and which are punctuation."""
+"""Kinds: a tokenizer, placeholders and token ids -> which tokens are special, punctuation, or stand for media."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.errors import ConfigurationError
+from headwise.hosts.transformers.placeholders import placeholders
+from headwise.policies.base import Policy
 from headwise.stages.token_log import TokenLog
 from headwise.types import Bool, Int, Kind, Tensor, UInt8
 
@@ -23,17 +25,30 @@ class KindTable:
     """The kind of every token id, and the markers that several ids make together.
 
     Args:
-        tokenizer: says how ids decode and which are special.
+        tokenizer: says how ids decode and which are special; None where nobody asks for that.
         markers: texts such as "[INST]" that count as special wherever their ids appear in a row.
+        placeholders: ids in the place of which a model sees or hears. For a tokenizer they are special; to a rule that
+            keeps what structures a text they are not, or it would keep every patch of every image.
 
     Raises:
-        ConfigurationError: for a marker without tokens.
+        ConfigurationError: for a marker without tokens, or without a tokenizer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, markers: Sequence[str] = ()) -> None:
-        if tokenizer not in _TABLES:
-            _TABLES[tokenizer] = _kinds_of_vocabulary(tokenizer)
-        self._table = _TABLES[tokenizer]
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        markers: Sequence[str] = (),
+        placeholders: Collection[int] = (),
+    ) -> None:
+        self._table = torch.zeros(1, dtype=torch.uint8, device="cpu")
+        if tokenizer is not None:
+            if tokenizer not in _TABLES:
+                _TABLES[tokenizer] = _kinds_of_vocabulary(tokenizer)
+            self._table = _TABLES[tokenizer]
+        if placeholders:
+            missing = max(0, max(placeholders) + 1 - len(self._table))
+            self._table = torch.nn.functional.pad(self._table, (0, missing)).clone()
+            self._table[list(placeholders)] = int(Kind.MEDIA)
         self._markers = _marker_ids(tokenizer, markers)
         # Every id so far; kept only where markers, which may span two passes, are looked for.
         self.ids: Int[Tensor, "b t"] | None = None
@@ -120,6 +135,25 @@ class KindTable:
         return found
 
 
+def kind_table(
+    policy: Policy, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, markers: Sequence[str]
+) -> KindTable | None:
+    """What a policy that chooses must know of the tokens of a model; None where it looks at no kinds.
+
+    Raises:
+        ConfigurationError: for a marker without tokens, or a policy about media where the model has none.
+    """
+    if not policy.reads_kinds:
+        return None
+    found = placeholders(model.config)
+    if "media" in policy.facts and not found:
+        raise ConfigurationError(
+            f"{policy} keeps the tokens that stand for images, videos and sounds, and the configuration of "
+            f"{type(model).__name__} has none (image_token_id, video_token_id, audio_token_id); take the policy inside"
+        )
+    return KindTable(tokenizer, markers, found)
+
+
 def is_punctuation(text: str) -> bool:
     """Whether a decoded token, stripped of blanks, is not empty and all Unicode category P."""
     text = text.strip()
@@ -139,9 +173,12 @@ def _kinds_of_vocabulary(tokenizer: PreTrainedTokenizerBase) -> UInt8[Tensor, " 
     return table
 
 
-def _marker_ids(tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> list[Int[Tensor, " marker"]]:
+def _marker_ids(tokenizer: PreTrainedTokenizerBase | None, markers: Sequence[str]) -> list[Int[Tensor, " marker"]]:
+    if markers and tokenizer is None:
+        raise ConfigurationError("markers are texts and need a tokenizer: HeadwiseCache(..., tokenizer=tokenizer)")
     found: dict[tuple[int, ...], None] = {}
     for marker in markers:
+        assert tokenizer is not None
         # Tokenizers split a text differently at the start of a word and inside a line.
         spellings = [tokenizer.encode(text, add_special_tokens=False) for text in (marker, " " + marker)]
         if not marker.strip() or not spellings[0]:

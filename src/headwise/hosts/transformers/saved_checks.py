@@ -210,6 +210,8 @@ def _check_tokens(parts: CacheParts, log: _Part, batch: int, columns: int) -> No
     log.check(("kinds" in log.left) == (parts.log.needs_kinds and columns > 0), "kinds")
     if "kinds" in log.left:
         log.take("kinds", (batch, columns), torch.uint8)
+    if "shift" in log.left:
+        log.take("shift", (batch,), torch.int64)
     if "real" in log.left:
         real = log.take("real", (batch, columns), torch.bool)
         positions = log.take("positions", (batch, columns), torch.int32)

@@ -1,0 +1,362 @@
+"""Models that see: images and videos in the prompt, what policies make of their tokens, and where these stand."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+import headwise
+import seeing
+import tiny
+from cases import pairwise
+from headwise import (
+    H2O,
+    AdaKV,
+    Auto,
+    ExpectedAttention,
+    FastGen,
+    Full,
+    HeadwiseWarning,
+    KeepMedia,
+    KVzip,
+    Quantized,
+    SnapKV,
+    StreamingLLM,
+)
+from headwise.errors import CacheStateError, ConfigurationError, InputError, UnsupportedModelError
+from headwise.types import Kind
+from seeing import BEGIN, END, FAMILIES, IMAGE, IN_GRIDS, PATCHES, VIDEO, generate, picture, shared, words
+
+TOKENIZER = seeing.tokenizer()
+IDS = seeing.prompt(5, picture(), 7)
+# Its models that see have not all of what they have now.
+OLDEST = transformers.__version__.startswith("5.17.")
+TEXT = IDS.shape[1] - PATCHES
+NEW = 6
+
+
+def new_cache(family, policy, **options):
+    return headwise.HeadwiseCache(shared(family), policy, tokenizer=TOKENIZER, **options)
+
+
+def stock(family):
+    return DynamicCache(config=shared(family).config.get_text_config())
+
+
+def turn(family, ids, cache, **options):
+    """A turn of text alone: nothing is said of the images before."""
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 2}
+    return shared(family).generate(ids, past_key_values=cache, **given | options)
+
+
+# With nothing evicted.
+
+
+def alone(family, cache, **options):
+    return generate(family, IDS, cache, max_new_tokens=NEW, **options)
+
+
+def padded(family, cache):
+    ids, mask = tiny.left_padded(IDS[0], seeing.prompt(3, picture(), 12, picture())[0])
+    return generate(family, ids, cache, attention_mask=mask, max_new_tokens=NEW)
+
+
+def beside_text(family, cache):
+    ids, mask = tiny.left_padded(IDS[0], seeing.prompt(9)[0])
+    return generate(family, ids, cache, attention_mask=mask, max_new_tokens=NEW)
+
+
+def two_turns(family, cache):
+    ids = torch.cat([alone(family, cache), words(6, seed=9)], dim=1)
+    return turn(family, ids, cache)
+
+
+def filmed(family, cache):
+    if family not in IN_GRIDS:
+        pytest.skip("it sees no videos")
+    frame = torch.tensor([[BEGIN, *[VIDEO] * (PATCHES // 2), END]])
+    film = torch.cat([frame, frame], dim=1) if family == "qwen3-vl" else picture(VIDEO)
+    return generate(family, seeing.prompt(5, film, 3, picture(), 2), cache, max_new_tokens=NEW)
+
+
+WAYS = {
+    "alone": alone,
+    "beams": lambda family, cache: alone(family, cache, num_beams=2, num_return_sequences=2),
+    "lookup": lambda family, cache: alone(family, cache, prompt_lookup_num_tokens=3),
+    "chunked": lambda family, cache: alone(family, cache, prefill_chunk_size=9),
+    "padded": padded,
+    "beside-text": beside_text,
+    "two-turns": two_turns,
+    "filmed": filmed,
+}
+
+
+@pairwise(family=FAMILIES, way=WAYS)
+def test_with_nothing_evicted_the_ids_are_those_of_the_stock_cache(family, way):
+    cache = new_cache(family, Full())
+    if way == "chunked" and family in IN_GRIDS and OLDEST:
+        # Of the second chunk it takes no positions.
+        for other, error in ((stock(family), RuntimeError), (cache, InputError)):
+            with pytest.raises(error):
+                WAYS[way](family, other)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HeadwiseWarning)
+        out = WAYS[way](family, cache)
+    assert torch.equal(out, WAYS[way](family, stock(family)))
+    assert cache.get_seq_length() == out.shape[1] - 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_images_are_seen(family):
+    """Or the tests here would say little."""
+    logits = [
+        generate(family, IDS, seed=seed, max_new_tokens=1, output_logits=True, return_dict_in_generate=True).logits[0]
+        for seed in (0, 1)
+    ]
+    assert (logits[0] - logits[1]).abs().max() > 0.1
+
+
+# With policies that evict.
+
+SINKS, WINDOW = 2, 9
+
+
+def windowed(module, query, key, value, attention_mask, **options):
+    """Attention where a token after the prompt sees the first few, as many before it as a window has, and itself."""
+    if query.shape[2] == 1:
+        column = torch.arange(key.shape[2])
+        seen = (column < SINKS) | (column >= key.shape[2] - WINDOW - 1)
+        attention_mask = seen[None, None, None]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma3"])
+def test_what_eviction_gives_equals_stock_with_a_mask(family):
+    text = shared(family).get_decoder().config
+    AttentionInterface.register("windowed", windowed)
+    AttentionMaskInterface.register("windowed", sdpa_mask)
+    before, asked = text._attn_implementation, {"output_logits": True, "return_dict_in_generate": True}
+    text._attn_implementation = "windowed"
+    try:
+        expected = generate(family, IDS, **asked)
+    finally:
+        text._attn_implementation = before
+    found = generate(family, IDS, new_cache(family, StreamingLLM(window=WINDOW, sinks=SINKS), evict_every=1), **asked)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+@pairwise(family=FAMILIES, policy=[H2O(heavy=4, recent=5), SnapKV(keep=9), FastGen(0.3), KeepMedia(SnapKV(keep=6))])
+def test_a_row_of_a_batch_is_what_its_prompt_gives_alone(family, policy):
+    other = seeing.prompt(3, picture(), 17)
+    ids, mask = tiny.left_padded(IDS[0], other[0])
+    batch = new_cache(family, policy, evict_every=1)
+    # Each row with its own picture: the second of two that are drawn at once.
+    given = seeing.shown(family, ids)
+    out = generate(family, ids, batch, attention_mask=mask, **given)
+    pixels = {name: value.chunk(2) for name, value in given.items()}
+    for row, prompt in enumerate((IDS, other)):
+        one = {name: halves[row][..., -prompt.shape[1] :] if name.endswith("type_ids") else halves[row]
+               for name, halves in pixels.items()}  # fmt: skip
+        cache = new_cache(family, policy, evict_every=1)
+        assert torch.equal(generate(family, prompt, cache, **one), out[row : row + 1, ids.shape[1] - prompt.shape[1] :])
+        for mine, its in zip(cache.report().kept_tokens, batch.report().kept_tokens, strict=True):
+            assert mine is None or torch.equal(mine, its[row : row + 1])
+
+
+# Tokens of images are a kind of their own.
+
+
+def kinds_of(cache):
+    kinds = cache.token_log.tensors()["kinds"]
+    return kinds[0, : IDS.shape[1]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_placeholders_are_no_special_tokens(family):
+    cache = new_cache(family, FastGen(0.0, ladder=("special", "full")), evict_every=1)
+    generate(family, IDS, cache, max_new_tokens=1)
+    assert set(TOKENIZER.all_special_ids) >= {IMAGE, BEGIN, END}
+    assert torch.equal(kinds_of(cache) == int(Kind.MEDIA), IDS[0] == IMAGE)
+    # BOS, and the marks around the image.
+    for kept, media in zip(cache.report().kept_tokens, cache.report().kept_media, strict=True):
+        assert kept is None or (kept.unique().tolist(), media.unique().tolist()) == ([3], [0])
+
+
+def test_a_marker_makes_them_special():
+    name = TOKENIZER.convert_ids_to_tokens(IMAGE)
+    cache = new_cache("llava", FastGen(0.0, ladder=("special", "full")), evict_every=1, markers=[name])
+    generate("llava", IDS, cache, max_new_tokens=1)
+    assert cache.report().kept_tokens[0].unique().tolist() == [3 + PATCHES]
+
+
+# What is kept of the text where the prompt ends, with all media beside.
+BESIDE = {
+    KeepMedia(StreamingLLM(window=4, sinks=1)): 5,
+    KeepMedia(H2O(heavy=3, recent=4)): 7,
+    KeepMedia(SnapKV(keep=6)): 6,
+    # With so few queries to ask, they would take some of the image.
+    KeepMedia(SnapKV(keep=11, window=1)): 11,
+    KeepMedia(AdaKV(keep=6, safeguard=1.0)): 6,
+    KeepMedia(FastGen(0.0)): 3,
+    KeepMedia(FastGen(keep=TEXT)): TEXT,
+    Quantized(KeepMedia(SnapKV(keep=6))): 6,
+    KeepMedia(Full()): TEXT,
+}
+
+
+@pairwise(family=FAMILIES, policy=BESIDE)
+def test_media_are_kept_and_the_budget_is_for_the_text(family, policy):
+    cache = new_cache(family, policy, evict_every=1, prompt_tokens=IDS.shape[1])
+    given = seeing.shown(family, IDS)
+    shared(family)(IDS, past_key_values=cache, **given)
+    for kept, media in zip(cache.report().kept_tokens, cache.report().kept_media, strict=True):
+        assert (kept is None) == (media is None)
+        if kept is not None:
+            assert media.unique().tolist() == [PATCHES]
+            assert kept.unique().tolist() == [PATCHES + BESIDE[policy]]
+    out = turn(family, torch.cat([IDS, words(4, seed=3)], dim=1), cache, max_new_tokens=12)
+    assert out.shape[1] == IDS.shape[1] + 16
+    # They stay for good, and so do those of later turns.
+    assert {m.min().item() for m in cache.report().kept_media if m is not None} == {PATCHES}
+
+
+@pytest.mark.parametrize("policy", [H2O(heavy=4, recent=5), SnapKV(keep=9), StreamingLLM(window=6)], ids=str)
+def test_without_media_the_policy_is_as_it_is_by_itself(policy):
+    ids = seeing.prompt(30)
+    caches = [new_cache("llava", each, evict_every=1) for each in (policy, KeepMedia(policy))]
+    assert torch.equal(*(generate("llava", ids, cache) for cache in caches))
+    for one, other in zip(*(cache.report().kept_tokens for cache in caches), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_report_says_how_much_of_what_is_kept_are_media():
+    cache = new_cache("llava", KeepMedia(StreamingLLM(window=3, sinks=1)), evict_every=1)
+    generate("llava", IDS, cache, max_new_tokens=1)
+    assert re.search(r"of them media +80\.0%", str(cache.report()))
+    assert cache.report().to_dict()["kept_media"] == [[[PATCHES] * 2]] * 2
+    plain = headwise.HeadwiseCache(shared("llava"), StreamingLLM(window=3, sinks=1))
+    generate("llava", IDS, plain, max_new_tokens=1)
+    assert plain.report().kept_media == [None, None]
+    assert "kept_media" not in plain.report().to_dict()
+
+
+def test_no_tokenizer_is_needed_for_media(tmp_path):
+    cache = headwise.HeadwiseCache(shared("llava"), KeepMedia(SnapKV(keep=6)))
+    out = generate("llava", IDS, cache)
+    cache.save(tmp_path / "seen.safetensors")
+    loaded = headwise.HeadwiseCache.load(tmp_path / "seen.safetensors", shared("llava"), KeepMedia(SnapKV(keep=6)))
+    more = torch.cat([out, words(4)], dim=1)
+    assert torch.equal(turn("llava", more, loaded), turn("llava", more, copy.deepcopy(cache)))
+
+
+# What is refused.
+
+
+def test_what_cannot_be_wrapped_is_refused():
+    for bad, says in (
+        (lambda: KeepMedia(Quantized(Full())), re.escape("Quantized(KeepMedia(...))")),
+        (lambda: KeepMedia(KeepMedia(Full())), "KeepMedia wraps a policy"),
+        (lambda: KeepMedia("h2o"), "got 'h2o'"),
+        (lambda: headwise.HeadwiseCache(tiny.llama(), KeepMedia(Full())), "LlamaForCausalLM has none"),
+        (
+            lambda: headwise.HeadwiseCache(shared("llava"), KeepMedia(Full()), markers=["w9"]),
+            "markers are texts and need a tokenizer",
+        ),
+    ):
+        with pytest.raises(ConfigurationError, match=says):
+            bad()
+
+
+@pytest.mark.parametrize("policy", [KVzip(keep=8), Auto(ratio=0.5), KeepMedia(KVzip(keep=8))], ids=str)
+def test_a_prompt_with_images_is_not_repeated(policy):
+    cache = new_cache("llava", policy)
+    with pytest.raises(InputError, match=rf"{PATCHES} of these tokens stand for images"):
+        generate("llava", IDS, cache)
+    # Nothing was taken in, so a text may follow; and images may follow it.
+    ids = torch.cat([generate("llava", seeing.prompt(20), cache, max_new_tokens=NEW), picture()], dim=1)
+    turn("llava", ids, cache, pixel_values=seeing.pixels(1, 3, 8, 8, seed=0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_queries_are_not_turned_back_from_where_they_are_not(family):
+    policy = ExpectedAttention(keep=8)
+    if family in IN_GRIDS and OLDEST:
+        with pytest.raises(UnsupportedModelError, match="makes positions is not known"):
+            new_cache(family, policy)
+        return
+    generate(family, seeing.prompt(20), new_cache(family, policy), max_new_tokens=2)
+    if family in IN_GRIDS:
+        with pytest.raises(InputError, match="ExpectedAttention takes every token to be where its number"):
+            generate(family, IDS, new_cache(family, policy))
+    else:
+        generate(family, IDS, new_cache(family, policy), max_new_tokens=2)
+
+
+def test_positions_that_are_handed_in_are_looked_at_too():
+    model, ids = tiny.llama(), tiny.prompt(12)
+    packed = torch.arange(12)[None] % 6
+    cache = headwise.HeadwiseCache(model, ExpectedAttention(keep=5))
+    with pytest.raises(InputError, match="several texts in one row"):
+        model(ids, position_ids=packed, past_key_values=cache)
+    cache = headwise.HeadwiseCache(model, Full())
+    model(ids, position_ids=packed, past_key_values=cache)
+    with pytest.raises(CacheStateError, match="a captured step counts positions by itself"):
+        headwise.DecodeGraph(model, cache, capture=lambda step: step)
+
+
+# Where tokens stand after an image on several axes, only the model knows.
+
+
+@pytest.mark.parametrize("family", IN_GRIDS)
+@pytest.mark.parametrize("how", ["another prompt", "copied", "loaded"])
+def test_a_turn_that_does_not_go_on_from_the_image_before_is_warned_of(family, how, tmp_path):
+    model, cache = shared(family), new_cache(family, Full())
+    ids = torch.cat([alone(family, cache), words(5, seed=9)], dim=1)
+    if how == "copied":
+        cache = copy.deepcopy(cache)
+    elif how == "loaded":
+        cache.save(tmp_path / "seen.safetensors")
+        cache = headwise.HeadwiseCache.load(tmp_path / "seen.safetensors", model, Full())
+    other = copy.deepcopy(cache)
+    generate(family, seeing.prompt(8), max_new_tokens=2)
+    with pytest.warns(HeadwiseWarning, match=r"stand \+12 positions off from where sequence 0 ended"):
+        wrong = turn(family, ids, cache)
+    # As it says: with what the processor said of the images it is right, and silent.
+    about = {name: value for name, value in seeing.shown(family, ids).items() if name != "pixel_values"}
+    model.model.rope_deltas = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HeadwiseWarning)
+        right = turn(family, ids, other, **about)
+    assert torch.equal(right, two_turns_of(family, ids))
+    assert not torch.equal(right, wrong)
+
+
+@pytest.mark.parametrize("family", IN_GRIDS)
+def test_what_is_known_of_positions_goes_with_the_sequences(family):
+    cache, (ids, mask) = new_cache(family, Full()), tiny.left_padded(IDS[0], seeing.prompt(9)[0])
+    generate(family, ids, cache, attention_mask=mask, max_new_tokens=2)
+    assert cache.token_log.told.shift.tolist() == [-12, 0]
+    cache.batch_select_indices(torch.tensor([1]))
+    seen = cache.get_seq_length()
+    mask = torch.cat([mask[1:], torch.ones(1, seen + 3 - mask.shape[1], dtype=torch.long)], dim=1)
+    place = torch.arange(3)[None] + int(mask.sum()) - 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HeadwiseWarning)
+        shared(family)(words(3), past_key_values=cache, attention_mask=mask, position_ids=place)
+    assert cache.token_log.told.shift.tolist() == [0]
+
+
+def two_turns_of(family, ids):
+    cache = stock(family)
+    alone(family, cache)
+    return turn(family, ids, cache)
