@@ -153,3 +153,20 @@ def test_a_sequence_is_judged_alone():
             model(prompt[None], past_key_values=alone)
         for one, both in zip(alone.report().formats, together.report().formats, strict=True):
             assert one[0].tolist() == both[row].tolist()
+
+
+@pytest.mark.parametrize(
+    ("size", "later_bits", "remedy"),
+    [(30, 4, "take later_bits=8"), (3000, 8, "take a policy that keeps rows exact"), (30, 8, None), (0, 4, None)],
+)
+def test_what_auto_cannot_know_of_later_rows_is_said(size, later_bits, remedy):
+    """It weighs the prompt's rows by what rounding does to them; of later ones it is told the bits."""
+    model = biased(size)
+    policy = headwise.Auto(ratio=0.5, window=16, recent=4, later_bits=later_bits)
+    cache = headwise.HeadwiseCache(model, policy, tokenizer=tiny.tokenizer())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        following(model, cache, IDS[:, :61])
+    said = [str(each.message) for each in told if issubclass(each.category, headwise.HeadwiseWarning)]
+    assert bool(said) == (remedy is not None)
+    assert all(remedy in each and "rows that come after the prompt will suffer" in each for each in said)

@@ -23,6 +23,10 @@ JUDGES, _COLUMNS = 16, 512
 # of what tells them apart. With 4 bits no head of the default model comes beyond 0.62 and 0.12 (docs/quantization.md).
 _LOGITS, _VALUES = 0.8, 0.5
 
+_GIVEN = "they get as many bits as they need, and take more bytes; report().formats says which"
+_MORE = "rows that come after the prompt will suffer: take later_bits=8"
+_EXACT = "rows that come after the prompt will suffer: take a policy that keeps rows exact, such as PeakAttention"
+
 
 def bearable_formats(
     precision: Precision,
@@ -35,14 +39,15 @@ def bearable_formats(
 ) -> Int[Tensor, "b h"]:
     """Index into the precision's formats, -1 for a head that bears none of them; a warning says if any needs more bits.
 
-    What holds numbers that are none, or a single row, is not judged.
+    What holds numbers that are none, or a single row, is not judged. Where the policy has chosen by itself, it is only
+    seen whether all heads bear the format of later rows.
 
     Args:
         query: of the newest columns.
         real, positions: of every column.
     """
     query, newest = query[:, :, :, -JUDGES:].float(), real[:, -min(JUDGES, query.shape[3]) :]
-    keys, values, real, positions = keys[:, :, -_COLUMNS:], values[:, :, -_COLUMNS:], real[:, -_COLUMNS:], positions
+    keys, values, real = keys[:, :, -_COLUMNS:], values[:, :, -_COLUMNS:], real[:, -_COLUMNS:]
     # Sinks stay exact, and are unlike all others; of a prompt that has little else they must do.
     inner = real & (positions[:, -_COLUMNS:] >= precision.sinks)
     counted = torch.where(inner.sum(dim=1, keepdim=True) > 1, inner, real)
@@ -58,17 +63,17 @@ def bearable_formats(
         )
         return (wrong / apart).sqrt() / _VALUES
 
-    group = precision.formats[0].group
-    key_bits = _bits(keys, [format.key_bits for format in precision.formats], group, logits)
-    value_bits = _bits(values, [format.value_bits for format in precision.formats], group, share)
+    offered = precision.formats if precision.later is None else (precision.formats[precision.later],)
+    key_bits = _bits(keys, [format.key_bits for format in offered], offered[0].group, logits)
+    value_bits = _bits(values, [format.value_bits for format in offered], offered[0].group, share)
     formats = torch.full_like(key_bits, -1)
-    for index, format in enumerate(precision.formats):
+    for index, format in enumerate(offered):
         formats[(key_bits == format.key_bits) & (value_bits == format.value_bits)] = index
     if bool((formats != 0).any()):
+        remedy = _GIVEN if precision.later is None else _MORE if offered[0].key_bits == 4 else _EXACT
         warnings.warn(
-            f"rounded to {precision.formats[0]}, some heads would answer otherwise: their keys or values have a large "
-            "part in common, as where a model has large biases; they get as many bits as they need, and take more "
-            "bytes; report().formats says which",
+            f"rounded to {offered[0]}, some heads would answer otherwise: their keys or values have a large part in "
+            f"common, as where a model has large biases; {remedy}",
             HeadwiseWarning,
             stacklevel=2,
         )

@@ -105,7 +105,8 @@ class Prompt:
         if self._evicted.remembers:
             self._evicted.fold(keys, values, ~keep & self._log.real(columns[:, :1]))
         scores = mass.score if plan.scored and mass is not None else None
-        formats = self.observations.formats(keys, values) if planned.formats is None else planned.formats
+        bearable = self.observations.formats(keys, values)
+        formats = bearable if planned.formats is None else planned.formats
         self.rows.held = None
         self.observations.clear()
         self.complete = False

@@ -97,9 +97,9 @@ class Observations:
         return Evidence(query, keys, values, mask, options, positions, real, rotation, peaks, *sizes)
 
     def formats(self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]) -> Int[Tensor, "b h"] | None:
-        """The format that every head can bear, where they need not all have the first."""
+        """The format that every head can bear, of those that it may have; None where there is nothing to choose."""
         precision = self._config.cache.precision
-        if precision is None or not precision.adapts:
+        if precision is None or not (precision.adapts or precision.later is not None):
             return None
         assert self._asked is not None
         query, _, options = self._asked
