@@ -20,7 +20,16 @@ KINDS = {"Served": "served", "Refused": "refused", "Wrong": "wrong", "Not tried"
 # Of each way to hold keys, to turn them, to mix layers, and to say no, one or a few; the command judges all.
 SAMPLE = (
     *("llama", "gpt2", "phi", "stablelm", "biogpt", "bart", "opt", "gpt_neox", "glm4", "dbrx"),
-    *("mixtral", "gpt_oss", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "llama4_text", "modernbert-decoder"),
+    *(
+        "mixtral",
+        "gpt_oss",
+        "gemma2",
+        "gemma3_text",
+        "gemma3n_text",
+        "gemma4_text",
+        "llama4_text",
+        "modernbert-decoder",
+    ),
     *("falcon_h1", "bamba", "jamba", "zamba2", "nemotron_h", "granitemoehybrid", "olmo_hybrid", "lfm2", "zaya"),
     *("qwen3_next", "qwen3_5_text"),
     *("bloom", "deepseek_v3", "diffllama", "mllama", "mamba", "mistral", "minimax", "qwen4_exp_text"),

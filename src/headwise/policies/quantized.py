@@ -17,7 +17,8 @@ class Quantized(Wrapper):
     """Keeps what another policy keeps, and stores all but the newest and the first of it as codes of 8 or 4 bits.
 
     Every row is rotated and then coded by its own smallest and largest number; see docs/quantization.md for what was
-    compared. Kernels read the codes where they lie.
+    compared. Kernels read the codes where they lie. A head whose keys or values would suffer too much, as in models
+    with large biases, gets 8 bits for them or stays exact; a warning says so, and `report().formats` which.
 
     Args:
         policy: what decides which rows stay; `Full()` for all.
@@ -67,8 +68,8 @@ class Quantized(Wrapper):
 
     @property
     def precision(self) -> Precision:
-        """One format for all heads."""
-        return Precision((self.format,), self.recent, self.sinks)
+        """One format for all heads but those that it would damage."""
+        return Precision(self.format.finer, self.recent, self.sinks, adapts=True)
 
 
 def quantized(policy: Policy, text: str) -> Quantized:

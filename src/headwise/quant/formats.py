@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 from headwise.errors import ConfigurationError
 
@@ -52,6 +53,12 @@ class RowFormat:
             raise ConfigurationError(f"codes of 4 bits come in pairs, and a head has {dim} channels; take 8 bits")
         return group
 
+    @property
+    def finer(self) -> tuple[RowFormat, ...]:
+        """Those of the same group in which nothing has fewer bits, this one first."""
+        pairs = product((b for b in BITS if b >= self.key_bits), (b for b in BITS if b >= self.value_bits))
+        return tuple(replace(self, key_bits=keys, value_bits=values) for keys, values in pairs)
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -63,12 +70,14 @@ class Precision:
         sinks: first rows of every head that stay exact: attention sinks, whose keys are unlike all others, and in
             which small errors move much attention (KVQuant, Hooper et al., NeurIPS 2024, section 3.5).
         later: number of the format of rows that come after the prompt; None for that of their head.
+        adapts: whether a head that the first format would damage gets another, or stays exact.
     """
 
     formats: tuple[RowFormat, ...]
     recent: int = RECENT
     sinks: int = SINKS
     later: int | None = None
+    adapts: bool = False
 
     @property
     def bits(self) -> frozenset[int]:

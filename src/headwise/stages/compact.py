@@ -105,6 +105,8 @@ class Prompt:
         if self._evicted.remembers:
             self._evicted.fold(keys, values, ~keep & self._log.real(columns[:, :1]))
         scores = mass.score if plan.scored and mass is not None else None
+        bearable = self.observations.formats(keys, values)
+        formats = bearable if planned.formats is None else planned.formats
         self.rows.held = None
         self.observations.clear()
         self.complete = False
@@ -115,7 +117,7 @@ class Prompt:
             scored=plan.scored,
             dtype=cache.dtype,
             precision=cache.precision,
-            formats=planned.formats,
+            formats=formats,
         )
         store.fill(rows)
         self.compact_seconds += clock(keys.device) - started

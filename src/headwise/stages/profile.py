@@ -12,6 +12,7 @@ from headwise.contract import LayerShape
 from headwise.kernels.attention import causal
 from headwise.kernels.interface import AttentionMap
 from headwise.policies.evidence import Evidence
+from headwise.stages.bearable import JUDGES, bearable_formats
 from headwise.stages.config import LayerConfig
 from headwise.stages.mass_profile import MassProfile, distinct_widths, profile_mass, row_weights
 from headwise.stages.repetition import attend_repetition
@@ -58,8 +59,11 @@ class Observations:
         if policy.selection is not None or "score" in policy.facts:
             new = self._mass_of(map)
             self.mass = new if self.mass is None else self.mass + new
-        if policy.needs_evidence:
-            self._remember(map, policy.query_rows)
+        precision = self._config.cache.precision
+        judged = JUDGES if precision is not None and precision.adapts else 0
+        if policy.needs_evidence or judged:
+            rows = policy.query_rows if policy.needs_evidence else 0
+            self._remember(map, None if rows is None else max(rows, judged))
 
     def repeat(
         self, map: AttentionMap, values: Float[Tensor, "b h all e"], prompt: int, chunk: slice
@@ -91,6 +95,16 @@ class Observations:
         dims = keys.shape[-1], values.shape[-1]
         sizes = row_bytes(row_parts(*dims, dtype)), LayerShape(1, *dims).token_bytes(dtype)
         return Evidence(query, keys, values, mask, options, positions, real, rotation, peaks, *sizes)
+
+    def formats(self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]) -> Int[Tensor, "b h"] | None:
+        """The format that every head can bear, of those that it may have; None where there is nothing to choose."""
+        precision = self._config.cache.precision
+        if precision is None or not (precision.adapts or precision.later is not None):
+            return None
+        assert self._asked is not None
+        query, _, options = self._asked
+        positions, real = self._positions(keys)
+        return bearable_formats(precision, query, keys, values, real, positions, options.scaling)
 
     def _positions(self, keys: Float[Tensor, "b h t d"]) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
         """Position of every column, and whether it holds a real token."""

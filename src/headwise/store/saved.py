@@ -19,7 +19,8 @@ def save_store(store: RowStore) -> dict[str, Tensor]:
     """What `load_store` needs, without page slack; codes stay codes."""
     state = save_rows("", store.exact)
     for index, part in enumerate(store.coded):
-        state |= save_rows(f"{_CODED}{index}_", part.pool)
+        if part.pool.longest:
+            state |= save_rows(f"{_CODED}{index}_", part.pool)
     if store.coded:
         state |= {"formats": store.formats, "unpacked": torch.tensor(store.not_encoded, device="cpu")}
     return state
@@ -36,7 +37,8 @@ def load_store(state: dict[str, Tensor], *, page_size: int, precision: Precision
     store = RowStore(exact, page_size=page_size, scored=scored, precision=precision, formats=formats)
     store.exact.fill(exact)
     for index, part in enumerate(store.coded):
-        part.pool.fill(load_rows(f"{_CODED}{index}_", state))
+        if f"{_CODED}{index}_lengths" in state:
+            part.pool.fill(load_rows(f"{_CODED}{index}_", state))
     store.not_encoded = int(state.get("unpacked", 0))
     return store
 

@@ -104,13 +104,13 @@ class RowStore:
         return [tensor for pool in self._pools for tensor in pool.tensors()] + [self.formats]
 
     def view(self) -> list[PageView]:
-        """What a kernel reads: the exact rows, then those of each format.
+        """What a kernel reads: the exact rows, then those of each format that has any.
 
         While frozen, heads are taken to be as long as their pages have room: how long they are, only the device knows.
         """
         views = [self.exact.view()]
         if self.coded:
-            views += [part.view() for part in self.coded]
+            views += [part.view() for part in self.coded if part.pool.longest]
         return [replace(view, longest=view.capacity) for view in views] if self.frozen else views
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

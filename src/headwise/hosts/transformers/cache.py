@@ -192,10 +192,9 @@ class HeadwiseCache(Cache):
         self._whole_model.compact()
         check_repeatable(self, input_ids)
         self._whole_model.take_in(input_ids)
-        if self.passes == 1 and not keeps_all(self.policy):
-            doubt = chunk_doubt(layers[0].core, input_ids)
-            if doubt is not None:
-                warnings.warn(doubt, HeadwiseWarning, stacklevel=2)
+        second = self.passes == 1 and not keeps_all(self.policy)
+        if second and (doubt := chunk_doubt(layers[0].core, input_ids)) is not None:
+            warnings.warn(doubt, HeadwiseWarning, stacklevel=2)
         self.passes += 1
 
     def end_pass(self) -> None:

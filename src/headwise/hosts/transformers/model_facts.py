@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from headwise.contract import LayerFacts, ModelFacts
 from headwise.hosts.transformers.adapters import check_adapter
 from headwise.hosts.transformers.decoder import decoder_of
+from headwise.hosts.transformers.rotary import steady
 from headwise.hosts.transformers.trial import LayerTrial, same_but_for_position, stock_layers, try_model
 from headwise.placement import device_of
 from headwise.types import Float, Int, Rotation, Tensor
@@ -123,10 +124,10 @@ def _rotations(model: PreTrainedModel) -> Callable[[str | None], list[Rotation]]
 
 def _rotation(embedding: nn.Module, apply: Callable[..., Any], layer_type: str | None, share: int | None) -> Rotation:
     """Rotates all channels; or, where each cosine is for so many, the first ones."""
-    typed = () if layer_type is None else (layer_type,)
+    typed, cosines = () if layer_type is None else (layer_type,), steady(embedding)
 
     def rotate(vectors: Float[Tensor, "b h n d"], positions: Int[Tensor, "b n"], back: bool) -> Tensor:
-        cos, sin = embedding(vectors, positions, *typed)
+        cos, sin = cosines(vectors, positions, *typed)
         if back:
             # The square of the scaling: what a turn there and back multiplies a vector with.
             scaling = (cos[..., :1] ** 2 + sin[..., :1] ** 2)[:1, :1]

@@ -14,6 +14,7 @@ import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.hosts.transformers.decoder import decoder_of
+from headwise.hosts.transformers.rotary import steady_embeddings
 from headwise.hosts.transformers.stock_layers import unchanged
 from headwise.stages.layer import LayerCache
 from headwise.stages.token_log import TokenLog
@@ -56,7 +57,7 @@ def repeat_prompt(
         repetition = torch.cat([asked, ids[:, chunk]], dim=1)
         mask = torch.cat([real, counted, real[:, chunk]], dim=1)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, ids.shape[1] :]
-        with _repeating(cores, chunk), unchanged(states), torch.no_grad():
+        with _repeating(cores, chunk), unchanged(states), steady_embeddings(decoder), torch.no_grad():
             decoder(
                 input_ids=repetition,
                 attention_mask=None if bool(mask.all()) else mask.long(),

@@ -152,6 +152,9 @@ def _check_compressed(part: _Part, core: LayerCache, shape: LayerShape | None, c
         part.within("formats", part.take("formats", (batch, heads), _COUNT), -1, len(precision.formats) - 1)
         part.within("unpacked", part.take("unpacked", (), _COUNT), 0, columns)
         for index, format in enumerate(precision.formats):
+            if f"packed{index}_lengths" not in part.left:
+                # Not a row in that format; what else there is of it is unknown, and found to be in the end.
+                continue
             coded = row_parts(*dims, keys.dtype, format, scored=scored)
             held.append(_check_rows(part, f"packed{index}_", coded, (batch, heads), columns))
     everything = torch.cat(held)

@@ -22,6 +22,7 @@ from headwise.contract import LayerShape
 from headwise.errors import UnsupportedModelError
 from headwise.hosts.transformers.attention import bystander, register_interface
 from headwise.hosts.transformers.decoder import decoder_of
+from headwise.hosts.transformers.rotary import steady_embeddings
 from headwise.hosts.transformers.switch import headwise_attention_on
 from headwise.placement import device_of
 from headwise.stages.ambient import undisturbed
@@ -103,6 +104,7 @@ def try_model(model: PreTrainedModel) -> Mapping[int, LayerTrial]:
     with ExitStack() as stack:
         stack.enter_context(undisturbed())
         stack.enter_context(headwise_attention_on(decoder.config))
+        stack.enter_context(steady_embeddings(decoder))
         if decoder.training:
             stack.enter_context(torch.random.fork_rng(devices=[]))
         for variable, value in ((_trial, seen), (bystander, _note)):
