@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -12,8 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import families
-from family_verdict import Verdict
+families = importlib.import_module("families")
 
 PAGE = (ROOT / "docs" / "families.md").read_text()
 KINDS = {"Served": "served", "Refused": "refused", "Wrong": "wrong", "Not tried": "not built"}
@@ -42,7 +42,7 @@ def documented():
     for section in PAGE.split("\n## ")[1:]:
         title = section.splitlines()[0]
         for family, said in re.findall(r"^\| ([\w-]+) \| (.*) \|$", section, re.MULTILINE)[1:]:
-            found[family] = Verdict(KINDS[title], said)
+            found[family] = families.Verdict(KINDS[title], said)
     return found
 
 

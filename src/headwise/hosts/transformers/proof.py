@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from headwise.errors import UnsupportedModelError
 from headwise.hosts.transformers.decoder import decoder_of
+from headwise.hosts.transformers.rotary import steady_embeddings
 from headwise.kernels.backends import REFERENCE
 from headwise.placement import device_of
 from headwise.policies import Full
@@ -59,7 +60,7 @@ def _difference(model: PreTrainedModel, make_cache: Callable[..., Any]) -> str |
     decoder, cache = decoder_of(model), make_cache(model, Full(), kernel=REFERENCE)
     if not cache.computes_attention:
         return None
-    with undisturbed():
+    with undisturbed(), steady_embeddings(decoder):
         expected = _hidden(decoder, DynamicCache(config=decoder.config))
         try:
             found = _hidden(decoder, cache)
