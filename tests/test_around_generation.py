@@ -7,11 +7,8 @@ import threading
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
 from transformers import (
     DynamicCache,
-    PreTrainedTokenizerFast,
     TextIteratorStreamer,
     WatermarkDetector,
     WatermarkingConfig,
@@ -21,6 +18,7 @@ from transformers import (
 import headwise
 import tiny
 from headwise.errors import InputError
+from lettered import tokenizer
 
 IDS = tiny.prompt(30)
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -35,18 +33,6 @@ def model():
 
 def cache(policy, **options):
     return headwise.HeadwiseCache(model(), policy, **options)
-
-
-@functools.cache
-def tokenizer():
-    """A letter for every id, which padding goes before."""
-    letters = ["Ġ", *sorted(pre_tokenizers.ByteLevel.alphabet())][: tiny.VOCABULARY - 3]
-    words = {"<s>": 0, "</s>": 1, "<pad>": 2} | {letter: index + 3 for index, letter in enumerate(letters)}
-    backend = Tokenizer(tokenizer_models.BPE(vocab=words, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
-    )
 
 
 def generate(given, ids=IDS, **options):

@@ -17,8 +17,8 @@ from transformers import DynamicCache, WatermarkingConfig
 import headwise
 import models
 from cases import EVERYTHING, singly
+from lettered import tokenizer
 from models import COMPRESSIBLE, FAMILIES, NEW, PROMPT, generate
-from test_around_generation import tokenizer
 
 PREFIX = 17
 
