@@ -87,12 +87,14 @@ def test_what_half_precision_cannot_hold_is_clamped_and_said(policy, kernel):
 
 
 def test_codes_say_it_too():
+    """Of rows that come later; a prompt's heads that codes do not suit stay exact."""
     model = tiny.llama()
+    cache = headwise.HeadwiseCache(model, headwise.Quantized(headwise.Full(), 8, recent=2, sinks=1))
+    passed(model, cache, tiny.prompt(30))
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight.mul_(1e6)
-    cache = headwise.HeadwiseCache(model, headwise.Quantized(headwise.Full(), 8, recent=2, sinks=1))
     with pytest.warns(HeadwiseWarning, match="rows that become codes are beyond 65,504"):
-        passed(model, cache, tiny.prompt(30))
+        passed(model, cache, tiny.prompt(30, seed=1))
 
 
 def test_what_is_infinite_stays_in_the_sequence_that_has_it():

@@ -170,3 +170,12 @@ def test_what_auto_cannot_know_of_later_rows_is_said(size, later_bits, remedy):
     said = [str(each.message) for each in told if issubclass(each.category, headwise.HeadwiseWarning)]
     assert bool(said) == (remedy is not None)
     assert all(remedy in each and "rows that come after the prompt will suffer" in each for each in said)
+
+
+def test_a_text_that_repeats_one_token_is_rounded_as_any_other():
+    """Its values are all the same: there is nothing to tell apart, and nothing is lost."""
+    model = tiny.llama(layers=2, heads=4, kv_heads=2, head_dim=8)
+    cache = headwise.HeadwiseCache(model, headwise.Quantized(headwise.Full(), 8))
+    with torch.no_grad():
+        model(torch.full((1, 80), 9), past_key_values=cache)
+    assert {int(each) for layer in cache.headwise_layers for each in layer.core.store.formats.flatten()} == {0}

@@ -22,6 +22,8 @@ JUDGES, _COLUMNS = 16, 512
 # What rounding may move the logits of a query against each other (standard deviation, in nats), and values as a share
 # of what tells them apart. With 4 bits no head of the default model comes beyond 0.62 and 0.12 (docs/quantization.md).
 _LOGITS, _VALUES = 0.8, 0.5
+# Share of the values' mean square up to which they count as the same.
+_SAME = 1e-3
 
 _GIVEN = "they get as many bits as they need, and take more bytes; report().formats says which"
 _MORE = "rows that come after the prompt will suffer: take later_bits=8"
@@ -58,10 +60,11 @@ def bearable_formats(
         return (each.sum(dim=(2, 3)) / (newest.sum(dim=1)[:, None] * query.shape[2]).clamp(min=1)).sqrt() / _LOGITS
 
     def share(errors: Float[Tensor, "b h t e"]) -> Float[Tensor, "b h"]:
-        wrong, apart = (
-            _variance(rows.transpose(-2, -1), counted[:, None, None]).sum(-1) for rows in (errors, values.float())
-        )
-        return (wrong / apart).sqrt() / _VALUES
+        numbers = values.float()
+        wrong, apart = (_variance(rows.transpose(-2, -1), counted[:, None, None]).sum(-1) for rows in (errors, numbers))
+        # Where all are nearly the same, as of a text that repeats itself, there is little to tell apart and nothing lost.
+        size = numbers.square().mean(dim=2).sum(-1)
+        return (wrong / (apart + _SAME * size)).sqrt() / _VALUES
 
     offered = precision.formats if precision.later is None else (precision.formats[precision.later],)
     key_bits = _bits(keys, [format.key_bits for format in offered], offered[0].group, logits)
