@@ -62,7 +62,7 @@ def bearable_formats(
     def share(errors: Float[Tensor, "b h t e"]) -> Float[Tensor, "b h"]:
         numbers = values.float()
         wrong, apart = (_variance(rows.transpose(-2, -1), counted[:, None, None]).sum(-1) for rows in (errors, numbers))
-        # Where all are nearly the same, as of a text that repeats itself, there is little to tell apart and nothing lost.
+        # Where all are nearly the same, as of a text that repeats itself, nothing is lost.
         size = numbers.square().mean(dim=2).sum(-1)
         return (wrong / (apart + _SAME * size)).sqrt() / _VALUES
 
