@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -38,6 +38,13 @@ class Coding:
     value_hadamard: Float[Tensor, "e e"]
 
 
+@dataclass
+class Checked:
+    """What pages were found to fit, by `headwise.kernels.check`, as long as their tensors are the same."""
+
+    fitting: object = None
+
+
 @dataclass(frozen=True)
 class PageView:
     """What a kernel reads and writes: pages of one layer and whose they are.
@@ -52,6 +59,7 @@ class PageView:
         scores: accumulated score of every row; None where no rule ranks by it.
         longest: no head is longer; known without asking the device.
         coding: how codes are read; None where the rows are numbers.
+        checked: shared by views of the same tensors, which are looked at once; those of codes are each time.
     """
 
     keys: Float[Tensor, "pages s d"] | UInt8[Tensor, "pages s kc"]
@@ -62,6 +70,12 @@ class PageView:
     lengths: Int[Tensor, "b h"]
     longest: int
     coding: Coding | None = None
+    checked: Checked | None = field(default=None, init=False, compare=False)
+
+    def known_by(self, checked: Checked) -> PageView:
+        """The same view, which is not looked at again where views of its tensors were; a changed copy is."""
+        object.__setattr__(self, "checked", checked)
+        return self
 
     @property
     def page_size(self) -> int:

@@ -162,6 +162,8 @@ class PageTable:
             self.entries.masked_scatter_(wanted, pages)
         self._room = int((needed * self.page_size - lengths).min()) if needed.numel() else 0
         self.shrink()
+        # Padding that came may have counted for more than there are pages.
+        self.longest = min(self.longest, self.entries.shape[-1] * self.page_size)
 
     def _release(self, pages: Tensor) -> None:
         self._free.extend(page for page in pages.flatten().tolist() if page >= 0)

@@ -6,12 +6,14 @@ is overwriting the row, or moving the last row into the hole; a page that falls 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from headwise.errors import InputError
-from headwise.kernels.interface import PageView
+from headwise.kernels.interface import Checked, PageView
 from headwise.store.page_table import PageTable
 from headwise.store.row_parts import RowPart, row_bytes
 from headwise.store.rows import Rows
@@ -59,6 +61,7 @@ class PagePool:
         )
         self.row_bytes = row_bytes(parts)
         self._fresh = {part.name: part.fresh for part in parts if part.fresh is not None}
+        self._checked: tuple[Any, ...] = (None,)
         self.pages = PageTable(heads[0], heads[1], page_size, device, self._pools.rebuild)
 
     # What it holds.
@@ -101,7 +104,12 @@ class PagePool:
         """What a kernel reads, but for how codes are read."""
         pools, pages = self._pools.tensors, self.pages
         numbers, scores = (pools["keys"], pools["values"]), pools.get("scores")
-        return PageView(*numbers, pools["columns"], scores, pages.entries, pages.lengths, pages.longest)
+        table, lengths, (checked, *known) = pages.entries, pages.lengths, self._checked
+        if not (known and known[0]() is numbers[0] and known[1]() is table and known[2]() is lengths):
+            # Not held: nothing may be kept that has been replaced.
+            checked = Checked()
+            self._checked = (checked, *(weakref.ref(each) for each in (numbers[0], table, lengths)))
+        return PageView(*numbers, pools["columns"], scores, table, lengths, pages.longest).known_by(checked)
 
     def kept(self, part: str) -> Tensor | None:
         """That part of every row, padded to the longest head; undefined where `occupied` is False."""
