@@ -98,7 +98,7 @@ class LayerCache(Holdings):
                 "the prompt is complete, and what to keep of it was not chosen: where a policy decides over all "
                 "layers, a host calls WholeModel.compact() between two passes"
             )
-        self.accept()
+        self._accept()
         check_heads(keys, values, self._held)
         batch, _, count, _ = keys.shape
         if self.store is None:
@@ -156,7 +156,7 @@ class LayerCache(Holdings):
 
     def _accept_if_read(self) -> None:
         if not (self.recording or self.readers_left):
-            self.accept()
+            self._accept()
 
     def go_on_with(self, plan: Plan, store: RowStore) -> None:
         """Take over what was chosen from the prompt."""
@@ -175,7 +175,7 @@ class LayerCache(Holdings):
         """
         self.check_take_back(count)
         if self._pending is not None:
-            self.accept(but=count)
+            self._accept(but=count)
         elif count:
             self.seen -= count
             if self.store is not None:
@@ -204,8 +204,12 @@ class LayerCache(Holdings):
             return False
         return self.plan is None or not (self.plan.evicts or self.plan.scored)
 
-    def accept(self, but: int = 0) -> None:
-        """Take the tokens of the last pass in for good, but for so many of the newest."""
+    def accept(self) -> None:
+        """Take the tokens of the last pass in for good."""
+        self._accept()
+
+    def _accept(self, but: int = 0) -> None:
+        """The same where nothing disturbs already; but for so many of the newest."""
         last, self._pending = self._pending, None
         if last is None:
             return
@@ -229,7 +233,7 @@ class LayerCache(Holdings):
         Raises:
             CacheStateError: while the prompt is still coming in.
         """
-        self.accept()
+        self._accept()
         if self.prompt.rows.begun:
             raise CacheStateError("cannot select sequences while the prompt is still coming in")
         if self.store is not None and self.plan is not None:

@@ -166,8 +166,7 @@ def check_pass(layers: Sequence[CacheLayerMixin]) -> None:
     Raises:
         CacheStateError: when the last pass was broken off.
     """
-    waits = any(_waits(layer) for layer in layers)
-    if waits or len(_columns(layers)) > 1:
+    if len(_columns(layers)) > 1 or any(_waits(layer) for layer in layers):
         raise CacheStateError(_BROKEN)
 
 

@@ -84,7 +84,9 @@ def _read(original: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
         # What is compiled looks at what it depends on again before every call; this thread is none of it.
         if torch.compiler.is_dynamo_compiling() or implementation != NAME:
             return implementation
-        if any(each is config for each in _own.get()):
+        own = _own.get()
+        # In every layer of every pass: the innermost, as a rule.
+        if own and (own[-1] is config or any(each is config for each in own)):
             return NAME
         with _LOCK:
             # The pass may have ended since.
