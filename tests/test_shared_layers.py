@@ -90,6 +90,33 @@ def test_what_is_kept_is_what_all_readers_look_at(family, watched):
         assert torch.equal(kept[:, :, heavy:], torch.arange(35, 40, dtype=kept.dtype).expand(1, 2, -1))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_later_tokens_score_by_all_readers_too(family, watched):
+    """Nothing is dropped yet: each column's score is the mass of prompt and tokens, from both layers."""
+    model, ids = model_of(family), models.prompt(40)
+    passes = ids[:, :36], ids[:, 36:39], ids[:, 39:]
+    before = model.config._attn_implementation
+    model.set_attn_implementation("watched")
+    stock = DynamicCache(config=model.config)
+    try:
+        with torch.no_grad():
+            for part in passes:
+                model(part, past_key_values=stock)
+    finally:
+        model.set_attn_implementation(before)
+    expected = torch.zeros(1, 2, 40)
+    for layer in (OWNER, READER):
+        for query, key, scaling in watched[layer]:
+            expected[:, :, : key.shape[2]] += columns_mass(query, key, scaling)
+    cache = headwise.HeadwiseCache(model, headwise.H2O(heavy=60, recent=20), prompt_tokens=36)
+    with torch.no_grad():
+        for part in passes:
+            model(part, past_key_values=cache)
+    store = cache.headwise_layers[0].core.store
+    order = store.kept_columns().long().argsort(dim=-1)
+    torch.testing.assert_close(store.kept_scores().gather(2, order), expected, atol=1e-4, rtol=1e-4)
+
+
 SINKS, WINDOW = 2, 9
 
 
