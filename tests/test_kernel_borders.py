@@ -175,3 +175,11 @@ def test_tables_and_lengths_with_strides_are_refused_by_the_compiled_kernels():
     views = [replace(view, lengths=view.lengths.T.contiguous().T) for view in request.pages]
     with pytest.raises(InputError, match="dense"):
         cpu.KERNELS.ragged_decode(replace(request, pages=views))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_ranges_of_columns_that_there_are_not_are_refused(name):
+    request = peaks_request()
+    for counted in ([slice(0, 8)], [slice(-1, 3)], [slice(4, 2)], [slice(0, 4), slice(3, 7)], []):
+        with pytest.raises(InputError, match="range"):
+            KERNELS[name].attention_and_peaks(replace(request, counted=counted))

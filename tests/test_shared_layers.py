@@ -191,3 +191,13 @@ def test_a_pass_that_ends_before_all_have_read_is_noticed():
         models.generate(model, models.prompt(), cache),
         models.generate(model, models.prompt(), headwise.HeadwiseCache(model, headwise.H2O(heavy=4, recent=4))),
     )
+
+
+def test_a_pass_that_leaves_a_reader_out_is_noticed_at_the_next(monkeypatch):
+    model = model_of("gemma4_text")
+    cache = headwise.HeadwiseCache(model, headwise.H2O(heavy=4, recent=4))
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(model.get_decoder().layers[READER], "forward", lambda hidden, *_, **__: hidden)
+        model(models.prompt(), past_key_values=cache)
+    with pytest.raises(CacheStateError, match="broken off"):
+        model(models.prompt(1), past_key_values=cache)
