@@ -19,6 +19,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+import headwise
 import tiny
 from tiny import VOCABULARY
 
@@ -179,3 +180,20 @@ def tokenizer():
     names = [made.convert_ids_to_tokens(token) for token in (IMAGE, VIDEO, BEGIN, END)]
     made.add_special_tokens({"additional_special_tokens": names})
     return made
+
+
+TOKENIZER = tokenizer()
+# One picture between words, and what is not of it.
+IDS = prompt(5, picture(), 7)
+TEXT = IDS.shape[1] - PATCHES
+NEW = 6
+
+
+def new_cache(family, policy, **options):
+    return headwise.HeadwiseCache(shared(family), policy, tokenizer=TOKENIZER, **options)
+
+
+def turn(family, ids, cache, **options):
+    """A turn of text alone: nothing is said of the images before."""
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 2}
+    return shared(family).generate(ids, past_key_values=cache, **given | options)
