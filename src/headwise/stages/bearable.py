@@ -20,7 +20,7 @@ from headwise.types import Bool, Float, Int, Tensor
 JUDGES, _COLUMNS = 16, 512
 
 # What rounding may move the logits of a query against each other (standard deviation, in nats), and values as a share
-# of what tells them apart. With 4 bits no head of the default model comes beyond 0.62 and 0.12 (docs/quantization.md).
+# of what tells them apart. With 4 bits no head of the default model comes beyond (docs/quantization.md).
 _LOGITS, _VALUES = 0.8, 0.5
 # Share of the values' mean square up to which they count as the same.
 _SAME = 1e-3
