@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -40,9 +41,15 @@ class Coding:
 
 @dataclass
 class Checked:
-    """What pages were found to fit, by `headwise.kernels.check`, as long as their tensors are the same."""
+    """What is known of pages for as long as their tensors are the same.
+
+    Attributes:
+        fitting: what they were found to fit, by `headwise.kernels.check`.
+        compiled: how they are told to compiled code, but for their `longest`.
+    """
 
     fitting: object = None
+    compiled: Any = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,8 @@ class AppendRequest:
         """The increments of the rows of each view; None for each where there are none."""
         if self.increments is None:
             return [None] * len(self.pages)
+        if len(self.pages) == 1:
+            return [self.increments]
         return list(self.increments.split([view.longest for view in self.pages], dim=-1))
 
 

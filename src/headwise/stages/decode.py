@@ -62,7 +62,9 @@ class Pass:
         if self.mass is None:
             return None, None
         (on_kept, on_fresh), kept = self.mass, self.keys.shape[2]
-        return received(on_kept[:, :, :kept], real), received(on_fresh[:, :, :kept, :kept], real)
+        if kept < on_fresh.shape[3]:
+            on_kept, on_fresh = on_kept[:, :, :kept], on_fresh[:, :, :kept, :kept]
+        return received(on_kept, real), received(on_fresh, real)
 
 
 def decode_pass(

@@ -5,6 +5,8 @@ Prefill, profile, plan and store for the prompt; decode and evict for what follo
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from headwise.contract import LayerShape
@@ -99,11 +101,13 @@ class LayerCache(Holdings):
                 "layers, a host calls WholeModel.compact() between two passes"
             )
         self._accept()
-        check_heads(keys, values, self._held)
         batch, _, count, _ = keys.shape
+        first = self.log.columns == self.seen
+        if first or self.store is None:
+            check_heads(keys, values, self._held)
         if self.store is None:
             self.full_row_bytes = LayerShape(1, keys.shape[-1], values.shape[-1]).token_bytes(keys.dtype)
-        if self.log.columns == self.seen:
+        if first:
             check_mask(mask, self.log)
             real = None if mask is None else mask.diagonal(self.seen, -2, -1)
             self.log.extend(batch, count, real, keys.device)
@@ -269,7 +273,7 @@ class LayerCache(Holdings):
     def _take_in(self, last: Pass) -> None:
         assert self.store is not None
         kept, every = last.keys.shape[2], self.config.cache.evict_every
-        newest = torch.arange(self.seen - kept, self.seen, dtype=torch.int32, device=last.keys.device)
+        newest = _columns(self.seen - kept, self.seen, last.keys.device)
         real, due = self.log.real_at(newest), self._due
         if due and kept >= every:
             # As many rows as that are looked at first, and only those that stay are taken in.
@@ -283,3 +287,9 @@ class LayerCache(Holdings):
         assert self.store is not None and self.plan is not None
         evict(self.config, self.plan, self.store, fresh, self.log, self.seen, spare, self.evicted)
         self.evicted_at = self.seen
+
+
+@lru_cache(maxsize=8)
+def _columns(start: int, end: int, device: torch.device) -> Int[Tensor, " q"]:
+    """The columns of a pass, which are the same in all its layers."""
+    return torch.arange(start, end, dtype=torch.int32, device=device)

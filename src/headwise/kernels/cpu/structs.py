@@ -81,7 +81,18 @@ class AppendStruct(ctypes.Structure):
 
 
 def pages_struct(view: PageView) -> PagesStruct:
-    """A view, as long as its tensors live."""
+    """A view, as long as its tensors live; in what it is put into, it is copied."""
+    checked = view.checked
+    if checked is None or view.coding is not None:
+        return _made(view)
+    if checked.compiled is None:
+        checked.compiled = _made(view)
+    known: PagesStruct = checked.compiled
+    known.longest = view.longest
+    return known
+
+
+def _made(view: PageView) -> PagesStruct:
     keys, values, table = view.keys, view.values, view.table
     if not (table.is_contiguous() and view.lengths.is_contiguous()):
         raise InputError("the compiled CPU kernels take page tables and lengths that are dense, and these have strides")
