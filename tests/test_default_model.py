@@ -162,3 +162,20 @@ def test_a_quarter_of_the_bytes_is_nearly_all_with_the_gates_that_come_with_head
     auto = divergence(default, licence, headwise.Auto(ratio=0.25, gate=True))
     assert auto < 0.02
     assert auto < 0.5 * divergence(default, licence, headwise.PeakAttention(keep=0.25, gate=True))
+
+
+def test_matched_rows_answer_nearer_to_the_full_cache(default):
+    """By half at least: refitted values are fitted to nothing but the prompt, and these are other tokens."""
+    model, tokenizer = default
+    ids = tokenizer(topics["assignment"] + topics["attribute-access"], return_tensors="pt").input_ids[:, :576]
+    prompt, further = ids[:, :512], ids[:, 512:]
+    off = {}
+    with torch.no_grad():
+        full = model(ids).logits[:, 512:].log_softmax(dim=-1)
+        policy = headwise.Auto(ratio=1 / 8, gate=True)
+        for name, each in (("plain", policy), ("matched", headwise.Match(policy))):
+            cache = headwise.HeadwiseCache(model, each, tokenizer=tokenizer, prompt_tokens=512)
+            model(prompt, past_key_values=cache, logits_to_keep=1)
+            predicted = model(further, past_key_values=cache).logits.log_softmax(dim=-1)
+            off[name] = (full.exp() * (full - predicted)).sum(dim=-1).mean()
+    assert off["matched"] < 0.5 * off["plain"]

@@ -12,6 +12,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 import headwise
@@ -42,6 +44,25 @@ def test_shapes_are_those_of_what_a_cache_is_given(family):
         )
         assert fact.shape == LayerShape(keys.shape[1], keys.shape[-1], values.shape[-1])
     assert facts.token_bytes(torch.float32) == sum(layer.shape.token_bytes(torch.float32) for layer in facts.layers)
+
+
+def test_where_keys_are_not_turned_the_rotation_leaves_them_as_they_are():
+    """As in many hybrid models, and in every other layer here; what looks behind the prompt then sees it as it is."""
+    config = SmolLM3Config(**models.SMALL, num_hidden_layers=2, no_rope_layers=[1, 0], pad_token_id=2, bos_token_id=0)
+    torch.manual_seed(0)
+    model = SmolLM3ForCausalLM(config).eval()
+    turned, plain = (layer.rotation for layer in read_facts(model)[0].layers)
+    vectors, at = torch.randn(2, 3, 5, turned_width(config)), torch.arange(3, 8).expand(2, -1)
+    assert torch.equal(plain(vectors, at, False), vectors) and torch.equal(plain(vectors, at, True), vectors)
+    assert not torch.allclose(turned(vectors, at, False), vectors)
+    for policy in (headwise.ExpectedAttention(keep=9), headwise.Match(headwise.SnapKV(keep=9, window=4))):
+        cache = headwise.HeadwiseCache(model, policy)
+        model.generate(models.prompt(30), past_key_values=cache, max_new_tokens=3, eos_token_id=None)
+        assert cache.headwise_layers[1].core.store.longest == 9 + 2
+
+
+def turned_width(config):
+    return config.hidden_size // config.num_attention_heads
 
 
 def keys_of_layers(model, ids, before):

@@ -6,6 +6,7 @@ import pytest
 from asking import short
 
 from chatty import KV_HEADS, LAYERS, TEXT
+from commands import assert_one_line
 
 
 def test_dtype_halves_the_cache(headwise):
@@ -54,3 +55,13 @@ def test_bytes_buy_more_rows_of_less_width(headwise):
         found = headwise(*asked, "--cache-dtype", dtype).json
         heads = [head["kept_tokens"] for layer in found["layers"] for head in layer["heads"]]
         assert heads == [tokens] * LAYERS * KV_HEADS
+
+
+@pytest.mark.parametrize("command", ["generate", "profile"])
+def test_values_are_refitted_where_it_is_asked_for(headwise, command):
+    few = ("--max-new-tokens", 1) if command == "generate" else ()
+    asked = (command, "--raw", "--prompt", f"{TEXT} " * 4, "--policy", "snapkv", "--set", "keep=20", *few)
+    plain, matched = headwise(*asked, "--json").json, headwise(*asked, "--match", "--json").json
+    assert matched["policy"]["name"] == "match" and matched["memory"]["used_bytes"] == plain["memory"]["used_bytes"]
+    assert "outputs off by" in headwise(*asked, "--match").err + headwise(*asked, "--match").out
+    assert_one_line(headwise(command, "--raw", "--prompt", TEXT, "--policy", "fastgen", "--match"), "goes on evicting")

@@ -63,6 +63,7 @@ def read_cache_request(
     bits: str | None,
     less: bool,
     less_kernels: Path | None,
+    match: bool,
     kernel: str,
     cache_dtype: str,
     evict_every: int = 16,
@@ -75,13 +76,15 @@ def read_cache_request(
         ConfigurationError: for a word or number that cannot be.
         InputError: when there are no kernels of LESS in the folder, or none came with headwise.
     """
-    from headwise.policies.words import build_policy, in_bits, read_budget, remembering
+    from headwise.policies.words import build_policy, in_bits, matched, read_budget, remembering
 
     chosen = build_policy(policy, recovery, settings or (), budgeted=budget is not None)
     if bits is not None:
         chosen = in_bits(chosen, bits)
     if less or less_kernels is not None:
         chosen = remembering(chosen, "" if less_kernels is None else str(less_kernels)).read()
+    if match:
+        chosen = matched(chosen)
     room = None if budget is None else read_budget(budget)
     check_kernel(kernel)
     return CacheRequest(chosen, room, kernel, parse_dtype(cache_dtype), evict_every)

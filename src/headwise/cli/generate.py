@@ -64,6 +64,7 @@ def generate(
     bits: options.Bits = None,
     less: options.Less = False,
     less_kernels: options.LessKernels = None,
+    match: options.Match = False,
     evict_every: options.EvictEvery = 16,
     max_new_tokens: MaxNewTokens = 200,
     temperature: Temperature = 0.0,
@@ -85,7 +86,7 @@ def generate(
     from headwise.report.picture import check_target, save_map
 
     request = read_cache_request(
-        policy, recovery, settings, budget, bits, less, less_kernels, kernel, cache_dtype, evict_every
+        policy, recovery, settings, budget, bits, less, less_kernels, match, kernel, cache_dtype, evict_every
     )
     drawn = random.randrange(_SEEDS) if seed is None else seed
     sampling = Sampling(max_new_tokens, temperature, drawn, prefill_chunk)

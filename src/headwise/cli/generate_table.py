@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from headwise.cli.report_output import add_less, add_rules, saved_words
+from headwise.cli.report_output import add_mended, add_rules, saved_words
 from headwise.cli.tables import errors, facts_table
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def show_costs(result: GenerateResult) -> None:
     table.add_row("kept", f"{report.kept_ratio:.1%} of all rows", *(["100%"] if memory else []))
     table.add_row("memory held", *map(format_bytes, held))
     table.add_row("memory used", *map(format_bytes, used))
-    add_less(table, report)
+    add_mended(table, report)
     table.add_row("full cache", f"{format_bytes(report.full_bytes)} for the same tokens")
     table.add_row("saved", saved_words(report))
     add_rules(table, report)

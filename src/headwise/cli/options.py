@@ -71,6 +71,14 @@ Less = Annotated[
         rich_help_panel=POLICY,
     ),
 ]
+Match = Annotated[
+    bool,
+    typer.Option(
+        "--match",
+        help="Refit the values of the rows that stay, so that they stand for those that are dropped.",
+        rich_help_panel=POLICY,
+    ),
+]
 LessKernels = Annotated[
     Path | None,
     typer.Option(

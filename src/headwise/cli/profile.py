@@ -40,6 +40,7 @@ def profile(
     bits: options.Bits = None,
     less: options.Less = False,
     less_kernels: options.LessKernels = None,
+    match: options.Match = False,
     model: options.Model = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -51,7 +52,9 @@ def profile(
     """Profile a prompt: which rule every KV head gets, and what every rule recovers of its attention."""
     from headwise.report.picture import check_target, save_map
 
-    request = read_cache_request(policy, recovery, settings, budget, bits, less, less_kernels, kernel, cache_dtype)
+    request = read_cache_request(
+        policy, recovery, settings, budget, bits, less, less_kernels, match, kernel, cache_dtype
+    )
     text = read_prompt(prompt, file)
     if png is not None:
         check_target(png)

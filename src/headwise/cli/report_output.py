@@ -59,7 +59,7 @@ def summary_table(report: Report) -> Table:
     table.add_row(
         "memory held", f"{format_bytes(report.allocated_bytes)} of {format_bytes(report.full_bytes)} for a full cache"
     )
-    add_less(table, report)
+    add_mended(table, report)
     add_rules(table, report)
     return table
 
@@ -90,12 +90,14 @@ def is_chosen(report: Report) -> bool:
     return any(layer.recovered is not None for layer in report.layers)
 
 
-def add_less(table: Table, report: Report) -> None:
-    """What LESS takes; nothing without it."""
-    from headwise.report.report import describe_memory
+def add_mended(table: Table, report: Report) -> None:
+    """What LESS takes, and what refitted values won; nothing without them."""
+    from headwise.report.words import mended_words, remembered_words
 
     if report.remembered:
-        table.add_row("remembered", describe_memory(report))
+        table.add_row("remembered", remembered_words(report.memory_bytes, report.weight_bytes))
+    if report.mean_error:
+        table.add_row("outputs off by", mended_words(*report.mean_error))
 
 
 def add_rules(table: Table, report: Report) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from headwise.policies.keynorm import KeyNorm
     from headwise.policies.kvzip import KVzip
     from headwise.policies.less import Less
+    from headwise.policies.match import Match
     from headwise.policies.peak_attention import PeakAttention
     from headwise.policies.pyramidkv import PyramidKV
     from headwise.policies.quantized import Quantized
@@ -48,6 +49,7 @@ HOMES = {
     "KeyDiff": "keydiff",
     "KeyNorm": "keynorm",
     "Less": "less",
+    "Match": "match",
     "PeakAttention": "peak_attention",
     "Policy": "base",
     "PyramidKV": "pyramidkv",
@@ -83,6 +85,7 @@ __all__ = [
     "KeyDiff",
     "KeyNorm",
     "Less",
+    "Match",
     "PeakAttention",
     "Policy",
     "PyramidKV",

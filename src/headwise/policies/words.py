@@ -15,6 +15,7 @@ from headwise.errors import ConfigurationError
 if TYPE_CHECKING:
     from headwise.policies.base import Policy
     from headwise.policies.less import Less
+    from headwise.policies.match import Match
     from headwise.policies.quantized import Quantized
 
 DEFAULT_RECOVERY = 0.95
@@ -30,13 +31,14 @@ def parse_policy(spec: str) -> Policy:
 
     A value may hold commas itself: in `fastgen:ladder=special,full,local=8` what has no sign continues the ladder.
     Behind it, `+int8`, `+int4` or `+k8v4` stores older rows in so many bits (`headwise.Quantized`), and `+less` or
-    `+less=FOLDER` lets what is evicted be remembered (`headwise.Less`).
+    `+less=FOLDER` lets what is evicted be remembered (`headwise.Less`), and `+match` refits the values of the rows that
+    stay (`headwise.Match`).
 
     Raises:
         UnknownPolicyError: when there is none of that name; the message names the nearest.
         ConfigurationError: for an unknown, missing, repeated or unreadable parameter, or one out of range.
     """
-    spec, *additions = re.split(r"\+(?=less|int|k)", spec)
+    spec, *additions = re.split(r"\+(?=less|int|k|match)", spec)
     name, colon, rest = spec.partition(":")
     settings: list[str] = []
     for part in rest.split(",") if colon else ():
@@ -57,13 +59,26 @@ def remembering(policy: Policy, folder: str = "") -> Less:
     return Less(policy, folder or None)
 
 
+def matched(policy: Policy) -> Match:
+    """The policy with values refitted.
+
+    Raises:
+        ConfigurationError: when it goes on evicting.
+    """
+    from headwise.policies.match import Match
+
+    return Match(policy)
+
+
 def _with(policy: Policy, addition: str) -> Policy:
     """The policy with what stands behind a plus sign."""
     word, equals, folder = addition.partition("=")
     if word == "less":
         return remembering(policy, folder.strip())
+    if addition == "match":
+        return matched(policy)
     if equals or word[:1] not in ("i", "k"):
-        raise ConfigurationError(f"behind a policy stands +less, +less=FOLDER or +BITS, got '+{addition}'")
+        raise ConfigurationError(f"behind a policy stands +less, +less=FOLDER, +match or +BITS, got '+{addition}'")
     return in_bits(policy, word)
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from headwise.report.words import mended_words, remembered_words
 from headwise.stages.layer import LayerCache
 from headwise.store.store import RowStore
 from headwise.types import Kind, Tensor
@@ -34,6 +36,8 @@ class LayerReport:
         formats: of each head's older rows, such as "K8V4", an array of the same shape; None where all rows are exact.
         kept_media: of the kept tokens, those that stand for images, videos and sounds, of the same shape; None where
             the policy does not look at what tokens are.
+        matched: error of each head's outputs for reference queries before and after values were refitted, as a share of
+            their size, `[2, batch, KV heads]`; None where they were not.
     """
 
     used_bytes: int
@@ -49,6 +53,7 @@ class LayerReport:
     weight_bytes: int = 0
     formats: Names | None = None
     kept_media: Tensor | None = None
+    matched: Tensor | None = None
 
     @classmethod
     def of_stock(cls, tensors: list[Tensor]) -> LayerReport:
@@ -84,6 +89,7 @@ class LayerReport:
             weight_bytes=weight_bytes,
             formats=None if layer.store is None else _format_names(layer.store),
             kept_media=_kept_media(layer),
+            matched=None if plan is None or plan.matched is None else plan.matched.cpu(),
         )
 
 
@@ -185,6 +191,11 @@ class Report:
         return dict(Counter(name for names in self.formats if names is not None for name in names.flatten().tolist()))
 
     @property
+    def matched(self) -> list[Tensor | None]:
+        """Error of the outputs before and after values were refitted, per layer, `[2, batch, KV heads]`, or None."""
+        return [layer.matched for layer in self.layers]
+
+    @property
     def sampled(self) -> float | None:
         """Share of the prompt's query rows that the profile read; None where there was no profile."""
         return next((layer.sampled for layer in self.layers if layer.sampled is not None), None)
@@ -193,6 +204,13 @@ class Report:
     def found_recovery(self) -> list[float] | None:
         """Attention mass that the budget let every head of a sequence retain; None where no budget was given."""
         return next((layer.found.tolist() for layer in self.layers if layer.found is not None), None)
+
+    @property
+    def mean_error(self) -> list[float]:
+        """The same on average over all heads, before and after; nothing where no values were refitted."""
+        heads = [errors.flatten(1) for errors in self.matched if errors is not None]
+        mean: list[float] = torch.cat(heads, dim=1).mean(dim=1).tolist() if heads else []
+        return mean
 
     @property
     def _any_media(self) -> bool:
@@ -219,6 +237,7 @@ class Report:
             "kept_tokens": [None if kept is None else kept.tolist() for kept in self.kept_tokens],
             "rules": [None if rules is None else rules.tolist() for rules in self.rules],
             **({"kept_media": [None if m is None else m.tolist() for m in self.kept_media]} if self._any_media else {}),
+            **({"matched": [None if m is None else m.tolist() for m in self.matched]} if self.mean_error else {}),
             **({"formats": [None if f is None else f.tolist() for f in self.formats]} if self.format_counts else {}),
         }
 
@@ -231,7 +250,7 @@ class Report:
             *([("of them media", _share_of_media(self))] if self._any_media else []),
             ("memory used", format_bytes(self.used_bytes)),
             ("memory held", format_bytes(self.allocated_bytes)),
-            *([("remembered", describe_memory(self))] if self.remembered else []),
+            *([("remembered", remembered_words(self.memory_bytes, self.weight_bytes))] if self.remembered else []),
             ("full cache", format_bytes(self.full_bytes)),
             ("saved", f"{format_bytes(self.saved_bytes)} ({saved})"),
         ]
@@ -240,6 +259,8 @@ class Report:
             lines.append(("profile", f"{exact}, {self.profile_seconds:.2f} s"))
         if self.found_recovery is not None:
             lines.append(("recovery found", ", ".join(f"{share:.3f}" for share in self.found_recovery)))
+        if self.mean_error:
+            lines.append(("outputs off by", mended_words(*self.mean_error)))
         lines.append(("kernels", self.kernel))
         total = sum(self.rule_counts.values())
         counts = [*self.rule_counts.items(), *sorted(self.format_counts.items())]
@@ -270,9 +291,3 @@ def _format_names(store: RowStore) -> Names | None:
     names: Names = np.array([*(str(part.format) for part in store.coded), "exact"])
     chosen: Names = names[store.formats.cpu().numpy()]
     return chosen
-
-
-def describe_memory(report: Report) -> str:
-    """What LESS takes, in words."""
-    state, weights = format_bytes(report.memory_bytes), format_bytes(report.weight_bytes)
-    return f"{state} of it for evicted tokens; kernels {weights}, shared by all caches"

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from headwise.contract import ModelFacts
-from headwise.errors import UnsupportedModelError
+from headwise.errors import ConfigurationError, UnsupportedModelError
 from headwise.gate.checkpoint import check_gates, load_gates, shipped_gates
 from headwise.gate.gate import LayerGate
 from headwise.kernels.interface import Kernels
 from headwise.policies.base import Policy
 from headwise.policies.less import Less
+from headwise.policies.match import Match
 from headwise.policies.wrapper import Wrapper, wrappers
 from headwise.stages.config import CacheConfig, LayerConfig
 
@@ -39,7 +40,7 @@ class Assembly:
     @property
     def asks_all_queries(self) -> bool:
         """Whether the policy looks at what layers ask that read the keys of others."""
-        return self.policy.chooser.asks_queries and any(layer.readers > 1 for layer in self.layers.values())
+        return any(layer.asks_queries and layer.readers > 1 for layer in self.layers.values())
 
 
 def assemble(
@@ -55,7 +56,7 @@ def assemble(
     """The configuration of every layer.
 
     Raises:
-        ConfigurationError: when an option is out of range.
+        ConfigurationError: when an option is out of range, or both LESS and Match stand around the policy.
         InputError: when there are no trained weights where the policy names some.
         MismatchError: when they are of another model.
         UnsupportedModelError: when the policy looks through a rotary embedding that is not known, or LESS would be for
@@ -65,8 +66,13 @@ def assemble(
     policy, less = _with_kernels(policy, facts.module)
     features = {} if less is None else less.layers
     gates = _gates(policy.chooser, facts.module)
+    matching = next((wrapper for wrapper in wrappers(policy) if isinstance(wrapper, Match)), None)
+    if matching is not None and less is not None:
+        raise ConfigurationError(
+            f"{policy}: LESS remembers what is dropped, and Match lets rows that stay stand for it; take one of them"
+        )
     cache = CacheConfig(
-        kernels, page_size, prompt_columns, evict_every, len(facts.layers), dtype, precision=policy.precision
+        kernels, page_size, prompt_columns, evict_every, len(facts.layers), dtype, policy.precision, matching
     )
     layers = {
         index: LayerConfig(
@@ -76,9 +82,10 @@ def assemble(
         if layer.compressed
     }
     unknown = [index for index, layer in layers.items() if layer.rotation is None]
-    if policy.chooser.needs_rotation and unknown:
+    turning = policy.chooser if policy.chooser.needs_rotation else matching
+    if turning is not None and unknown:
         raise UnsupportedModelError(
-            f"{policy.chooser} turns queries to positions to come, and how layer {unknown[0]} of {facts.name} makes "
+            f"{turning} turns queries to positions to come, and how layer {unknown[0]} of {facts.name} makes "
             "positions is not known; take a policy that looks at attention alone, such as SnapKV"
         )
     return Assembly(policy, kernels, layers)

@@ -14,6 +14,7 @@ from headwise.less.state import EvictedState
 from headwise.policies.base import Policy
 from headwise.policies.choice import PromptSummary
 from headwise.stages.config import LayerConfig
+from headwise.stages.match import match_values
 from headwise.stages.plan import Plan, Planned, make_plans, summarise
 from headwise.stages.prefill import PromptRows
 from headwise.stages.profile import Observations
@@ -107,6 +108,7 @@ class Prompt:
         scores = mass.score if plan.scored and mass is not None else None
         bearable = self.observations.formats(keys, values)
         formats = bearable if planned.formats is None else planned.formats
+        references = self.observations.references
         self.rows.held = None
         self.observations.clear()
         self.complete = False
@@ -120,6 +122,10 @@ class Prompt:
             formats=formats,
         )
         store.fill(rows)
+        if references is not None and cache.matching is not None and self._config.rotation is not None:
+            where = self.observations.positions(keys)
+            ridge = cache.matching.ridge
+            plan.matched = match_values(store, references, self._config.rotation, keys, values, *where, ridge)
         self.compact_seconds += clock(keys.device) - started
         return store
 

@@ -12,6 +12,7 @@ from headwise.kernels.interface import DTYPES, Kernels
 from headwise.less.features import LayerFeatures
 from headwise.policies.base import Policy
 from headwise.policies.checks import check_count
+from headwise.policies.match import Match
 from headwise.quant.formats import Precision
 from headwise.types import Rotation
 
@@ -28,6 +29,7 @@ class CacheConfig:
         layers: of the model.
         dtype: of exact rows; None for what the model computes in.
         precision: how older rows are stored; None keeps all of them exact.
+        matching: how the values of kept rows are refitted; None leaves them as they are.
 
     Raises:
         ConfigurationError: when a count or the dtype is out of range.
@@ -40,6 +42,7 @@ class CacheConfig:
     layers: int = 1
     dtype: torch.dtype | None = None
     precision: Precision | None = None
+    matching: Match | None = None
 
     def __post_init__(self) -> None:
         check_count("page_size", self.page_size, 1)
@@ -68,3 +71,8 @@ class LayerConfig:
     gate: LayerGate | None = None
     features: LayerFeatures | None = None
     readers: int = 1
+
+    @property
+    def asks_queries(self) -> bool:
+        """Whether what is kept depends on what queries look at."""
+        return self.policy.asks_queries or self.cache.matching is not None

@@ -152,7 +152,7 @@ class LayerCache(Holdings):
             output = self.prompt.rows.attend(query, first.keys, first.values, mask, options)
         else:
             output = self._decode(again)
-        if self.config.policy.asks_queries:
+        if self.config.asks_queries:
             first.join(again)
         self.readers_left -= 1
         self._accept_if_read()

@@ -27,6 +27,7 @@ class Plan:
         recovered: mass each rung retains, folded over the group; None where nothing had to be chosen.
         prompt: real tokens of the prompt, to which fractions refer.
         threshold: mass that was enough, infinite where only all of it was; None where nothing had to be chosen.
+        matched: error of the outputs before and after values were refitted; None where they were not.
     """
 
     rungs: tuple[Rule, ...]
@@ -34,6 +35,7 @@ class Plan:
     recovered: Float[Tensor, "rungs b h"] | None
     prompt: Int[Tensor, " b"]
     threshold: Float[Tensor, " b"] | None = None
+    matched: Float[Tensor, "2 b h"] | None = None
 
     def __post_init__(self) -> None:
         self._refresh()
@@ -59,6 +61,8 @@ class Plan:
         self.prompt = self.prompt[indices]
         if self.recovered is not None:
             self.recovered = self.recovered[:, indices]
+        if self.matched is not None:
+            self.matched = self.matched[:, indices]
         if self.threshold is not None:
             self.threshold = self.threshold[indices]
         self._refresh()
@@ -74,13 +78,15 @@ class Plan:
             "prompt": self.prompt,
             "recovered": self.recovered,
             "threshold": self.threshold,
+            "matched": self.matched,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @classmethod
     def restore(cls, rungs: tuple[Rule, ...], state: dict[str, Tensor]) -> Plan:
         """A plan as `state` described it."""
-        return cls(rungs, state["choice"], state.get("recovered"), state["prompt"], state.get("threshold"))
+        named = (state.get(name) for name in ("threshold", "matched"))
+        return cls(rungs, state["choice"], state.get("recovered"), state["prompt"], *named)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from headwise.contract import LayerShape
 from headwise.kernels.attention import causal
 from headwise.kernels.interface import AttentionMap
+from headwise.matching.references import References, sampled
 from headwise.policies.evidence import Evidence
 from headwise.stages.bearable import JUDGES, bearable_formats
 from headwise.stages.config import LayerConfig
@@ -32,6 +33,7 @@ class Observations:
         rows_read: query rows that the profile has read.
         mass: attention mass by column; None where the policy does not look at it.
         repetition_peaks: largest attention that each column got while the model repeated the prompt.
+        references: queries that the values of kept rows are fitted to; None where they stay their own.
     """
 
     def __init__(self, config: LayerConfig, log: TokenLog) -> None:
@@ -43,6 +45,7 @@ class Observations:
         """Let go of everything but the count of rows."""
         self.mass: MassProfile | None = None
         self.repetition_peaks: Float[Tensor, "b h t"] | None = None
+        self.references: References | None = None
         # The newest queries, their mask and the model's options, as far as the policy looks at them.
         self._asked: tuple[Tensor, Tensor | None, LogitOptions] | None = None
 
@@ -51,6 +54,8 @@ class Observations:
         held = [] if self.mass is None else self.mass.tensors()
         if self._asked is not None:
             held += [tensor for tensor in self._asked[:2] if tensor is not None]
+        if self.references is not None:
+            held += self.references.tensors()
         return held if self.repetition_peaks is None else [*held, self.repetition_peaks]
 
     def observe(self, map: AttentionMap) -> None:
@@ -64,6 +69,10 @@ class Observations:
         if policy.needs_evidence or judged:
             rows = policy.query_rows if policy.needs_evidence else 0
             self._remember(map, None if rows is None else max(rows, judged))
+        if self._config.cache.matching is not None:
+            prompt = self._config.cache.prompt_columns or map.keys.shape[2]
+            asked = sampled(map, max(1, round(prompt * map.query.shape[2] / self._config.cache.matching.queries)))
+            self.references = asked if self.references is None else self.references + asked
 
     def repeat(
         self, map: AttentionMap, values: Float[Tensor, "b h all e"], prompt: int, chunk: slice
@@ -87,7 +96,7 @@ class Observations:
         """What the layer holds at the end of the prompt."""
         assert self._asked is not None
         query, mask, options = self._asked
-        positions, real = self._positions(keys)
+        positions, real = self.positions(keys)
         rotation, gate, peaks = self._config.rotation, self._config.gate, self.repetition_peaks
         if gate is not None:
             peaks = gate.scores(keys, positions, real.sum(dim=1)[:, None, None], rotation)
@@ -103,10 +112,10 @@ class Observations:
             return None
         assert self._asked is not None
         query, _, options = self._asked
-        positions, real = self._positions(keys)
+        positions, real = self.positions(keys)
         return bearable_formats(precision, query, keys, values, real, positions, options.scaling)
 
-    def _positions(self, keys: Float[Tensor, "b h t d"]) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
+    def positions(self, keys: Float[Tensor, "b h t d"]) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
         """Position of every column, and whether it holds a real token."""
         columns = torch.arange(keys.shape[2], device=keys.device).expand(len(keys), 1, -1)
         return self._log.positions(columns)[:, 0], self._log.real(columns)[:, 0]
@@ -114,7 +123,7 @@ class Observations:
     def _mass_of(self, map: AttentionMap) -> MassProfile:
         count, seen = map.query.shape[3], map.keys.shape[2]
         policy, cache = self._config.policy, self._config.cache
-        positions, real = self._positions(map.keys)
+        positions, real = self.positions(map.keys)
         # What has not come in yet is taken to hold no padding.
         prompt = self._log.real_tokens(len(map.keys), seen, map.keys.device)
         prompt = prompt + max(0, (cache.prompt_columns or 0) - seen)

@@ -14,7 +14,7 @@ from headwise.store.narrow import within
 from headwise.store.pages import PagePool
 from headwise.store.row_parts import STEPS, row_parts
 from headwise.store.rows import Rows
-from headwise.types import Bool, Int, Tensor
+from headwise.types import Bool, Float, Int, Tensor
 
 # Rows that are encoded at a time: their numbers are rotated in fp32.
 _BLOCK = 1024
@@ -65,14 +65,18 @@ class CodedPages:
 
     def encode(self, rows: Rows) -> Rows:
         """The same rows as codes."""
-        keys, values = [], []
         format = self.format
-        for start in range(0, max(rows.keys.shape[2], 1), _BLOCK):
-            part = slice(start, start + _BLOCK)
-            keys.append(_encoded(rows.keys[:, :, part], format.key_bits, format.group_of(self.key_dim)))
-            values.append(_encoded(rows.values[:, :, part], format.value_bits, format.group_of(self.value_dim)))
-        (key_codes, key_steps), (value_codes, value_steps) = _joined(keys), _joined(values)
+        key_codes, key_steps = _encoded(rows.keys, format.key_bits, format.group_of(self.key_dim))
+        value_codes, value_steps = self._encode_values(rows.values)
         return rows.replacing(keys=key_codes, values=value_codes, key_steps=key_steps, value_steps=value_steps)
+
+    def replace_values(self, values: Float[Tensor, "b h n e"]) -> None:
+        """Give the kept rows other values, as numbers."""
+        for part, content in zip(("values", STEPS[1]), self._encode_values(values), strict=True):
+            self.pool.replace(part, content)
+
+    def _encode_values(self, values: Float[Tensor, "b h n e"]) -> tuple[Tensor, Tensor]:
+        return _encoded(values, self.format.value_bits, self.format.group_of(self.value_dim))
 
     def decode(self, rows: Rows) -> Rows:
         """Codes as the numbers they stand for."""
@@ -104,11 +108,12 @@ def by_format(
     return [rows & (formats == index)[:, :, None] for index in range(count)]
 
 
-def _encoded(numbers: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    turned = numbers.float() @ hadamard(numbers.shape[-1], numbers.device)
-    return encode(within(turned, STEP_DTYPE, "rows that become codes", _UNCODED), bits, group)
-
-
-def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    codes, steps = zip(*parts, strict=True)
+def _encoded(numbers: Float[Tensor, "b h n d"], bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Codes of the numbers, and the steps they are read by."""
+    codes, steps = [], []
+    for block in numbers.split(_BLOCK, dim=2):
+        turned = block.float() @ hadamard(block.shape[-1], block.device)
+        coded = encode(within(turned, STEP_DTYPE, "rows that become codes", _UNCODED), bits, group)
+        codes.append(coded[0])
+        steps.append(coded[1])
     return torch.cat(codes, dim=2), torch.cat(steps, dim=2)

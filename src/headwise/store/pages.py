@@ -144,6 +144,13 @@ class PagePool:
         at = self.pages.addresses(self.longest)[occupied]
         self.pools["scores"].view(-1)[at] += increments[occupied]
 
+    def replace(self, part: str, content: Tensor) -> None:
+        """Write other content `[b, h, n, ...]` of one part of the kept rows."""
+        there = self.occupied()
+        self.pools[part].flatten(0, 1)[self.pages.addresses(self.longest)[there]] = content[there].to(
+            self.pools[part].dtype
+        )
+
     def make_fresh(self, count: int) -> None:
         """Write what new rows have of parts that kernels do not write, for so many behind the last of every head."""
         for name, value in self._fresh.items():

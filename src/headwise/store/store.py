@@ -108,9 +108,7 @@ class RowStore:
 
         While frozen, heads are taken to be as long as their pages have room: how long they are, only the device knows.
         """
-        views = [self.exact.view()]
-        if self.coded:
-            views += [part.view() for part in self.coded if part.pool.longest]
+        views = [self.exact.view(), *[part.view() for part in self.coded if part.pool.longest]]
         return [replace(view, longest=view.capacity) for view in views] if self.frozen else views
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,6 +162,13 @@ class RowStore:
         for part, keep in zip(self.coded, by_format(old, self.formats, len(self.coded)), strict=True):
             if bool(keep.any()):
                 part.pool.fill(part.encode(rows).naming(keep))
+
+    def replace_values(self, values: Float[Tensor, "b h n e"]) -> None:
+        """Give the kept rows other values, as numbers, which become codes where the others were."""
+        exact, *coded = self._cut(values, dim=2)
+        self.exact.replace("values", narrow(exact, self.exact.pools["values"].dtype, "values", waits=True))
+        for part, own in zip(self.coded, coded, strict=True):
+            part.replace_values(own)
 
     def append(
         self,
@@ -282,9 +287,9 @@ class RowStore:
         held = [rows for pool in self._pools if (rows := pool.kept(part)) is not None]
         return _along(held) if held else None
 
-    def _cut(self, along: Tensor) -> list[Any]:
+    def _cut(self, along: Tensor, dim: int = -1) -> list[Any]:
         """A tensor over the rows of all parts, part by part."""
-        return list(along.split([pool.longest for pool in self._pools], dim=-1)) if self.coded else [along]
+        return list(along.split([pool.longest for pool in self._pools], dim=dim)) if self.coded else [along]
 
     def _drop_coded(self, keep: list[Tensor]) -> None:
         for part, own in zip(self.coded, keep, strict=True):

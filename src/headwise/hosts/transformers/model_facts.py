@@ -54,7 +54,8 @@ def _layer_facts(layer: CacheLayerMixin, trial: LayerTrial, rotations: Sequence[
     # The exact type: subclasses are layers of other kinds, which stay as they are.
     full = type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
     obstacle = trial.obstacle if full else None
-    rotation = next((each for each in rotations if same_but_for_position(trial, each)), None)
+    # Where there is none, as in many hybrid models, keys are the same at all positions.
+    rotation = next((each for each in (*rotations, _unturned) if same_but_for_position(trial, each)), None)
     return LayerFacts(full and obstacle is None, trial.shape, rotation, obstacle, max(1, len(trial.readers)))
 
 
@@ -120,6 +121,11 @@ def _rotations(model: PreTrainedModel) -> Callable[[str | None], list[Rotation]]
         return made[layer_type]
 
     return of_type
+
+
+def _unturned(vectors: Float[Tensor, "b h n d"], positions: Int[Tensor, "b n"], back: bool) -> Tensor:
+    """Of a layer without a rotary embedding."""
+    return vectors
 
 
 def _rotation(embedding: nn.Module, apply: Callable[..., Any], layer_type: str | None, share: int | None) -> Rotation:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from headwise.errors import CacheStateError
+from headwise.policies.base import Policy
+from headwise.policies.match import Match
+from headwise.policies.wrapper import wrappers
 from headwise.types import Int, Tensor
 
 
@@ -20,9 +23,15 @@ def tell_positions(cache: Any, position_ids: Int[Tensor, "*axes b q"] | None) ->
     if position_ids.ndim == 3 and len(position_ids) == 4:
         # The first axis is for the mask alone.
         position_ids = position_ids[1:]
-    chooser = cache.policy.chooser
-    needs = chooser.needs_rotation or chooser.needs_repetition or chooser.gates is not False
-    told.tell(position_ids, type(chooser).__name__ if needs and not planned(cache) else None)
+    told.tell(position_ids, None if planned(cache) else _needing(cache.policy))
+
+
+def _needing(policy: Policy) -> str | None:
+    """What of a policy takes a token to be where its number says, if anything does."""
+    chooser = policy.chooser
+    if chooser.needs_rotation or chooser.needs_repetition or chooser.gates is not False:
+        return type(chooser).__name__
+    return next((Match.__name__ for wrapper in wrappers(policy) if isinstance(wrapper, Match)), None)
 
 
 def planned(cache: Any) -> bool:

@@ -137,7 +137,7 @@ def _check_compressed(part: _Part, core: LayerCache, shape: LayerShape | None, c
     counters = part.take("counters", (3,), _COUNT)
     seen, evicted_at, rows_read = counters.tolist()
     part.check(seen == columns and 0 <= evicted_at <= seen and 0 <= rows_read <= 2**31, "counters")
-    for name, wanted in (("recovered", (rungs, batch, heads)), ("threshold", (batch,))):
+    for name, wanted in (("recovered", (rungs, batch, heads)), ("threshold", (batch,)), ("matched", (2, batch, heads))):
         if name in part.left:
             part.take(name, wanted, torch.float32)
     scored = any("score" in config.policy.rungs[index].reads for index in choice.unique().tolist())

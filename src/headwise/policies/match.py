@@ -1,0 +1,58 @@
+"""Match: a policy that chooses once -> the same rows, with values that stand for what was dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import ClassVar
+
+from headwise.errors import ConfigurationError
+from headwise.policies.checks import check_count
+from headwise.policies.wrapper import Wrapper
+
+
+@dataclass(frozen=True)
+class Match(Wrapper):
+    """Keeps what another policy keeps, and refits the values of these rows so that each head's output stays as it was.
+
+    After attention matching (Zweiger et al., arXiv 2602.16284, section 3), values alone. What dropping rows and storing
+    them in few bits does to the outputs for reference queries is undone as far as other values can undo it, by one
+    ridge regression for each KV head. It takes no bytes, and a step costs what it cost. Reference queries are a sample
+    of the prompt's own, turned to positions behind it.
+
+    Args:
+        policy: that chooses once, at the end of the prompt, such as `Auto`, `KVzip` or `SnapKV`, also in fewer bits.
+        ridge: how much a change of values weighs against the error that it mends.
+        queries: about how many reference queries each KV head is fitted to, over its group.
+
+    Raises:
+        ConfigurationError: when the policy is none or goes on evicting, or a number is out of range.
+    """
+
+    name: ClassVar[str] = "match"
+
+    ridge: float = 0.1
+    queries: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ridge = self.ridge
+        if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < inf:
+            raise ConfigurationError(f"ridge must be a number above 0, got {ridge!r}")
+        check_count("queries", self.queries, 1)
+        later = [rung for rung in self.rungs if not (rung.chosen_once or rung.keeps_all)]
+        if later:
+            raise ConfigurationError(
+                f"{self.policy} goes on evicting, and values are fitted to the rows that stay as a whole; Match wraps "
+                "policies that choose once, such as Auto, PeakAttention, KVzip, SnapKV or AdaKV"
+            )
+
+    def __str__(self) -> str:
+        """How Python would build it, without what is left at its default."""
+        given = [f"{n}={getattr(self, n)}" for n in ("ridge", "queries") if getattr(self, n) != getattr(Match, n)]
+        return f"Match({', '.join([str(self.policy), *given])})"
+
+    @property
+    def title(self) -> str:
+        """The policy's, matched."""
+        return f"{self.policy.title}, matched"
