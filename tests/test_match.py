@@ -169,6 +169,22 @@ def test_every_family_is_matched_and_generates(family):
     assert errors.shape[1] > 0 and bool((errors[1] <= errors[0]).all()) and errors[1].mean() < errors[0].mean()
 
 
+def test_a_head_that_gives_all_to_its_sinks_keeps_its_own_values():
+    model, ids = models.build("gpt-oss"), models.prompt()
+    group = 2
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks[:group], layer.self_attn.sinks[group:] = 1e4, -1e4
+    policy = SnapKV(keep=12, window=4)
+    rows = []
+    for each in (policy, Match(policy)):
+        cache = headwise.HeadwiseCache(model, each)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        rows.append(cache.headwise_layers[0].core.store.rows().values[0])
+    assert torch.equal(rows[0][0], rows[1][0]) and not torch.equal(rows[0][1], rows[1][1])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_in_half_precision_is_fitted_in_single(dtype):
     model = tiny.llama(dtype=dtype)

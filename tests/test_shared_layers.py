@@ -201,3 +201,15 @@ def test_a_pass_that_leaves_a_reader_out_is_noticed_at_the_next(monkeypatch):
         model(models.prompt(), past_key_values=cache)
     with pytest.raises(CacheStateError, match="broken off"):
         model(models.prompt(1), past_key_values=cache)
+
+
+def test_values_are_fitted_to_the_queries_of_all_that_read_them():
+    """Also where the policy asks none of them anything."""
+    model = model_of("gemma3n_text")
+    policy = headwise.Match(headwise.Quantized(headwise.Full()))
+    cache = headwise.HeadwiseCache(model, policy, prompt_tokens=models.PROMPT)
+    with torch.no_grad():
+        model(models.prompt(models.PROMPT - 9), past_key_values=cache)
+    (layer,) = cache.headwise_layers
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    assert layer.core.prompt.observations.references.query.shape[2] == layer.core.config.readers * group == 2 * group

@@ -26,6 +26,7 @@ from headwise import (
     HeadwiseWarning,
     KeepMedia,
     KVzip,
+    Match,
     Quantized,
     SnapKV,
     StreamingLLM,
@@ -200,16 +201,16 @@ def test_a_prompt_with_images_is_not_repeated(policy):
     turn("llava", ids, cache, pixel_values=seeing.pixels(1, 3, 8, 8, seed=0))
 
 
+@pytest.mark.parametrize("policy", [ExpectedAttention(keep=8), Match(SnapKV(keep=8, window=4))], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_queries_are_not_turned_back_from_where_they_are_not(family):
-    policy = ExpectedAttention(keep=8)
+def test_queries_are_not_turned_back_from_where_they_are_not(family, policy):
     if family in IN_GRIDS and OLDEST:
         with pytest.raises(UnsupportedModelError, match="makes positions is not known"):
             new_cache(family, policy)
         return
     generate(family, seeing.prompt(20), new_cache(family, policy), max_new_tokens=2)
     if family in IN_GRIDS:
-        with pytest.raises(InputError, match="ExpectedAttention takes every token to be where its number"):
+        with pytest.raises(InputError, match=f"{type(policy).__name__} takes every token to be where its number"):
             generate(family, IDS, new_cache(family, policy))
     else:
         generate(family, IDS, new_cache(family, policy), max_new_tokens=2)
