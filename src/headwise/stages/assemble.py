@@ -81,14 +81,23 @@ def assemble(
         for index, layer in enumerate(facts.layers)
         if layer.compressed
     }
-    unknown = [index for index, layer in layers.items() if layer.rotation is None]
-    turning = policy.chooser if policy.chooser.needs_rotation else matching
-    if turning is not None and unknown:
-        raise UnsupportedModelError(
-            f"{turning} turns queries to positions to come, and how layer {unknown[0]} of {facts.name} makes "
-            "positions is not known; take a policy that looks at attention alone, such as SnapKV"
-        )
+    _check_rotations(policy.chooser, matching, layers, facts.name)
     return Assembly(policy, kernels, layers)
+
+
+def _check_rotations(chooser: Policy, matching: Match | None, layers: Mapping[int, LayerConfig], name: str) -> None:
+    """Refuse to turn queries by a rotary embedding that is not known."""
+    unknown = next((index for index, layer in layers.items() if layer.rotation is None), None)
+    if unknown is None or not (matching is not None or chooser.needs_rotation):
+        return
+    turning = chooser if matching is None else matching
+    instead = "a policy that looks at attention alone, such as SnapKV"
+    if matching is not None:
+        instead = f"{matching.policy} without it"
+    raise UnsupportedModelError(
+        f"{turning} turns queries to positions to come, and how layer {unknown} of {name} makes positions is not known; "
+        f"take {instead}"
+    )
 
 
 def _check_shared(policy: Policy, facts: ModelFacts) -> None:
