@@ -95,8 +95,8 @@ def _check_rotations(chooser: Policy, matching: Match | None, layers: Mapping[in
     if matching is not None:
         instead = f"{matching.policy} without it"
     raise UnsupportedModelError(
-        f"{turning} turns queries to positions to come, and how layer {unknown} of {name} makes positions is not known; "
-        f"take {instead}"
+        f"{turning} turns queries to positions to come, and how layer {unknown} of {name} makes positions is not "
+        f"known; take {instead}"
     )
 
 
