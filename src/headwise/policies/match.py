@@ -31,7 +31,7 @@ class Match(Wrapper):
 
     name: ClassVar[str] = "match"
 
-    ridge: float = 0.1
+    ridge: int | float = 0.1
     queries: int = 1024
 
     def __post_init__(self) -> None:

@@ -124,7 +124,7 @@ class Prompt:
         store.fill(rows)
         if references is not None and cache.matching is not None and self._config.rotation is not None:
             where = self.observations.positions(keys)
-            ridge = cache.matching.ridge
+            ridge = float(cache.matching.ridge)
             plan.matched = match_values(store, references, self._config.rotation, keys, values, *where, ridge)
         self.compact_seconds += clock(keys.device) - started
         return store

@@ -66,7 +66,7 @@ class _Part:
             self.check(not bool(tensor.isnan().any()), f"NaN among the {name}")
         return tensor
 
-    def within(self, name: str, tensor: Tensor, least: int, most: float) -> None:
+    def within(self, name: str, tensor: Tensor, least: int, most: int | float) -> None:
         """Refuse numbers that are too small or too large."""
         if tensor.numel():
             self.check(least <= int(tensor.min()) and int(tensor.max()) <= most, f"{name} out of range")
