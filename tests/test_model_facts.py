@@ -20,7 +20,7 @@ import headwise
 import models
 import tiny
 from headwise.contract import LayerShape
-from headwise.errors import ConfigurationError, HeadwiseWarning
+from headwise.errors import ConfigurationError, HeadwiseWarning, UnsupportedModelError
 from headwise.hosts.transformers.model_facts import read_facts
 from headwise.policies.budget import with_budget
 from headwise.quant.formats import Precision
@@ -47,7 +47,7 @@ def test_shapes_are_those_of_what_a_cache_is_given(family):
 
 
 def test_where_keys_are_not_turned_the_rotation_leaves_them_as_they_are():
-    """As in many hybrid models, and in every other layer here; what looks behind the prompt then sees it as it is."""
+    """As in every other layer here; what looks behind the prompt then sees it as it is."""
     config = SmolLM3Config(**models.SMALL, num_hidden_layers=2, no_rope_layers=[1, 0], pad_token_id=2, bos_token_id=0)
     torch.manual_seed(0)
     model = SmolLM3ForCausalLM(config).eval()
@@ -59,6 +59,15 @@ def test_where_keys_are_not_turned_the_rotation_leaves_them_as_they_are():
         cache = headwise.HeadwiseCache(model, policy)
         model.generate(models.prompt(30), past_key_values=cache, max_new_tokens=3, eos_token_id=None)
         assert cache.headwise_layers[1].core.store.longest == 9 + 2
+
+
+def test_where_no_layer_shows_its_positions_none_is_taken_to_have_no_rotation():
+    """It may turn keys by what it counts itself, whatever it is told."""
+    config = SmolLM3Config(**models.SMALL, num_hidden_layers=2, no_rope_layers=[0, 0], pad_token_id=2, bos_token_id=0)
+    model = SmolLM3ForCausalLM(config).eval()
+    assert [layer.rotation for layer in read_facts(model)[0].layers] == [None, None]
+    with pytest.raises(UnsupportedModelError, match=r"makes positions is not known; take SnapKV.* without it"):
+        headwise.HeadwiseCache(model, headwise.Match(headwise.SnapKV(keep=9)))
 
 
 def turned_width(config):

@@ -71,20 +71,20 @@ Less = Annotated[
         rich_help_panel=POLICY,
     ),
 ]
-Match = Annotated[
-    bool,
-    typer.Option(
-        "--match",
-        help="Refit the values of the rows that stay, so that they stand for those that are dropped.",
-        rich_help_panel=POLICY,
-    ),
-]
 LessKernels = Annotated[
     Path | None,
     typer.Option(
         "--less-kernels",
         metavar="FOLDER",
         help="LESS with the kernels that `headwise train-less` wrote, instead of those for the default model.",
+        rich_help_panel=POLICY,
+    ),
+]
+Match = Annotated[
+    bool,
+    typer.Option(
+        "--match",
+        help="Refit the values of the rows that stay, so that they stand for those that are dropped.",
         rich_help_panel=POLICY,
     ),
 ]

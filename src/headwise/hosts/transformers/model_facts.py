@@ -43,8 +43,12 @@ def read_facts(model: PreTrainedModel) -> tuple[ModelFacts, list[CacheLayerMixin
     stock = stock_layers(config)
     if decoder not in _KNOWN:
         tried, rotations_of = try_model(model), _rotations(model)
+        # Keys that are the same at all positions have no rotation, but only where positions are known to be told: to a
+        # model that counts by itself, as none of its layers shows, they may be turned all the same.
+        told = any(each.keys is not None and not same_but_for_position(each, _unturned) for each in tried.values())
+        unturned = [_unturned] if told else []
         _KNOWN[decoder] = tuple(
-            _layer_facts(layer, tried.get(index, LayerTrial()), rotations_of(_layer_type(config, index)))
+            _layer_facts(layer, tried.get(index, LayerTrial()), [*rotations_of(_layer_type(config, index)), *unturned])
             for index, layer in enumerate(stock)
         )
     return ModelFacts(type(model).__name__, model, model.dtype, device_of(decoder), _KNOWN[decoder]), stock
@@ -54,8 +58,7 @@ def _layer_facts(layer: CacheLayerMixin, trial: LayerTrial, rotations: Sequence[
     # The exact type: subclasses are layers of other kinds, which stay as they are.
     full = type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
     obstacle = trial.obstacle if full else None
-    # Where there is none, as in many hybrid models, keys are the same at all positions.
-    rotation = next((each for each in (*rotations, _unturned) if same_but_for_position(trial, each)), None)
+    rotation = next((each for each in rotations if same_but_for_position(trial, each)), None)
     return LayerFacts(full and obstacle is None, trial.shape, rotation, obstacle, max(1, len(trial.readers)))
 
 
