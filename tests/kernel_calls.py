@@ -32,9 +32,9 @@ def attention_and_peaks(kernels, query, keys, values, mask, options, counted):
     return kernels.attention_and_peaks(PeaksRequest(AttentionMap(query, keys, mask, options), values, counted))
 
 
-def pool_like(rows, *, page_size, scored):
+def pool_like(rows, *, page_size, scored, biased=False):
     """An empty pool for rows of that kind."""
-    parts = row_parts(rows.keys.shape[-1], rows.values.shape[-1], rows.keys.dtype, scored=scored)
+    parts = row_parts(rows.keys.shape[-1], rows.values.shape[-1], rows.keys.dtype, scored=scored, biased=biased)
     return PagePool(rows.keys.shape[:2], parts, page_size=page_size, device=rows.keys.device)
 
 
@@ -59,8 +59,8 @@ def add_increments(kernels, views, increments):
     kernels.append(AppendRequest(views, keys, values, torch.zeros(0).long(), None, scores, increments))
 
 
-def coded_like(rows, format, *, page_size, scored):
+def coded_like(rows, format, *, page_size, scored, biased=False):
     """Empty pages of codes for rows of that kind."""
     dims = rows.keys.shape[-1], rows.values.shape[-1]
-    sizes = {"page_size": page_size, "scored": scored, "device": rows.keys.device}
+    sizes = {"page_size": page_size, "scored": scored, "biased": biased, "device": rows.keys.device}
     return CodedPages(rows.keys.shape[:2], *dims, rows.keys.dtype, format, **sizes)

@@ -25,11 +25,11 @@ def coded_view(*arguments, **options):
     return packed_codes(*arguments, **options).view()
 
 
-@pairwise(format=FORMATS, dtype=DTYPES, **THREADS)
-def test_every_format(format, dtype, threads):
+@pairwise(format=FORMATS, dtype=DTYPES, biased=[False, True], **THREADS)
+def test_every_format(format, dtype, biased, threads):
     """Heads with rows of one kind, of the other, of both and of none; more than fit into one chunk."""
-    exact = packed([[0, 5, 33, 0], [70, 0, 1, 0]], dtype=dtype)
-    check(*both(exact, [coded_view([[131, 0, 7, 0], [64, 300, 1, 0]], format, dtype=dtype)]))
+    exact = packed([[0, 5, 33, 0], [70, 0, 1, 0]], dtype=dtype, biased=biased)
+    check(*both(exact, [coded_view([[131, 0, 7, 0], [64, 300, 1, 0]], format, dtype=dtype, biased=biased)]))
 
 
 @pairwise(format=FORMATS, group=[1, 2, 3, 4, 7], **VECTORS)
@@ -68,20 +68,27 @@ def test_odd_head_dimensions_in_8_bits(dims):
     check(*both(exact, [coded]))
 
 
-@pairwise(page_size=[1, 3, 16, 100], rows=[(1, 1), (2, 5), (7, 130)], **THREADS)
-def test_pages_and_fresh_rows(page_size, rows, threads):
+@pairwise(page_size=[1, 3, 16, 100], rows=[(1, 1), (2, 5), (7, 130)], biased=[False, True], **THREADS)
+def test_pages_and_fresh_rows(page_size, rows, biased, threads):
     queries, fresh = rows
-    exact = packed([[0, 40], [12, 1]], page_size=page_size)
-    coded = coded_view([[63, 0], [129, 2]], RowFormat(8, 4), page_size=page_size)
+    exact = packed([[0, 40], [12, 1]], page_size=page_size, biased=biased)
+    coded = coded_view([[63, 0], [129, 2]], RowFormat(8, 4), page_size=page_size, biased=biased)
     check(*both(exact, [coded], queries=queries, fresh=fresh))
 
 
-@pairwise(softcap=[None, 2.0], sinks=[False, True], masked=[False, True], dtype=DTYPES, **THREADS)
-def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, threads):
-    exact, queries, fresh = packed([[0, 50, 7], [90, 33, 1]], dtype=dtype), 3, 4
+@pairwise(
+    softcap=[None, 2.0],
+    sinks=[False, True],
+    masked=[False, True],
+    dtype=DTYPES,
+    biased=[(), (1,), (0, 2), (0, 1, 2)],  # the views that are
+    **THREADS,
+)
+def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, biased, threads):
+    exact, queries, fresh = packed([[0, 50, 7], [90, 33, 1]], dtype=dtype, biased=0 in biased), 3, 4
     coded = [
-        coded_view([[80, 0, 0], [0, 90, 0]], RowFormat(4, 8), dtype=dtype),
-        coded_view([[0, 0, 65], [0, 0, 3]], RowFormat(8, 4, 32), dtype=dtype),
+        coded_view([[80, 0, 0], [0, 90, 0]], RowFormat(4, 8), dtype=dtype, biased=1 in biased),
+        coded_view([[0, 0, 65], [0, 0, 3]], RowFormat(8, 4, 32), dtype=dtype, biased=2 in biased),
     ]
     mask = None
     if masked:

@@ -32,15 +32,15 @@ def test_every_head_dimension(dims, dtype):
     check(*both(packed([[5, 100], [33, 66]], key_dim=dims[0], value_dim=dims[1], dtype=dtype)))
 
 
-@pairwise(page_size=[1, 3, 16, 100], rows=[(1, 1), (3, 3), (2, 5), (7, 130)], **THREADS)
-def test_pages_and_fresh_rows(page_size, rows, threads):
+@pairwise(page_size=[1, 3, 16, 100], rows=[(1, 1), (3, 3), (2, 5), (7, 130)], biased=[False, True], **THREADS)
+def test_pages_and_fresh_rows(page_size, rows, biased, threads):
     queries, fresh = rows
-    check(*both(packed([[0, 40], [129, 1]], page_size=page_size), queries=queries, fresh=fresh))
+    check(*both(packed([[0, 40], [129, 1]], page_size=page_size, biased=biased), queries=queries, fresh=fresh))
 
 
-@pairwise(softcap=[None, 2.0], sinks=[False, True], masked=[False, True], dtype=DTYPES, **THREADS)
-def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, threads):
-    store, queries, fresh = packed([[0, 50, 7], [90, 33, 1]], dtype=dtype), 3, 4
+@pairwise(softcap=[None, 2.0], sinks=[False, True], masked=[False, True], dtype=DTYPES, biased=[False, True], **THREADS)
+def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, biased, threads):
+    store, queries, fresh = packed([[0, 50, 7], [90, 33, 1]], dtype=dtype, biased=biased), 3, 4
     mask = None
     if masked:
         # A view with strides of its own; one query sees nothing at all.
@@ -53,14 +53,15 @@ def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, threads):
         assert (found.output[1, :, :, 2] == 0).all()
 
 
-@pairwise(shares=[1, 2, 3, 5, 16, 61], **VECTORS)
-def test_every_cut_between_threads(shares, monkeypatch):
+@pairwise(shares=[1, 2, 3, 5, 16, 61], biased=[False, True], **VECTORS)
+def test_every_cut_between_threads(shares, biased, monkeypatch):
     """Heads of all lengths are cut anywhere, and may span several shares."""
     monkeypatch.setattr("headwise.kernels.cpu.calls._BYTES_PER_SHARE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: shares)
     for lengths in ([[300]], [[0, 0, 0]], [[1, 0], [0, 2]], [[37, 0, 1], [400, 3, 5]], [[2, 2, 2, 2]]):
-        check(*both(packed(lengths)))
-        check(*both(packed(lengths), fresh=0, queries=2) if any(map(any, lengths)) else both(packed(lengths)))
+        store = packed(lengths, biased=biased)
+        check(*both(store))
+        check(*both(store, fresh=0, queries=2) if any(map(any, lengths)) else both(store))
 
 
 @pairwise(**VECTORS)
@@ -71,9 +72,9 @@ def test_nothing_to_see():
     assert (found.lse[0] == -torch.inf).all()
 
 
-@pairwise(**VECTORS)
-def test_without_mass_nothing_is_returned_of_it():
-    expected, found = both(packed([[40, 3]]), with_mass=False)
+@pairwise(biased=[False, True], **VECTORS)
+def test_without_mass_nothing_is_returned_of_it(biased):
+    expected, found = both(packed([[40, 3]], biased=biased), with_mass=False)
     check(expected, found)
     assert found.on_kept is None
 
@@ -97,8 +98,8 @@ def test_half_precision_is_read_exactly(value):
     assert torch.equal(found.output[0, 0, 0], fresh[0, 0])
 
 
-@pairwise(dtype=DTYPES, scored=[False, True], padded=[False, True], fresh=[1, 20])
-def test_append(dtype, scored, padded, fresh):
+@pairwise(dtype=DTYPES, scored=[False, True], biased=[False, True], padded=[False, True], fresh=[1, 20])
+def test_append(dtype, scored, biased, padded, fresh):
     torch.manual_seed(1)
     lengths = [[0, 15, 16], [1, 33, 100]]
     stores = []
@@ -107,7 +108,7 @@ def test_append(dtype, scored, padded, fresh):
     more = (torch.rand(2, 3, fresh), torch.rand(2, 3, 100)) if scored else (None, None)
     for name in ("reference", "cpu"):
         torch.manual_seed(2)
-        store = packed(lengths, key_dim=16, value_dim=16, dtype=dtype, scored=scored)
+        store = packed(lengths, key_dim=16, value_dim=16, dtype=dtype, scored=scored, biased=biased)
         columns = torch.arange(500, 500 + fresh, dtype=torch.int32)
         append_rows(store, *rows, columns, real, *more, choose(name, CPU))
         stores.append(store)
@@ -121,6 +122,10 @@ def test_append(dtype, scored, padded, fresh):
         assert torch.equal(mine[held], its[held])
     if scored:
         torch.testing.assert_close(one.kept("scores")[held], other.kept("scores")[held])
+    if biased:
+        new = torch.arange(held.shape[-1]) >= torch.tensor(lengths)[:, :, None]
+        assert (other.kept("biases")[held & new] == 0).all()
+        assert torch.equal(one.kept("biases")[held], other.kept("biases")[held])
 
 
 @pairwise(**THREADS)

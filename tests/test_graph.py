@@ -22,6 +22,7 @@ POLICIES = [
     headwise.H2O(heavy=5, recent=4),
     headwise.FastGen(0.6),
     headwise.Random(keep=0.5, seed=3),
+    headwise.Match(headwise.SnapKV(keep=9, window=4)),
 ]
 
 

@@ -41,9 +41,9 @@ ALLOWED = {
 }
 
 
-def pages(lengths=LENGTHS, scored=True):
-    exact = packed(lengths, key_dim=8, value_dim=6, page_size=3, scored=scored).view()
-    return [exact, packed_codes(lengths, RowFormat(8, 4, 2), key_dim=8, value_dim=6, page_size=3, scored=scored).view()]
+def pages():
+    options = {"key_dim": 8, "value_dim": 6, "page_size": 3, "scored": True, "biased": True}
+    return [packed(LENGTHS, **options).view(), packed_codes(LENGTHS, RowFormat(8, 4, 2), **options).view()]
 
 
 def decode_request():
@@ -168,6 +168,18 @@ def test_rows_without_pages_for_them_are_refused():
     with pytest.raises(InputError, match="outside of the pages"):
         cpu.KERNELS.append(AppendRequest([exact], *rows, torch.arange(more), real, scores))
     assert torch.equal(exact.lengths, before)
+
+
+@pytest.mark.parametrize("part", ["columns", "scores", "biases"])
+@pytest.mark.parametrize("function", ["ragged_decode", "append"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_rows_have_beside_numbers_must_be_dense(name, function, part):
+    call, request = getattr(KERNELS[name], function), REQUESTS[function]()
+    for index, view in enumerate(request.pages):
+        apart = torch.stack([getattr(view, part)] * 2, dim=-1)[..., 0]
+        views = [*request.pages[:index], replace(view, **{part: apart}), *request.pages[index + 1 :]]
+        with pytest.raises(InputError, match="dense"):
+            call(replace(request, pages=views))
 
 
 def test_tables_and_lengths_with_strides_are_refused_by_the_compiled_kernels():

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from headwise.kernels.interface import AttentionMap
-from headwise.matching.references import sampled
-from headwise.matching.values import HeadRows, Targets, refitted, squared_error, targets_of
+from headwise.matching.fit import fitted
+from headwise.matching.references import peaks, sampled
+from headwise.matching.targets import HeadRows, Targets, squared_error, targets_of
 from headwise.types import LogitOptions
 
 PLAIN = LogitOptions(scaling=0.3)
@@ -28,6 +29,13 @@ def problem(tokens, kept, queries, options, *, sinks=None, dim=7, value_dim=5):
     return targets, HeadRows(everything.keys[at], everything.values[at]), everything
 
 
+def refitted(targets, rows, ridge):
+    """Values alone."""
+    mended = fitted(targets, rows, rows.keys, ridge, None)
+    assert mended.biases is None and mended.keys is rows.keys
+    return mended.values
+
+
 def logits_of(query, keys, options):
     """In double precision."""
     logits = query.double() @ keys.double().T * options.scaling
@@ -43,6 +51,7 @@ def test_targets_are_what_the_whole_prompt_gives(options, with_sinks):
     expected = logits.softmax(dim=-1) @ rows.values.double()
     torch.testing.assert_close(targets.output.double(), expected, atol=1e-5, rtol=1e-4)
     inside = logits.exp().sum(dim=-1)
+    torch.testing.assert_close(targets.mass.double(), inside.log(), atol=1e-5, rtol=1e-5)
     share = inside / (inside + sinks.double().exp()) if with_sinks else torch.ones_like(inside)
     torch.testing.assert_close(targets.share.double(), share, atol=1e-5, rtol=1e-4)
 
@@ -119,11 +128,118 @@ def test_one_query_in_ten_tests_what_the_others_fit(count):
         return
     rest = [i for i in range(count) if i % 10 != 9]
     for those, at in ((tested, list(range(9, count, 10))), (fitted, rest)):
-        expected = Targets(targets.query[at], targets.output[at], targets.share[at], PLAIN)
-        assert all(torch.equal(getattr(those, n), getattr(expected, n)) for n in ("query", "output", "share"))
+        expected = Targets(targets.query[at], targets.output[at], targets.mass[at], targets.share[at], PLAIN)
+        names = ("query", "output", "mass", "share")
+        assert all(torch.equal(getattr(those, n), getattr(expected, n)) for n in names)
+
+
+# Biases.
+
+
+def given_to(targets, keys):
+    """In double precision: what queries give rows, of what they give all, times their share."""
+    logits = logits_of(targets.query, keys, targets.options)
+    return (logits - targets.mass[:, None].double()).exp() * targets.share[:, None].double()
+
+
+@pytest.mark.parametrize("options", [PLAIN, CAPPED], ids=["plain", "softcap"])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(("kept", "queries"), [(5, 29), (17, 11), (13, 13), (1, 7), (19, 1), (3, 0)])
+@pytest.mark.parametrize("ridge", [0.1, 3.0])
+def test_biases_and_values_are_those_of_two_ridge_regressions(options, with_sinks, kept, queries, ridge):
+    targets, rows, _ = problem(23, kept, queries, options, sinks=drawn(queries, seed=9) if with_sinks else None)
+    # Ridge of the weights so large that none comes near the least.
+    found = fitted(targets, rows, rows.keys, ridge, 30 * ridge)
+    given, share = given_to(targets, rows.keys), targets.share[:, None].double()
+
+    def least_squares(system, right, ridge):
+        least = ridge * system.square().sum() / kept
+        stacked = torch.cat([system, least.sqrt() * torch.eye(kept, dtype=torch.float64)])
+        return torch.linalg.lstsq(stacked, torch.cat([right, right.new_zeros(kept, right.shape[1])])).solution
+
+    weights = 1 + least_squares(given, share - given.sum(dim=1, keepdim=True), 30 * ridge)[:, 0]
+    assert bool((weights > 0.05).all())
+    torch.testing.assert_close(found.biases.double(), weights.log(), atol=2e-3, rtol=2e-3)
+    scaled = given * found.biases.double().exp()
+    off = scaled.sum(dim=1, keepdim=True) * targets.output.double() - scaled @ rows.values.double()
+    expected = rows.values.double() + least_squares(scaled, off, ridge)
+    torch.testing.assert_close(found.values.double(), expected, atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("queries", [9, 300])
+def test_rows_that_stand_for_others_make_the_denominator_of_all(queries):
+    targets, rows, _ = problem(90, 30, queries, PLAIN)
+    share = targets.share.double()
+    off = []
+    for ridge in (1e-3, 0.1, 1e9):
+        found = fitted(targets, rows, rows.keys, 0.1, ridge)
+        off.append((given_to(targets, rows.keys) @ found.biases.double().exp() - share).square().sum())
+    assert off[0] < off[1] < off[2]
+    torch.testing.assert_close(found.biases, torch.zeros(30))
+    both, alone = fitted(targets, rows, rows.keys, 0.01, 0.1), replace(rows, values=refitted(targets, rows, 0.01))
+    assert squared_error(targets, both) < squared_error(targets, alone) < squared_error(targets, rows)
+
+
+def test_a_row_that_would_count_less_than_nothing_is_held_at_the_least():
+    targets, rows, _ = problem(200, 40, 300, LogitOptions(scaling=1.5))
+    given, share = given_to(targets, rows.keys), targets.share[:, None].double()
+    plain = torch.linalg.lstsq(given, share).solution[:, 0]
+    assert bool((plain < 0.05).any())
+    weights = fitted(targets, rows, rows.keys, 0.1, 1e-6).biases.double().exp()
+    low = weights < 0.051
+    assert bool(low.any()) and not bool(low.all()) and bool((weights > 0.0499).all())
+    # The others make up for it: clamped alone, the denominators are further off.
+    off, clamped = (((given @ w[:, None] - share).square().sum()) for w in (weights, plain.clamp(min=0.05)))
+    assert off < clamped
+
+
+def test_of_two_equal_rows_the_one_that_stays_stands_for_both():
+    values = torch.tensor([[1.0, -2.0, 4.0], [3.0, 0.0, -8.0], [0.5, 0.25, 7.0]])
+    keys = torch.cat([drawn(1, 6).expand(2, -1), drawn(1, 6, seed=3)])
+    targets = targets_of(drawn(31, 6, seed=1), None, HeadRows(keys, values), PLAIN)
+    rows = HeadRows(keys[1:], values[1:])
+    found = fitted(targets, rows, rows.keys, 1e-7, 1e-7)
+    torch.testing.assert_close(found.biases, torch.tensor([2.0, 1.0]).log(), atol=2e-3, rtol=1e-3)
+    expected = torch.stack([values[:2].mean(dim=0), values[2]])
+    torch.testing.assert_close(found.values, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_what_a_key_that_is_read_off_takes_from_its_row_its_bias_gives_back():
+    """Where all rows are kept; a change of all weights is worth nothing here."""
+    targets, _, rows = problem(23, 23, 200, PLAIN)
+    read = replace(rows, keys=rows.keys + 0.3 * drawn(23, 7, seed=6))
+    expected = given_to(targets, rows.keys).sum(dim=0) / given_to(targets, read.keys).sum(dim=0)
+    found = fitted(targets, read, rows.keys, 0.1, 1e9).biases
+    torch.testing.assert_close(found.double(), expected.log(), atol=2e-3, rtol=2e-3)
+    assert found.abs().max() > 0.1
+    far = replace(rows, keys=rows.keys * 40)
+    found = fitted(targets, far, rows.keys, 0.1, 1e9).biases
+    assert found.isfinite().all() and found.abs().max() <= torch.tensor(5.0).log() + 1e-2
 
 
 # References.
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_peaks_are_the_most_that_any_reference_gives(padded):
+    query, keys = drawn(2, 3, 2, 11, 7), drawn(2, 3, 19, 7, seed=1)
+    mask = torch.ones(2, 11, 19, dtype=torch.bool)
+    real = torch.ones(2, 19, dtype=torch.bool)
+    options = LogitOptions(0.7, 3.0, drawn(3, 2, seed=4))
+    if padded:
+        real[1, :11] = mask[1, :, :11] = mask[1, :3] = False
+    references = sampled(AttentionMap(query, keys, mask, options), 2)
+    found = peaks(references.query, references, keys, real)
+    for b in range(2):
+        for h in range(3):
+            best = torch.zeros(19, dtype=torch.float64)
+            for g in range(2):
+                for r in range(5):
+                    if references.counted[b, r]:
+                        logits = logits_of(references.query[b, h, g, r], keys[b, h], options)
+                        logits = torch.cat([logits.where(real[b], -torch.inf), options.sinks[h, g].double()[None]])
+                        best = best.maximum(logits.softmax(dim=-1)[:-1])
+            torch.testing.assert_close(found[b, h].double(), best, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])

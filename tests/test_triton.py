@@ -25,19 +25,19 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 @singly(
     indirect=["splits"],
     case=[
-        (torch.float32, 1, 1, 1, False, 64, 64, 16),
-        (torch.float32, 2, 3, 5, True, 7, 11, 3),
-        (torch.bfloat16, 5, 3, 3, False, 11, 7, 1),
-        (torch.bfloat16, 4, 1, 1, True, 20, 20, 16),
-        (torch.float16, 3, 1, 2, True, 80, 80, 16),
-        (torch.float16, 5, 3, 3, False, 11, 7, 1),
-        (torch.float16, 1, 2, 70, True, 16, 32, 3),
+        (torch.float32, 1, 1, 1, False, False, 64, 64, 16),
+        (torch.float32, 2, 3, 5, True, True, 7, 11, 3),
+        (torch.bfloat16, 5, 3, 3, False, True, 11, 7, 1),
+        (torch.bfloat16, 4, 1, 1, True, False, 20, 20, 16),
+        (torch.float16, 3, 1, 2, True, True, 80, 80, 16),
+        (torch.float16, 5, 3, 3, False, False, 11, 7, 1),
+        (torch.float16, 1, 2, 70, True, False, 16, 32, 3),
     ],
     splits=SPLITS[::-1],
 )
 def test_decode(case, splits):
-    dtype, group, queries, fresh, masked, key_dim, value_dim, page_size = case
-    store = filled([[0, 1, 17], [70, 64, 33]], key_dim, value_dim, dtype, page_size)
+    dtype, group, queries, fresh, masked, biased, key_dim, value_dim, page_size = case
+    store = filled([[0, 1, 17], [70, 64, 33]], key_dim, value_dim, dtype, page_size, biased=biased)
     found, expected = both(store, group, queries, fresh, masked=masked)
     assert_same(found, expected, TOLERANCE[dtype])
     assert found.output.dtype == dtype
@@ -57,11 +57,18 @@ def test_decode_with_large_heads(group, key_dim, value_dim, dtype):
     assert_same(found, expected, TOLERANCE[dtype])
 
 
-@pairwise(indirect=["splits"], masked=[False, True], kind=["soft cap", "sinks"], splits=SPLITS)
-def test_decode_with_soft_cap_and_sinks(kind, masked, splits):
-    store = filled([[0, 3], [40, 35]], 11, 7)
+@pairwise(
+    indirect=["splits"],
+    masked=[False, True],
+    kind=["soft cap", "sinks"],
+    biased=[True, False],
+    with_mass=[True, False],
+    splits=SPLITS,
+)
+def test_decode_with_soft_cap_and_sinks(kind, masked, biased, with_mass, splits):
+    store = filled([[0, 3], [40, 35]], 11, 7, biased=biased)
     options = LogitOptions(0.7, softcap=1.5) if kind == "soft cap" else LogitOptions(0.3, sinks=torch.randn(2, 3))
-    found, expected = both(store, 3, 2, 3, masked=masked, options=options)
+    found, expected = both(store, 3, 2, 3, masked=masked, options=options, with_mass=with_mass)
     assert_same(found, expected, TOLERANCE[torch.float32])
 
 
@@ -108,24 +115,24 @@ def rows_of(store):
     """Everything in the store below each head's length, as numbers that can be compared."""
     rows = store.rows()
     keep = store.occupied()
-    contents = [rows.keys, rows.values, rows.columns, rows.scores]
+    contents = [rows.keys, rows.values, rows.columns, rows.scores, rows.biases]
     return [store.lengths.clone(), *(content[keep] for content in contents if content is not None)]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
-    ("fresh", "page_size", "scored", "increments", "real"),
+    ("fresh", "page_size", "scored", "increments", "biased", "real"),
     [
-        (1, 16, False, False, False),
-        (1, 16, True, True, False),
-        (3, 1, True, False, True),
-        (7, 3, True, True, True),
-        (20, 3, False, False, True),
-        (37, 16, True, True, False),
+        (1, 16, False, False, False, False),
+        (1, 16, True, True, True, False),
+        (3, 1, True, False, False, True),
+        (7, 3, True, True, False, True),
+        (20, 3, False, False, True, True),
+        (37, 16, True, True, True, False),
     ],
 )
-def test_append(fresh, page_size, scored, increments, real, dtype, monkeypatch):
-    before = [[0, 1, 17], [5, 48, 33]]
+def test_append(fresh, page_size, scored, increments, biased, real, dtype):
+    before = [[5, 1, 17], [0, 48, 33]]
     arguments = (
         strided(2, 3, fresh, 11, dtype=dtype),
         strided(2, 3, fresh, 7, dtype=dtype),
@@ -138,7 +145,7 @@ def test_append(fresh, page_size, scored, increments, real, dtype, monkeypatch):
     results = []
     for one in (kernels, reference):
         torch.manual_seed(1)
-        store = filled(before, 11, 7, dtype, page_size, scored)
+        store = filled(before, 11, 7, dtype, page_size, scored, biased)
         store.pages.reserve(fresh)
         assert append(one, store.view(), *arguments, more if increments else None) is None
         store.pages.longest += fresh
@@ -175,7 +182,7 @@ def test_append_and_decode_take_turns():
     stores = []
     for one in (kernels, reference):
         torch.manual_seed(1)
-        store = filled([[0, 14], [3, 30]], 8, 8, scored=True)
+        store = filled([[0, 14], [3, 30]], 8, 8, scored=True, biased=True)
         scores = torch.zeros(2, 2, 1)
         for column in range(60, 64):
             query, keys, values = torch.randn(2, 2, 2, 1, 8), torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8)

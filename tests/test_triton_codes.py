@@ -40,23 +40,24 @@ def assert_same(found, expected, dtype):
 @singly(
     indirect=["splits"],
     case=[
-        (torch.float32, (8, 8), None, (1, 1), 1, False, 64, 64, 16),
-        (torch.float32, (4, 8), 4, (2, 3), 5, True, 12, 20, 3),
-        (torch.float32, (4, 4), None, (3, 1), 1, False, 20, 6, 16),
-        (torch.bfloat16, (8, 8), 5, (5, 1), 1, True, 15, 25, 16),
-        (torch.bfloat16, (4, 4), None, (4, 1), 1, False, 20, 20, 1),
-        (torch.float16, (8, 4), None, (3, 1), 2, True, 80, 80, 16),
-        (torch.float16, (4, 4), 8, (2, 2), 3, False, 40, 24, 3),
-        (torch.float16, (4, 8), 16, (1, 2), 70, True, 16, 32, 3),
+        (torch.float32, (8, 8), None, (1, 1), 1, False, False, 64, 64, 16),
+        (torch.float32, (4, 8), 4, (2, 3), 5, True, True, 12, 20, 3),
+        (torch.float32, (4, 4), None, (3, 1), 1, False, True, 20, 6, 16),
+        (torch.bfloat16, (8, 8), 5, (5, 1), 1, True, False, 15, 25, 16),
+        (torch.bfloat16, (4, 4), None, (4, 1), 1, False, False, 20, 20, 1),
+        (torch.float16, (8, 4), None, (3, 1), 2, True, True, 80, 80, 16),
+        (torch.float16, (4, 4), 8, (2, 2), 3, False, True, 40, 24, 3),
+        (torch.float16, (4, 8), 16, (1, 2), 70, True, False, 16, 32, 3),
     ],
     splits=SPLITS[::-1],
 )
 def test_decode(case, splits):
-    dtype, bits, group, members, fresh, masked, key_dim, value_dim, page_size = case
+    dtype, bits, group, members, fresh, masked, biased, key_dim, value_dim, page_size = case
     # Each head has rows of both kinds, of one, or of none.
-    store = filled([[0, 1, 17], [9, 0, 33]], key_dim, value_dim, dtype, page_size)
-    coded = coded_pages([[0, 40, 3], [70, 64, 0]], RowFormat(*bits, group), key_dim, value_dim, dtype, page_size).view()
-    found, expected = both(store, *members, fresh, coded=[coded], masked=masked)
+    like = key_dim, value_dim, dtype, page_size
+    store = filled([[0, 1, 17], [9, 0, 33]], *like, biased=biased)
+    coded = coded_pages([[0, 40, 3], [70, 64, 0]], RowFormat(*bits, group), *like, biased=biased)
+    found, expected = both(store, *members, fresh, coded=[coded.view()], masked=masked)
     assert_same(found, expected, dtype)
     assert found.output.dtype == dtype
     assert found.on_kept.shape[-1] == 33 + 70
@@ -66,13 +67,20 @@ def test_decode(case, splits):
         assert (found.on_kept[0, :, 0] == 0).all()
 
 
-@pairwise(indirect=["splits"], dtype=[torch.float32, torch.float16], kind=["soft cap", "sinks"], splits=SPLITS)
-def test_heads_spread_over_formats(kind, dtype, splits):
+@pairwise(
+    indirect=["splits"],
+    dtype=[torch.float32, torch.float16],
+    kind=["soft cap", "sinks"],
+    biased=[True, False],
+    splits=SPLITS,
+)
+def test_heads_spread_over_formats(kind, dtype, biased, splits):
     """Every head has codes in one format of three, one of them unused, and some have no exact rows."""
-    store = filled([[3, 0, 30]], 16, 24, dtype)
+    store = filled([[3, 0, 30]], 16, 24, dtype, biased=biased)
     lengths = [[[50, 0, 0]], [[0, 0, 0]], [[0, 20, 0]], [[0, 0, 37]]]
     formats = RowFormat(8, 8), RowFormat(8, 8, 2), RowFormat(4, 4, 8), RowFormat(8, 4)
-    coded = [coded_pages(own, format, 16, 24, dtype).view() for own, format in zip(lengths, formats, strict=True)]
+    parts = [coded_pages(*each, 16, 24, dtype, biased=biased) for each in zip(lengths, formats, strict=True)]
+    coded = [part.view() for part in parts]
     options = LogitOptions(0.4, 2.0) if kind == "soft cap" else LogitOptions(0.3, None, torch.randn(3, 2))
     found, expected = both(store, 2, 2, 3, coded=coded, masked=True, options=options)
     assert_same(found, expected, dtype)
@@ -97,7 +105,8 @@ def test_empty_views(longest, with_mass):
 
 def test_as_long_as_the_pages_have_room():
     """A captured step does not know the lengths: every view is as long as its pages, and most of that is undefined."""
-    store, part = filled([[5, 20]], 16, 16), coded_pages([[33, 0]], RowFormat(8, 4), 16, 16, page_size=3)
+    store = filled([[5, 20]], 16, 16, biased=True)
+    part = coded_pages([[33, 0]], RowFormat(8, 4), 16, 16, page_size=3, biased=True)
     coded = replace(part.view(), longest=part.view().capacity)
     assert coded.longest > 33
     found, expected = both(store, 2, 1, 1, coded=[coded])
@@ -196,18 +205,19 @@ def test_decode_never_waits_and_reads_codes_where_they_lie(monkeypatch):
 CODES = """
 from headwise.kernels.interface import Coding
 
-def coded(dim, longest, key_bits, value_bits, groups, rotation):
+def coded(dim, longest, biases, rotation, key_bits, value_bits, groups):
     steps, table = torch.zeros(8, 16, 2 * groups).half(), torch.zeros(1, 2, longest // 16 + 1).int()
     coding = Coding(key_bits, value_bits, steps, steps, rotation, rotation)
     keys, values = (torch.zeros(8, 16, dim * bits // 8).byte() for bits in (key_bits, value_bits))
     columns, lengths = torch.zeros(8, 16).int(), torch.zeros(1, 2).long()
-    return PageView(keys, values, columns, torch.zeros(8, 16), table, lengths, longest, coding)
+    return PageView(keys, values, columns, torch.zeros(8, 16), table, lengths, longest, coding, biases)
 
-def token(dtype, dim, group, longest, kinds, rich):
+def token(dtype, dim, group, longest, kinds, rich, biased):
     pool, table = torch.zeros(8, 16, dim, dtype=dtype), torch.zeros(1, 2, 4).int()
-    pages = PageView(pool, pool, torch.zeros(8, 16).int(), None, table, torch.zeros(1, 2).long(), 36)
+    biases = torch.zeros(8, 16).half() if biased else None
+    pages = PageView(pool, pool, torch.zeros(8, 16).int(), None, table, torch.zeros(1, 2).long(), 36, None, biases)
     rotation = torch.zeros(dim, dim)
-    views = [pages, *(coded(dim, longest + more, *kind, rotation) for more, kind in enumerate(kinds))]
+    views = [pages, *(coded(dim, longest + more, biases, rotation, *kind) for more, kind in enumerate(kinds))]
     query, fresh = torch.zeros(1, 2, group, 1, dim, dtype=dtype), torch.zeros(1, 2, 1, dim, dtype=dtype)
     mask = torch.ones(1, 1, 2 * longest + 99).bool() if rich else None
     options = LogitOptions(0.1, 5.0, torch.zeros(2, group)) if rich else LogitOptions(0.1)
@@ -216,11 +226,11 @@ def token(dtype, dim, group, longest, kinds, rich):
         add_increments(kernels, views[1:], found.on_kept[:, :, 0, 36:])
 
 for longest in (1, 61, 62, 64, 75):
-    token(torch.bfloat16, 64, 3, longest, [(8, 8, 1)], True)
+    token(torch.bfloat16, 64, 3, longest, [(8, 8, 1)], True, True)
 print(sorted((name, len(kinds)) for name, kinds in compiled.items()))
-token(torch.bfloat16, 128, 4, 60, [(4, 4, 4), (8, 4, 1)], False)
-token(torch.float16, 256, 1, 60, [(4, 8, 1)], False)
-token(torch.float32, 32, 2, 60, [(8, 8, 2), (4, 4, 1)], False)
+token(torch.bfloat16, 128, 4, 60, [(4, 4, 4), (8, 4, 1)], False, False)
+token(torch.float16, 256, 1, 60, [(4, 8, 1)], False, True)
+token(torch.float32, 32, 2, 60, [(8, 8, 2), (4, 4, 1)], False, False)
 """
 
 

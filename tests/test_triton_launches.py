@@ -32,7 +32,7 @@ def test_reading_absent_content_raises():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_decode_never_waits(masked, launches):
-    store = filled([[0, 3], [40, 35]], 11, 7, scored=True)
+    store = filled([[0, 3], [40, 35]], 11, 7, scored=True, biased=masked)
     options = LogitOptions(0.3, 2.0, torch.randn(2, 3, device="meta"))
     mask = torch.ones(2, 1, 99, dtype=torch.bool, device="meta") if masked else None
     rows = [strided(*shape).to("meta") for shape in [(2, 2, 3, 1, 11), (2, 2, 1, 11), (2, 2, 1, 7)]]
@@ -42,7 +42,7 @@ def test_decode_never_waits(masked, launches):
 
 
 def test_append_never_waits(launches):
-    pages = absent(filled([[0, 3], [40, 35]], 11, 7, scored=True).view())
+    pages = absent(filled([[0, 3], [40, 35]], 11, 7, scored=True, biased=True).view())
     with torch.device("meta"):
         keys, values, columns = torch.ones(2, 2, 20, 11), torch.ones(2, 2, 20, 7), torch.ones(20, dtype=torch.long)
         real, scores, more = torch.ones(2, 20, dtype=torch.bool), torch.ones(2, 2, 20), torch.ones(2, 2, 40)

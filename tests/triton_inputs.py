@@ -138,8 +138,9 @@ JITFunction.__getitem__ = compile_only
 
 def token(dtype, dim, longest, rich):
     pool, table = torch.zeros(8, 16, dim, dtype=dtype), torch.zeros(1, 2, longest // 16 + 1).int()
-    scores = torch.zeros(8, 16) if rich else None
-    pages = PageView(pool, pool, torch.zeros(8, 16).int(), scores, table, torch.zeros(1, 2).long(), longest)
+    scores, biases = (torch.zeros(8, 16), torch.zeros(8, 16).half()) if rich else (None, None)
+    columns, lengths = torch.zeros(8, 16).int(), torch.zeros(1, 2).long()
+    pages = PageView(pool, pool, columns, scores, table, lengths, longest, None, biases)
     query, fresh = torch.zeros(1, 2, 4, 1, dim, dtype=dtype), torch.zeros(1, 2, 1, dim, dtype=dtype)
     mask = torch.ones(1, 3, longest + 40).bool() if rich else None
     options = LogitOptions(0.1, 5.0, torch.zeros(2, 4)) if rich else LogitOptions(0.1)

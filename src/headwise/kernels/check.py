@@ -173,7 +173,7 @@ def _check_view(
     if checked is not None and not coded and checked.fitting == fitting and beside.device == view.table.device:
         return
     keys, values, table, lengths = view.keys, view.values, view.table, view.lengths
-    columns, scores, coding = view.columns, view.scores, view.coding
+    columns, scores, biases, coding = view.columns, view.scores, view.biases, view.coding
     fits = keys.dim() == 3 and values.dim() == 3 and table.dim() == 3 and lengths.dim() == 2
     if fits:
         pages, size, key_width = keys.shape
@@ -192,6 +192,7 @@ def _check_view(
             and _together(beside, keys, values, table, lengths)
             and (columns is None or (columns.dtype is torch.int32 and _is_dense(columns, pages, size, keys)))
             and (scores is None or (scores.dtype is torch.float32 and _is_dense(scores, pages, size, keys)))
+            and (biases is None or (biases.dtype is torch.float16 and _is_dense(biases, pages, size, keys)))
         )
     if fits and coding is None:
         fits = keys.dtype in DTYPES and (key_width, value_width) == dims
@@ -200,10 +201,10 @@ def _check_view(
     if not fits:
         rows = "dense bytes of codes" if coded else f"fp32, bf16 or fp16, of {dims} channels"
         expected = f"keys and values [pages, s, ...], {rows}; table [b={batch}, h={heads}, p] in int32, lengths "
-        expected += "[b, h] in int64; where there are any, dense columns [pages, s] in int32 and scores in fp32; all "
-        expected += "on one device"
+        expected += "[b, h] in int64; where there are any, dense columns [pages, s] in int32, scores in fp32 and "
+        expected += "biases in fp16; all on one device"
         given = {"keys": keys, "values": values, "table": table, "lengths": lengths}
-        raise _refused("pages", expected, **given, columns=columns, scores=scores)
+        raise _refused("pages", expected, **given, columns=columns, scores=scores, biases=biases)
     if checked is not None and not coded:
         checked.fitting = fitting
     if coding is not None:

@@ -66,6 +66,7 @@ class PageView:
         scores: accumulated score of every row; None where no rule ranks by it.
         longest: no head is longer; known without asking the device.
         coding: how codes are read; None where the rows are numbers.
+        biases: fp16, added to the logits of every row, behind a soft cap; None where there are none.
         checked: shared by views of the same tensors, which are looked at once; those of codes are each time.
     """
 
@@ -77,6 +78,7 @@ class PageView:
     lengths: Int[Tensor, "b h"]
     longest: int
     coding: Coding | None = None
+    biases: Float[Tensor, "pages s"] | None = None
     checked: Checked | None = field(default=None, init=False, compare=False)
 
     def known_by(self, checked: Checked) -> PageView:

@@ -40,7 +40,7 @@ def ragged_decode(request: DecodeRequest) -> Decoded:
     batch, heads, _, queries, _ = query.shape
     fresh = request.fresh_keys.shape[2]
     kept = [_gathered(view) for view in request.pages]
-    keys, values, columns, occupied = (torch.cat(parts, dim=2) for parts in zip(*kept, strict=True))
+    keys, values, columns, occupied, biases = (torch.cat(parts, dim=2) for parts in zip(*kept, strict=True))
     gathered = keys.shape[2]
     sees = occupied[:, :, None].expand(-1, -1, queries, -1)
     if mask is None:
@@ -50,7 +50,8 @@ def ragged_decode(request: DecodeRequest) -> Decoded:
         sees = sees & _at_columns(mask, columns.long())
         sees_fresh = mask[:, :, mask.shape[-1] - fresh :]
     sees = torch.cat([sees, sees_fresh[:, None].expand(-1, heads, -1, -1)], dim=-1)
-    logits = torch.cat([logits_of(query, keys, options), logits_of(query, request.fresh_keys, options)], dim=-1)
+    on_kept = logits_of(query, keys, options) + biases[:, :, None, None]
+    logits = torch.cat([on_kept, logits_of(query, request.fresh_keys, options)], dim=-1)
     lse = _log_sum_exp(logits, sees[:, :, None], options)
     weights = probabilities(logits, sees[:, :, None], options)
     output = torch.einsum("bhgqn,bhne->bhgqe", weights[..., :gathered], values.float())
@@ -76,6 +77,8 @@ def append(request: AppendRequest) -> None:
     page = pages.table.long().gather(2, (place // pages.page_size).clamp(0, pages.table.shape[-1] - 1))
     chosen = slice(None) if real is None else real[:, None].expand_as(page).flatten()
     at = page.flatten()[chosen], (place % pages.page_size).flatten()[chosen]
+    if pages.biases is not None:
+        pages.biases.index_put_(at, pages.biases.new_zeros(()))
     contents = (keys, request.values, request.columns.expand(batch, heads, -1), request.scores)
     for pool, content in zip((pages.keys, pages.values, pages.columns, pages.scores), contents, strict=True):
         if pool is not None:
@@ -171,11 +174,11 @@ def _add_scores(pages: PageView, increments: Float[Tensor, "b h n"]) -> None:
     pages.scores.view(-1).index_add_(0, at.flatten(), increments.where(held, 0).flatten())
 
 
-def _gathered(view: PageView) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of every head side by side: keys and values as numbers, columns, and where there is a row.
+def _gathered(view: PageView) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows of every head side by side: keys and values as numbers, columns, where there is a row, and biases.
 
     Pages hold undefined memory beyond a head's length. A key's logit there is overwritten, but 0 times a value that is
-    NaN would still be NaN: values and columns are 0 there.
+    NaN would still be NaN: values, columns and biases are 0 there.
     """
     size, (batch, heads) = view.page_size, view.lengths.shape
     own = view.table[:, :, : -(-view.longest // size)].long().clamp(min=0)
@@ -191,7 +194,9 @@ def _gathered(view: PageView) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         coding = view.coding
         keys = decode(keys, rows(coding.key_steps), coding.key_bits) @ coding.key_hadamard.T
         values = decode(values, rows(coding.value_steps), coding.value_bits) @ coding.value_hadamard.T
-    return keys, values.masked_fill(~occupied[..., None], 0), columns.masked_fill(~occupied, 0), occupied
+    biases = torch.zeros_like(occupied, dtype=torch.float32) if view.biases is None else rows(view.biases).float()
+    values, columns = values.masked_fill(~occupied[..., None], 0), columns.masked_fill(~occupied, 0)
+    return keys, values, columns, occupied, biases.masked_fill(~occupied, 0)
 
 
 def _at_columns(mask: Bool[Tensor, "b q t"], columns: Int[Tensor, "b h n"]) -> Bool[Tensor, "b h q n"]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from headwise.kernels.attention import logits_of, probabilities, query_blocks
 from headwise.kernels.interface import AttentionMap
 from headwise.types import Bool, Float, Int, LogitOptions, Rotation, Tensor
 
@@ -58,6 +59,24 @@ class References:
         at = positions[:, self.columns]
         plain = rotation(self.query.float().flatten(1, 2), at, True)
         return rotation(plain, length[:, None] + at % _AHEAD, False).view(self.query.shape)
+
+
+def peaks(
+    query: Float[Tensor, "b h g r d"], references: References, keys: Float[Tensor, "b h t d"], real: Bool[Tensor, "b t"]
+) -> Float[Tensor, "b h t"]:
+    """The most that any of the references gives each row of the prompt; 0 for padding.
+
+    Args:
+        query: of the references, behind the prompt.
+        real: False for padding.
+    """
+    visible = (references.counted[:, :, None] & real[:, None, :])[:, None, None]
+    best = torch.zeros(*keys.shape[:3], dtype=torch.float32, device=keys.device)
+    for block in query_blocks(query, keys.shape[2]):
+        logits = logits_of(query[:, :, :, block], keys, references.options)
+        given = probabilities(logits, visible[:, :, :, block], references.options)
+        best = best.maximum(given.amax(dim=(2, 3)))
+    return best
 
 
 def sampled(map: AttentionMap, step: int) -> References:

@@ -10,6 +10,7 @@ from headwise.contract import LayerShape
 from headwise.errors import ConfigurationError
 from headwise.policies.base import Policy
 from headwise.policies.size import Size
+from headwise.policies.wrapper import wrappers
 from headwise.quant.formats import RowFormat
 from headwise.store.row_parts import row_bytes, row_parts
 from headwise.units import parse_bytes
@@ -38,10 +39,12 @@ def _tokens(policy: Policy, text: str, room: int, layers: Sequence[LayerShape], 
     if not layers:
         raise ConfigurationError(f"{text} cannot be turned into tokens: no layer with a known shape is compressed")
     scored, precision = "score" in policy.facts, policy.precision
+    biased = any(wrapper.biased for wrapper in wrappers(policy))
 
     def bytes_of(format: RowFormat | None = None) -> int:
         return sum(
-            layer.heads * row_bytes(row_parts(layer.key_dim, layer.value_dim, dtype, format, scored=scored))
+            layer.heads
+            * row_bytes(row_parts(layer.key_dim, layer.value_dim, dtype, format, scored=scored, biased=biased))
             for layer in layers
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,9 @@ class Evidence:
         repetition_peaks: the largest attention that each token received while the model repeated the prompt, or what
             a gate predicts of it; None where the policy did not ask for it.
         row_bytes, kv_bytes: of a row that is stored exactly, and of its key and value alone.
+        ahead: gives the largest attention that each token gets from queries of the prompt that are asked behind it;
+            None where what is dropped is not mended by such queries.
+        biased: whether rows have a bias, which takes bytes.
     """
 
     query: Float[Tensor, "b h g q d"]
@@ -37,6 +40,8 @@ class Evidence:
     repetition_peaks: Float[Tensor, "b h t"] | None
     row_bytes: int = 0
     kv_bytes: int = 0
+    ahead: Callable[[], Float[Tensor, "b h t"]] | None = None
+    biased: bool = False
 
     @property
     def reconstruction(self) -> Float[Tensor, "b h t"] | None:

@@ -10,6 +10,9 @@ from headwise.errors import ConfigurationError
 from headwise.policies.checks import check_count
 from headwise.policies.wrapper import Wrapper
 
+# As `ridge`, for the weights.
+_WEIGHT_RIDGE = 0.1
+
 
 @dataclass(frozen=True)
 class Match(Wrapper):
@@ -31,8 +34,9 @@ class Match(Wrapper):
 
     name: ClassVar[str] = "match"
 
-    ridge: int | float = 0.1
-    queries: int = 1024
+    ridge: int | float = 0.01
+    queries: int = 2048
+    bias: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,6 +44,8 @@ class Match(Wrapper):
         if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < inf:
             raise ConfigurationError(f"ridge must be a number above 0, got {ridge!r}")
         check_count("queries", self.queries, 1)
+        if not isinstance(self.bias, bool):
+            raise ConfigurationError(f"bias must be True or False, got {self.bias!r}")
         later = [rung for rung in self.rungs if not (rung.chosen_once or rung.keeps_all)]
         if later:
             raise ConfigurationError(
@@ -49,8 +55,20 @@ class Match(Wrapper):
 
     def __str__(self) -> str:
         """How Python would build it, without what is left at its default."""
-        given = [f"{n}={getattr(self, n)}" for n in ("ridge", "queries") if getattr(self, n) != getattr(Match, n)]
+        given = [
+            f"{n}={getattr(self, n)}" for n in ("ridge", "queries", "bias") if getattr(self, n) != getattr(Match, n)
+        ]
         return f"Match({', '.join([str(self.policy), *given])})"
+
+    @property
+    def biased(self) -> bool:
+        """As asked."""
+        return self.bias
+
+    @property
+    def weight_ridge(self) -> float | None:
+        """What the squared change of a row's weight counts; None where rows get no bias."""
+        return _WEIGHT_RIDGE if self.bias else None
 
     @property
     def title(self) -> str:

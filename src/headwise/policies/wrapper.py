@@ -37,6 +37,11 @@ class Wrapper(Policy):
         return self.policy.precision
 
     @property
+    def biased(self) -> bool:
+        """Whether rows may get a bias, which takes bytes."""
+        return False
+
+    @property
     def rungs(self) -> tuple[Rule, ...]:
         """Those of the policy. All else that is asked of a policy that chooses is asked of `chooser`."""
         return self.policy.rungs

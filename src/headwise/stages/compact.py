@@ -14,7 +14,7 @@ from headwise.less.state import EvictedState
 from headwise.policies.base import Policy
 from headwise.policies.choice import PromptSummary
 from headwise.stages.config import LayerConfig
-from headwise.stages.match import match_values
+from headwise.stages.match import match_rows
 from headwise.stages.plan import Plan, Planned, make_plans, summarise
 from headwise.stages.prefill import PromptRows
 from headwise.stages.profile import Observations
@@ -124,8 +124,7 @@ class Prompt:
         store.fill(rows)
         if references is not None and cache.matching is not None and self._config.rotation is not None:
             where = self.observations.positions(keys)
-            ridge = float(cache.matching.ridge)
-            plan.matched = match_values(store, references, self._config.rotation, keys, values, *where, ridge)
+            plan.matched = match_rows(store, references, self._config.rotation, keys, values, *where, cache.matching)
         self.compact_seconds += clock(keys.device) - started
         return store
 

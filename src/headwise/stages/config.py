@@ -44,6 +44,11 @@ class CacheConfig:
     precision: Precision | None = None
     matching: Match | None = None
 
+    @property
+    def biased(self) -> bool:
+        """Whether rows may get a bias."""
+        return self.matching is not None and self.matching.bias
+
     def __post_init__(self) -> None:
         check_count("page_size", self.page_size, 1)
         check_count("evict_every", self.evict_every, 1)

@@ -1,4 +1,4 @@
-"""Match: a filled store, the whole prompt and reference queries -> the same rows with refitted values, and what it won.
+"""Match: a filled store, the whole prompt and reference queries -> the same rows, mended, and what that won.
 
 Keys are taken as they will be read, so that what few bits do to them is mended too; values are coded last.
 """
@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import torch
 
+from headwise.matching.fit import fitted
 from headwise.matching.references import References
-from headwise.matching.values import HeadRows, refitted, squared_error, targets_of
+from headwise.matching.targets import HeadRows, Targets, squared_error, targets_of
+from headwise.policies.match import Match
 from headwise.store.rows import Rows
 from headwise.store.store import RowStore
 from headwise.types import Bool, Float, Int, Rotation, Tensor
 
 
-def match_values(
+def match_rows(
     store: RowStore,
     references: References,
     rotation: Rotation,
@@ -22,15 +24,15 @@ def match_values(
     values: Float[Tensor, "b h t e"],
     positions: Int[Tensor, "b t"],
     real: Bool[Tensor, "b t"],
-    ridge: float,
+    match: Match,
 ) -> Float[Tensor, "2 b h"]:
-    """Refit the values of every head that lost something and gains by it, in place.
+    """Refit the values and biases of every head that lost something and gains by it, in place.
 
     Args:
         rotation: the layer's rotary embedding.
         keys, values: of the whole prompt.
         positions, real: of every column, the latter False for padding.
-        ridge: see `refitted`.
+        match: what may be refitted, and how far.
 
     Returns:
         the error of the outputs for queries that were not fitted to, before and after, as a share of the outputs' size
@@ -38,36 +40,60 @@ def match_values(
     """
     query, stored = references.behind(rotation, positions, real.sum(dim=1)), store.rows()
     at = stored.columns.long().masked_fill(~stored.keep, 0)
-    own = values.gather(2, at[..., None].expand(*at.shape, values.shape[-1]))
+    own_keys, own = (rows.gather(2, at[..., None].expand(*at.shape, rows.shape[-1])) for rows in (keys, values))
     new, tests = own.float(), {}
+    biases = new.new_zeros(at.shape)
     for head in _lossy(store, stored, real):
-        counted, there, keep = references.counted[head[0]], real[head[0]], stored.keep[head]
-        asked, sinks = query[head][:, counted], references.options.sinks
-        sink = None if sinks is None else sinks[head[1]].float()[:, None].expand(asked.shape[:2]).flatten()
-        everything = HeadRows(keys[head][there].float(), values[head][there].float())
-        fitted_to, tests[head] = targets_of(asked.flatten(0, 1), sink, everything, references.options).split()
+        keep = stored.keep[head]
+        targets = _targets(references, query, head, keys, values, real)
+        fitted_to, tests[head] = targets.split()
         rows = HeadRows(stored.keys[head][keep].float(), own[head][keep].float())
-        new[head][keep] = refitted(fitted_to, rows, ridge)
+        mended = fitted(fitted_to, rows, own_keys[head][keep].float(), float(match.ridge), match.weight_ridge)
+        new[head][keep] = mended.values
+        if mended.biases is not None:
+            biases[head][keep] = mended.biases
     store.replace_values(new)
     after, errors = store.rows(), torch.zeros(2, *at.shape[:2], dtype=torch.float32, device=keys.device)
     for head, test in tests.items():
-        squares = torch.stack([squared_error(test, _of_head(rows, head)) for rows in (stored, after)])
+        squares = torch.stack(
+            [squared_error(test, _of_head(stored, head)), squared_error(test, _of_head(after, head, biases))]
+        )
         errors[(slice(None), *head)] = (squares / test.size.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
     # NaN, as of a model that computes them, is no gain.
     gained = errors[1] < errors[0]
     if not bool(gained.all()):
         store.replace_values(new.where(gained[..., None, None], own.float()))
         errors[1] = errors[1].where(gained, errors[0])
+        biases = biases.where(gained[..., None], 0)
+    if bool(biases.any()):
+        store.bias(biases)
     return errors
+
+
+def _targets(
+    references: References,
+    query: Float[Tensor, "b h g r d"],
+    head: tuple[int, int],
+    keys: Float[Tensor, "b h t d"],
+    values: Float[Tensor, "b h t e"],
+    real: Bool[Tensor, "b t"],
+) -> Targets:
+    """What the whole prompt gives the references of one head."""
+    counted, there, sinks = references.counted[head[0]], real[head[0]], references.options.sinks
+    asked = query[head][:, counted]
+    sink = None if sinks is None else sinks[head[1]].float()[:, None].expand(asked.shape[:2]).flatten()
+    everything = HeadRows(keys[head][there].float(), values[head][there].float())
+    return targets_of(asked.flatten(0, 1), sink, everything, references.options)
 
 
 def _lossy(store: RowStore, stored: Rows, real: Bool[Tensor, "b t"]) -> list[tuple[int, int]]:
     """The heads that have dropped tokens, or have rows that are codes."""
     kept = stored.keep.sum(dim=-1)
-    lossy = (kept < real.sum(dim=1)[:, None]) | (store.formats >= 0 if store.coded else torch.zeros_like(kept) > 0)
+    lossy = (kept < real.sum(dim=1)[:, None]) | (store.exact.lengths < kept)
     return [(b, h) for b, h in (lossy & (kept > 0)).nonzero().tolist()]
 
 
-def _of_head(rows: Rows, head: tuple[int, int]) -> HeadRows:
+def _of_head(rows: Rows, head: tuple[int, int], biases: Float[Tensor, "b h n"] | None = None) -> HeadRows:
     keep = rows.keep[head]
-    return HeadRows(rows.keys[head][keep].float(), rows.values[head][keep].float())
+    found = HeadRows(rows.keys[head][keep].float(), rows.values[head][keep].float())
+    return found if biases is None else HeadRows(found.keys, found.values, biases[head][keep])

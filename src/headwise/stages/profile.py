@@ -5,6 +5,8 @@ Observations own no keys and values: whoever holds the rows shows them.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.nn import functional
 
@@ -12,6 +14,7 @@ from headwise.contract import LayerShape
 from headwise.kernels.attention import causal
 from headwise.kernels.interface import AttentionMap
 from headwise.matching.references import References, sampled
+from headwise.matching.references import peaks as reference_peaks
 from headwise.policies.evidence import Evidence
 from headwise.stages.bearable import JUDGES, bearable_formats
 from headwise.stages.config import LayerConfig
@@ -100,10 +103,13 @@ class Observations:
         rotation, gate, peaks = self._config.rotation, self._config.gate, self.repetition_peaks
         if gate is not None:
             peaks = gate.scores(keys, positions, real.sum(dim=1)[:, None, None], rotation)
-        dtype = self._config.cache.dtype or keys.dtype
-        dims = keys.shape[-1], values.shape[-1]
-        sizes = row_bytes(row_parts(*dims, dtype)), LayerShape(1, *dims).token_bytes(dtype)
-        return Evidence(query, keys, values, mask, options, positions, real, rotation, peaks, *sizes)
+        cache, dims = self._config.cache, (keys.shape[-1], values.shape[-1])
+        dtype, biased, ahead = cache.dtype or keys.dtype, cache.biased, None
+        if self.references is not None and rotation is not None:
+            behind = self.references.behind(rotation, positions, real.sum(dim=1))
+            ahead = partial(reference_peaks, behind, self.references, keys, real)
+        sizes = row_bytes(row_parts(*dims, dtype, biased=biased)), LayerShape(1, *dims).token_bytes(dtype)
+        return Evidence(query, keys, values, mask, options, positions, real, rotation, peaks, *sizes, ahead, biased)
 
     def formats(self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]) -> Int[Tensor, "b h"] | None:
         """The format that every head can bear, of those that it may have; None where there is nothing to choose."""

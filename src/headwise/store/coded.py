@@ -32,6 +32,7 @@ class CodedPages:
         format: of all rows.
         page_size: rows in a page.
         scored: whether rows carry an accumulated score.
+        biased: whether their logits have a bias.
 
     Raises:
         ConfigurationError: when the format does not suit the head dimensions.
@@ -47,11 +48,12 @@ class CodedPages:
         *,
         page_size: int,
         scored: bool,
+        biased: bool = False,
         device: torch.device,
     ) -> None:
         self.format, self.dtype = format, dtype
         self.key_dim, self.value_dim = key_dim, value_dim
-        parts = row_parts(key_dim, value_dim, dtype, format, scored=scored)
+        parts = row_parts(key_dim, value_dim, dtype, format, scored=scored, biased=biased)
         self.pool = PagePool(heads, parts, page_size=page_size, device=device)
 
     def view(self) -> PageView:
@@ -97,6 +99,15 @@ def old_rows(
     """
     inside = (rank >= precision.sinks) & (rank < lengths - precision.recent)
     return inside & (formats >= 0)[:, :, None]
+
+
+def old_in_pool(precision: Precision, formats: Int[Tensor, "b h"], exact: PagePool) -> Bool[Tensor, "b h n"]:
+    """Rows among the exact ones that should be codes, by their columns."""
+    occupied, columns = exact.occupied(), exact.kept("columns")
+    assert columns is not None
+    columns = columns.masked_fill(~occupied, torch.iinfo(torch.int32).max)
+    rank = columns.argsort(dim=-1).argsort(dim=-1)
+    return old_rows(precision, formats, rank, exact.lengths[:, :, None]) & occupied
 
 
 def by_format(

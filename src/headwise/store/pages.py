@@ -60,7 +60,11 @@ class PagePool:
             {name: empty(*shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
         )
         self.row_bytes = row_bytes(parts)
-        self._fresh = {part.name: part.fresh for part in parts if part.fresh is not None}
+        self._fresh: dict[str, float] = {}
+        # Those of them that kernels do not write.
+        self._unwritten: dict[str, float] = {}
+        for part in parts:
+            self._note(part)
         self._checked: tuple[Any, ...] = (None,)
         self.pages = PageTable(heads[0], heads[1], page_size, device, self._pools.rebuild)
 
@@ -109,7 +113,9 @@ class PagePool:
             # Not held: nothing may be kept that has been replaced.
             checked = Checked()
             self._checked = (checked, *(weakref.ref(each) for each in (numbers[0], table, lengths)))
-        return PageView(*numbers, pools["columns"], scores, table, lengths, pages.longest).known_by(checked)
+        biases = pools.get("biases")
+        view = PageView(*numbers, pools["columns"], scores, table, lengths, pages.longest, biases=biases)
+        return view.known_by(checked)
 
     def kept(self, part: str) -> Tensor | None:
         """That part of every row, padded to the longest head; undefined where `occupied` is False."""
@@ -151,9 +157,19 @@ class PagePool:
             self.pools[part].dtype
         )
 
+    def give(self, part: RowPart, content: Float[Tensor, "b h n"]) -> None:
+        """Give all rows one part more, of which kept ones have that content."""
+        assert part.name not in self.pools
+        shape = next(iter(self.pools.values())).shape[:2]
+        self.pools[part.name] = empty(*shape, *part.shape, dtype=part.dtype, device=self.device)
+        self.row_bytes += part.nbytes
+        self._note(part)
+        self._checked = (None,)
+        self.replace(part.name, content)
+
     def make_fresh(self, count: int) -> None:
         """Write what new rows have of parts that kernels do not write, for so many behind the last of every head."""
-        for name, value in self._fresh.items():
+        for name, value in self._unwritten.items():
             self.pools[name].flatten(0, 1)[self.pages.behind(count)] = value
 
     def fill(self, rows: Rows) -> None:
@@ -244,6 +260,12 @@ class PagePool:
         """Move everything to another device."""
         self._pools.tensors = {name: pool.to(device) for name, pool in self.pools.items()}
         self.pages.to(device)
+
+    def _note(self, part: RowPart) -> None:
+        if part.fresh is not None:
+            self._fresh[part.name] = part.fresh
+            if not part.appended:
+                self._unwritten[part.name] = part.fresh
 
     def _complete(self, rows: Rows) -> Rows:
         """The same rows with all the parts that rows have here."""

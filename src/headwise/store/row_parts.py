@@ -26,12 +26,14 @@ class RowPart:
         name: of the part, in pools, in kernels and in saved caches.
         shape: of what a row has of it.
         fresh: what a row has of it that comes without; None where no row does, as kernels write it.
+        appended: whether kernels write the fresh one with the rows that they append.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     fresh: float | None = None
+    appended: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -42,10 +44,18 @@ class RowPart:
 # Beside key and value, in any format.
 COLUMN = RowPart("columns", (), torch.int32)
 SCORE = RowPart("scores", (), torch.float32)
+# What is added to the logits of a row.
+BIAS = RowPart("biases", (), torch.float16, fresh=0.0, appended=True)
 
 
 def row_parts(
-    key_dim: int, value_dim: int, dtype: torch.dtype, format: RowFormat | None = None, *, scored: bool = False
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    format: RowFormat | None = None,
+    *,
+    scored: bool = False,
+    biased: bool = False,
 ) -> tuple[RowPart, ...]:
     """The parts of a row.
 
@@ -54,6 +64,7 @@ def row_parts(
         dtype: of exact rows.
         format: of rows that are codes; None for exact ones.
         scored: whether rows carry an accumulated score.
+        biased: whether their logits have a bias.
 
     Raises:
         ConfigurationError: when the format does not suit the head dimensions.
@@ -72,6 +83,7 @@ def row_parts(
         *numbers,
         COLUMN,
         *([SCORE] if scored else []),
+        *([BIAS] if biased else []),
         *steps,
     )
 
@@ -84,6 +96,8 @@ def row_bytes(parts: tuple[RowPart, ...]) -> int:
 # Every part that a row may have.
 PART_NAMES = tuple(
     dict.fromkeys(
-        part.name for format in (None, RowFormat(8, 8)) for part in row_parts(8, 8, torch.float32, format, scored=True)
+        part.name
+        for format in (None, RowFormat(8, 8))
+        for part in row_parts(8, 8, torch.float32, format, scored=True, biased=True)
     )
 )

@@ -55,6 +55,11 @@ class Rows:
         """Accumulated score of every row, where rows carry one."""
         return self.parts.get("scores")
 
+    @property
+    def biases(self) -> Float[Tensor, "b h n"] | None:
+        """What is added to the logits of every row, where rows have any."""
+        return self.parts.get("biases")
+
     def cut(self, part: slice) -> Rows:
         """Some of the rows of every head."""
         return Rows({name: content[:, :, part] for name, content in self.parts.items()}, self.keep[:, :, part])

@@ -33,8 +33,8 @@ def load_store(state: dict[str, Tensor], *, page_size: int, precision: Precision
         InputError: when a part of the rows is missing.
     """
     exact = load_rows("", state)
-    scored, formats = exact.scores is not None, state.get("formats")
-    store = RowStore(exact, page_size=page_size, scored=scored, precision=precision, formats=formats)
+    scored, biased, formats = exact.scores is not None, exact.biases is not None, state.get("formats")
+    store = RowStore(exact, page_size=page_size, scored=scored, biased=biased, precision=precision, formats=formats)
     store.exact.fill(exact)
     for index, part in enumerate(store.coded):
         if f"{_CODED}{index}_lengths" in state:

@@ -13,10 +13,10 @@ import torch
 
 from headwise.kernels.interface import AppendRequest, Kernels, PageView
 from headwise.quant.formats import Precision
-from headwise.store.coded import CodedPages, by_format, old_rows
+from headwise.store.coded import CodedPages, by_format, old_in_pool, old_rows
 from headwise.store.narrow import narrow
 from headwise.store.pages import PagePool
-from headwise.store.row_parts import row_parts
+from headwise.store.row_parts import BIAS, row_parts
 from headwise.store.rows import Rows, side_by_side
 from headwise.types import Bool, Float, Int, Tensor
 
@@ -27,7 +27,7 @@ class RowStore:
     Args:
         like: rows of the kind that will come.
         page_size: rows in a page.
-        scored: whether rows carry an accumulated score.
+        scored, biased: whether rows carry an accumulated score, and a bias, which `bias` gives them later otherwise.
         dtype: of exact rows; None for that of the rows that come.
         precision: how older rows are stored; None keeps all of them exact.
         formats: which of the precision's formats each head gets, -1 for staying exact; None for the first.
@@ -44,6 +44,7 @@ class RowStore:
         *,
         page_size: int,
         scored: bool,
+        biased: bool = False,
         dtype: torch.dtype | None = None,
         precision: Precision | None = None,
         formats: Int[Tensor, "b h"] | None = None,
@@ -52,10 +53,11 @@ class RowStore:
         self.precision = precision
         heads, device, dtype = like.keys.shape[:2], like.keys.device, dtype or like.keys.dtype
         dims = like.keys.shape[-1], like.values.shape[-1]
-        self.exact = PagePool(heads, row_parts(*dims, dtype, scored=scored), page_size=page_size, device=device)
+        parts = row_parts(*dims, dtype, scored=scored, biased=biased)
+        self.exact = PagePool(heads, parts, page_size=page_size, device=device)
         self.coded = [
-            CodedPages(heads, *dims, dtype, format, page_size=page_size, scored=scored, device=device)
-            for format in (() if precision is None else precision.formats)
+            CodedPages(heads, *dims, dtype, f, page_size=page_size, scored=scored, biased=biased, device=device)
+            for f in (() if precision is None else precision.formats)
         ]
         self.formats = self.exact.lengths.new_zeros(self.exact.lengths.shape) if formats is None else formats
         self.not_encoded = 0
@@ -170,6 +172,11 @@ class RowStore:
         for part, own in zip(self.coded, coded, strict=True):
             part.replace_values(own)
 
+    def bias(self, biases: Float[Tensor, "b h n"]) -> None:
+        """Add so much to the logits of the kept rows from now on, and nothing to those of rows that come."""
+        for pool, own in zip(self._pools, self._cut(biases), strict=True):
+            pool.give(BIAS, own)
+
     def append(
         self,
         keys: Float[Tensor, "b h f d"],
@@ -222,11 +229,7 @@ class RowStore:
         self.drop(keep)
 
     def drop(self, keep: Bool[Tensor, "b h n"], spare: int = 0) -> None:
-        """Keep the rows named by `keep`.
-
-        Args:
-            spare: rows per head that are going to be appended, for which pages are kept.
-        """
+        """Keep the rows named by `keep`; `spare` as for `commit`."""
         exact, *coded = self._cut(keep)
         self.exact.drop(exact, spare)
         self._drop_coded(coded)
@@ -251,11 +254,7 @@ class RowStore:
         if self.precision is None or self.frozen or self.not_encoded < self.page_size:
             return
         self.not_encoded = 0
-        occupied, columns = self.exact.occupied(), self.exact.kept("columns")
-        assert columns is not None
-        columns = columns.masked_fill(~occupied, torch.iinfo(torch.int32).max)
-        rank = columns.argsort(dim=-1).argsort(dim=-1)
-        old = old_rows(self.precision, self.formats, rank, self.exact.lengths[:, :, None]) & occupied
+        old = old_in_pool(self.precision, self.formats, self.exact)
         if not bool(old.any()):
             return
         rows = self.exact.gather(old)

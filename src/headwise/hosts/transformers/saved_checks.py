@@ -10,6 +10,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,13 +142,13 @@ def _check_compressed(part: _Part, core: LayerCache, shape: LayerShape | None, c
         if name in part.left:
             part.take(name, wanted, torch.float32)
     scored = any("score" in config.policy.rungs[index].reads for index in choice.unique().tolist())
-    scored = scored or "scores" in part.left
+    parts_of = partial(row_parts, scored=scored or "scores" in part.left, biased="biases" in part.left)
     keys, values = part.left.get("keys"), part.left.get("values")
     part.check(keys is not None and values is not None and keys.ndim == values.ndim == 2, "rows")
     assert keys is not None and values is not None
     part.check(keys.dtype in _FLOATS and keys.dtype == values.dtype, f"type {keys.dtype} of keys")
     dims = (keys.shape[1], values.shape[1]) if shape is None else (shape.key_dim, shape.value_dim)
-    held = [_check_rows(part, "", row_parts(*dims, keys.dtype, scored=scored), (batch, heads), columns)]
+    held = [_check_rows(part, "", parts_of(*dims, keys.dtype), (batch, heads), columns)]
     if precision is not None:
         part.within("formats", part.take("formats", (batch, heads), _COUNT), -1, len(precision.formats) - 1)
         part.within("unpacked", part.take("unpacked", (), _COUNT), 0, columns)
@@ -155,7 +156,7 @@ def _check_compressed(part: _Part, core: LayerCache, shape: LayerShape | None, c
             if f"packed{index}_lengths" not in part.left:
                 # Not a row in that format; what else there is of it is unknown, and found to be in the end.
                 continue
-            coded = row_parts(*dims, keys.dtype, format, scored=scored)
+            coded = parts_of(*dims, keys.dtype, format)
             held.append(_check_rows(part, f"packed{index}_", coded, (batch, heads), columns))
     everything = torch.cat(held)
     part.check(len(everything.unique()) == len(everything), "a column that a head has twice")
@@ -175,6 +176,8 @@ def _check_rows(
     rows = int(lengths.sum())
     taken = {each.name: part.take(prefix + each.name, (rows, *each.shape), each.dtype) for each in consists_of}
     part.within(f"{prefix}columns", taken["columns"], 0, columns - 1)
+    if "biases" in taken:
+        part.check(bool(taken["biases"].isfinite().all()), "biases")
     owner = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths.flatten())
     return owner * columns + taken["columns"]
 

@@ -28,7 +28,7 @@ class PagesStruct(ctypes.Structure):
     """Pages of one layer."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("keys", "values", "columns", "scores", "table", "lengths")),
+        *((name, c_void_p) for name in ("keys", "values", "columns", "scores", "biases", "table", "lengths")),
         *((name, c_int64) for name in ("page_count", "page_size", "table_width", "longest")),
         *((name, c_int64) for name in ("key_width", "value_width", "type")),
         ("key_strides", c_int64 * 3),
@@ -102,6 +102,7 @@ def _made(view: PageView) -> PagesStruct:
         values.data_ptr(),
         pointer(view.columns),
         pointer(view.scores),
+        pointer(view.biases),
         table.data_ptr(),
         view.lengths.data_ptr(),
         page_count,

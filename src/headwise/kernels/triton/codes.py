@@ -61,6 +61,7 @@ def attend_codes(
             words(coding.key_steps),
             words(coding.value_steps),
             view.columns,
+            view.biases,
             table,
             view.lengths,
             length_stride=view.lengths.stride(),

@@ -17,6 +17,7 @@ import triton.language as tl
 from headwise.kernels.triton.device_tiles import (
     absorb,
     addresses,
+    biased,
     capped,
     note,
     products_of,
@@ -117,6 +118,7 @@ def attend_codes(
     key_steps,
     value_steps,
     column_pool,
+    bias_pool,
     table,
     lengths,
     mask,
@@ -194,8 +196,7 @@ def attend_codes(
     if mask is not None:
         mask += b * mask_b
     of_logits = own[:, None] * (kept + fresh) + begin
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     output = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     output_high = output
 
@@ -212,7 +213,8 @@ def attend_codes(
         if mask is not None:
             column = tl.load(column_pool + address, mask=held, other=0)
             visible = seen(mask, i, column, mask_q, visible)
-        x = tl.where(visible, capped(products, inner, outer), float("-inf"))
+        x = biased(capped(products, inner, outer), bias_pool, address, held)
+        x = tl.where(visible, x, float("-inf"))
         note(logits, of_logits + n[None, :], x, asks, held)
         top, total, weights, decay = soften(x, top, total)
         output = absorb(output, decay, weights, v, NARROW)

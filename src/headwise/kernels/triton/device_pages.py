@@ -21,6 +21,7 @@ from headwise.kernels.triton.device_tiles import (
     absorb,
     addresses,
     asked,
+    biased,
     capped,
     finite,
     note,
@@ -49,6 +50,7 @@ def attend(
     key_pool,
     value_pool,
     column_pool,
+    bias_pool,
     table,
     lengths,
     keys,
@@ -121,8 +123,7 @@ def attend(
     if mask is not None:
         mask += b * mask_b
     of_logits = (head * members + member)[:, None] * (kept + fresh)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     output = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
 
     # The last split begins behind every kept row, so this loop does nothing there; nor does the next one elsewhere.
@@ -131,12 +132,13 @@ def attend(
         held = n < stop
         k = pooled(key_pool, table + head * pages, n, held, feature, D, PAGE, KEY_STRIDES)
         v = pooled(value_pool, table + head * pages, n, held, channel, E, PAGE, VALUE_STRIDES)
+        address = addresses(table + head * pages, n, held, PAGE)
         visible = asks[:, None] & held[None, :]
         if mask is not None:
-            address = addresses(table + head * pages, n, held, PAGE)
             column = tl.load(column_pool + address, mask=held, other=0)
             visible = seen(mask, i, column, mask_q, visible)
-        x = tl.where(visible, capped(products_of(q, k, NARROW), inner, outer), float("-inf"))
+        x = biased(capped(products_of(q, k, NARROW), inner, outer), bias_pool, address, held)
+        x = tl.where(visible, x, float("-inf"))
         note(logits, of_logits + n[None, :], x, asks, held)
         top, total, weights, decay = soften(x, top, total)
         output = absorb(output, decay, weights, v, NARROW)

@@ -58,7 +58,7 @@ def place(table, n, held, PAGE: tl.constexpr, STRIDES: tl.constexpr):
 @triton.jit
 @no_type_check
 def addresses(table, n, held, PAGE: tl.constexpr):
-    """Where in the pools the rows of a head lie, by its part of the table."""
+    """Where in the pools the rows of a head lie, by its part of the table; compiles to nothing where it is not used."""
     page = tl.load(table + n // PAGE, mask=held, other=0)
     return page.to(tl.int64) * PAGE + n % PAGE
 
@@ -81,6 +81,16 @@ def capped(products, inner, outer):
         shrunk = tl.exp2(tl.abs(logits) * -2.8853900817779268)
         size = outer * (1 - shrunk) / (1 + shrunk)
         logits = tl.where(logits < 0, -size, size)
+    return logits
+
+
+@triton.jit
+@no_type_check
+def biased(logits, bias_pool, address, held):
+    """Logits in base 2, with the biases of their rows where rows have any."""
+    if bias_pool is not None:
+        bias = tl.load(bias_pool + address, mask=held, other=0.0).to(tl.float32)
+        logits += (bias * 1.4426950408889634)[None, :]
     return logits
 
 

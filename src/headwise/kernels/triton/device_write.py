@@ -25,6 +25,7 @@ def write(
     value_pool,
     column_pool,
     score_pool,
+    bias_pool,
     table,
     lengths,
     keys,
@@ -96,6 +97,8 @@ def write(
         if score_pool is not None:
             of_scores = scores + b * score_b + h * score_h + f
             tl.store(score_pool + address, tl.load(of_scores, mask=wanted), mask=wanted)
+        if bias_pool is not None:
+            tl.store(bias_pool + address, 0.0, mask=wanted)
         if COUNT:
             # Every thread has loaded the old length before one of them stores the new one.
             tl.debug_barrier()

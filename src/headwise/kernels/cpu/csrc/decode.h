@@ -158,7 +158,7 @@ class Worker {
       if (gathered) gather(pages, chunk, (char*)weights + scratch_floats * sizeof(float) - gathered);
       take_fresh(head, std::max(from, kept) - kept, end - kept, chunk, places);
       view.logits(chunk, weights);
-      absorb(head, chunk, places, view.partial, weights);
+      absorb(head, pages, chunk, places, view.partial, weights);
       view.weigh_values(chunk, weights);
     }
     if (places.outside) outside = true;
@@ -176,13 +176,15 @@ class Worker {
   }
 
   // Logits become weights; where probabilities are asked for, the logits are kept.
-  void absorb(int64_t head, const Chunk& chunk, const Places& places, Partial& found, float* weights) {
+  void absorb(int64_t head, const Pages& pages, const Chunk& chunk, const Places& places, Partial& found,
+              float* weights) {
     if (a.softcap > 0)
       for (int64_t n = 0; n < rows; n++)
         for (int r = 0; r < chunk.count; r += kWidth) {
           float* x = weights + n * kChunk + r;
           store(x, tangent(load(x) / a.softcap) * a.softcap);
         }
+    add_biases(pages, chunk, rows, weights);
     hide(head, chunk, places, weights);
     for (int64_t n = 0; n < rows; n++) {
       float* mine = weights + n * kChunk;

@@ -27,6 +27,7 @@ struct Pages {
   void* values;      // [pages, page_size, value_width] likewise
   int32_t* columns;  // [pages, page_size]; null where there is never a mask
   float* scores;     // [pages, page_size], or null
+  uint16_t* biases;  // [pages, page_size] in fp16, or null
   const int32_t* table;
   int64_t* lengths;
   int64_t page_count, page_size, table_width, longest;

@@ -59,6 +59,7 @@ void append_head(const Append& a, int64_t head) {
         (const char*)a.rows.values + (b * vs[0] + h * vs[1] + i * vs[2]) * element, p.value_width, element);
     if (p.columns) p.columns[at] = a.columns[i];
     if (p.scores) p.scores[at] = a.scores[head * a.rows.count + i];
+    if (p.biases) p.biases[at] = 0;
     length++;
   }
   p.lengths[head] = length;

@@ -1,4 +1,4 @@
-// Pages: rows of one head in pages -> a chunk of them, as addresses, to be read where they lie.
+// Pages: rows of one head in pages -> a chunk of them, as addresses, to be read where they lie; and their biases.
 #pragma once
 
 #include <algorithm>
@@ -65,6 +65,27 @@ inline char* gather(const void** rows, int count, int64_t stride, int64_t width,
 inline void gather(const Pages& p, Chunk& chunk, char* to) {
   to = gather(chunk.keys, chunk.count, p.key_strides[2], p.key_width, size_of(p.type), to);
   gather(chunk.values, chunk.count, p.value_strides[2], p.value_width, size_of(p.type), to);
+}
+
+// Adds the biases of a chunk's rows to their logits, logits[n][r]; the fresh rows, which come last, have none.
+inline void add_biases(const Pages& p, const Chunk& chunk, int64_t rows, float* logits) {
+  if (!p.biases) return;
+  float biases[kChunk];
+  int64_t r = 0;
+  for (int i = 0; i < chunk.runs; i++) {
+    // Only the rows of the head itself: what lies behind them in the page may be anything.
+    const auto* from = reinterpret_cast<const Float16*>(p.biases) + chunk.run[i].at;
+    int64_t count = chunk.run[i].count, whole = count / kWidth * kWidth;
+    for (int64_t j = 0; j < whole; j += kWidth) store(biases + r + j, load(from + j));
+    for (int64_t j = whole; j < count; j++) biases[r + j] = scalar(from[j]);
+    r += count;
+  }
+  std::fill(biases + r, biases + chunk.end(), 0.0f);
+  for (int64_t n = 0; n < rows; n++)
+    for (r = 0; r < chunk.end(); r += kWidth) {
+      float* x = logits + n * kChunk + r;
+      store(x, load(x) + load(biases + r));
+    }
 }
 
 }  // namespace

@@ -1,0 +1,106 @@
+"""Targets: queries and all rows of a prompt -> what the outputs of one KV head should be, and how far off rows are.
+
+In fp32, whatever the model computes in, a few queries at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from headwise.types import Bool, Float, LogitOptions, Tensor
+
+# Logits in flight at a time.
+_BLOCK_LOGITS = 2**20
+
+# One reference in so many is not fitted to: it tells what the fit is worth.
+_TESTED = 10
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Rows of one KV head, in fp32.
+
+    Attributes:
+        biases: added to their logits; None for none.
+    """
+
+    keys: Float[Tensor, "n d"]
+    values: Float[Tensor, "n e"]
+    biases: Float[Tensor, " n"] | None = None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the outputs of one KV head should be.
+
+    Attributes:
+        query: of the references.
+        output: what the rows of the prompt gave each.
+        mass: natural logarithm of the denominator that these rows made.
+        share: of a query's attention that went to the prompt, not to a sink logit: its error counts by the square.
+        options: how the model makes logits.
+    """
+
+    query: Float[Tensor, "r d"]
+    output: Float[Tensor, "r e"]
+    mass: Float[Tensor, " r"]
+    share: Float[Tensor, " r"]
+    options: LogitOptions
+
+    @property
+    def size(self) -> Tensor:
+        """Sum of squares of the outputs, weighted as errors are."""
+        return (self.share[:, None] * self.output).square().sum()
+
+    def split(self) -> tuple[Targets, Targets]:
+        """Those to fit to and those to test with; the same where there are too few."""
+        tested = torch.arange(len(self.query), device=self.query.device) % _TESTED == _TESTED - 1
+        return (self._those(~tested), self._those(tested)) if len(self.query) >= _TESTED else (self, self)
+
+    def _those(self, named: Bool[Tensor, " r"]) -> Targets:
+        return Targets(self.query[named], self.output[named], self.mass[named], self.share[named], self.options)
+
+
+def targets_of(
+    query: Float[Tensor, "r d"], sinks: Float[Tensor, " r"] | None, rows: HeadRows, options: LogitOptions
+) -> Targets:
+    """What the rows of a prompt give some queries.
+
+    Args:
+        sinks: the sink logit of each query's head, where there are any.
+        rows: all that are no padding.
+    """
+    output, mass = query.new_empty(len(query), rows.values.shape[1]), query.new_empty(len(query))
+    for block in _blocks(query, rows):
+        logits = logits_of(query[block], rows, options)
+        mass[block] = logits.logsumexp(dim=-1)
+        output[block] = (logits - mass[block, None]).exp_() @ rows.values
+    share = torch.ones_like(mass) if sinks is None else torch.sigmoid(mass - sinks)
+    return Targets(query, output, mass, share, options)
+
+
+def squared_error(targets: Targets, rows: HeadRows) -> Tensor:
+    """Of the outputs that the rows give, weighted and summed."""
+    total = rows.values.new_zeros(())
+    for block in _blocks(targets.query, rows):
+        weights = logits_of(targets.query[block], rows, targets.options).softmax(dim=-1)
+        off = targets.share[block, None] * (targets.output[block] - weights @ rows.values)
+        total = total + off.square().sum()
+    return total
+
+
+def logits_of(query: Float[Tensor, "r d"], rows: HeadRows, options: LogitOptions) -> Float[Tensor, "r n"]:
+    """Logits of rows, their biases included."""
+    logits = query @ rows.keys.T * options.scaling
+    if options.softcap is not None:
+        logits = torch.tanh(logits / options.softcap) * options.softcap
+    return logits if rows.biases is None else logits + rows.biases
+
+
+def _blocks(query: Float[Tensor, "r d"], rows: HeadRows) -> Iterator[slice]:
+    step = max(1, _BLOCK_LOGITS // max(1, len(rows.keys)))
+    for start in range(0, len(query), step):
+        yield slice(start, min(start + step, len(query)))
