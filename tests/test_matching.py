@@ -9,7 +9,7 @@ import torch
 
 from headwise.kernels.interface import AttentionMap
 from headwise.matching.fit import fitted
-from headwise.matching.references import peaks, sampled
+from headwise.matching.references import sampled
 from headwise.matching.targets import HeadRows, Targets, squared_error, targets_of
 from headwise.types import LogitOptions
 
@@ -128,7 +128,9 @@ def test_one_query_in_ten_tests_what_the_others_fit(count):
         return
     rest = [i for i in range(count) if i % 10 != 9]
     for those, at in ((tested, list(range(9, count, 10))), (fitted, rest)):
-        expected = Targets(targets.query[at], targets.output[at], targets.mass[at], targets.share[at], PLAIN)
+        expected = Targets(
+            targets.query[at], targets.output[at], targets.mass[at], targets.share[at], targets.peaks, PLAIN
+        )
         names = ("query", "output", "mass", "share")
         assert all(torch.equal(getattr(those, n), getattr(expected, n)) for n in names)
 
@@ -221,25 +223,35 @@ def test_what_a_key_that_is_read_off_takes_from_its_row_its_bias_gives_back():
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_peaks_are_the_most_that_any_reference_gives(padded):
-    query, keys = drawn(2, 3, 2, 11, 7), drawn(2, 3, 19, 7, seed=1)
+def test_targets_and_peaks_are_those_of_every_reference(padded):
+    """Of heads that share keys, behind a prompt without positions; padding asks nothing and is not looked at."""
+    query, keys, values = drawn(2, 3, 2, 11, 7), drawn(2, 3, 19, 7, seed=1), drawn(2, 3, 19, 5, seed=2)
     mask = torch.ones(2, 11, 19, dtype=torch.bool)
     real = torch.ones(2, 19, dtype=torch.bool)
     options = LogitOptions(0.7, 3.0, drawn(3, 2, seed=4))
     if padded:
         real[1, :11] = mask[1, :, :11] = mask[1, :3] = False
     references = sampled(AttentionMap(query, keys, mask, options), 2)
-    found = peaks(references.query, references, keys, real)
-    for b in range(2):
-        for h in range(3):
-            best = torch.zeros(19, dtype=torch.float64)
-            for g in range(2):
-                for r in range(5):
-                    if references.counted[b, r]:
-                        logits = logits_of(references.query[b, h, g, r], keys[b, h], options)
-                        logits = torch.cat([logits.where(real[b], -torch.inf), options.sinks[h, g].double()[None]])
-                        best = best.maximum(logits.softmax(dim=-1)[:-1])
-            torch.testing.assert_close(found[b, h].double(), best, atol=1e-5, rtol=1e-5)
+    found = references.targets(lambda vectors, *_: vectors, keys, values, torch.zeros(2, 19).long(), real)
+    assert list(found) == [(b, h) for b in range(2) for h in range(3)]
+    for (b, h), targets in found.items():
+        best, outputs = torch.zeros(int(real[b].sum()), dtype=torch.float64), []
+        for g in range(2):
+            for r in range(references.query.shape[3]):
+                if references.counted[b, r]:
+                    logits = logits_of(references.query[b, h, g, r], keys[b, h][real[b]], options)
+                    outputs.append(logits.softmax(dim=-1) @ values[b, h][real[b]].double())
+                    logits = torch.cat([logits, options.sinks[h, g].double()[None]])
+                    best = best.maximum(logits.softmax(dim=-1)[:-1])
+        torch.testing.assert_close(targets.peaks.double(), best, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(targets.output.double(), torch.stack(outputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "most", "expected"), [(7, 7, range(7)), (7, 3, [1, 4]), (100, 30, range(2, 100, 4))])
+def test_of_many_queries_every_so_many_stay(count, most, expected):
+    targets, _, _ = problem(23, 5, count, PLAIN)
+    assert torch.equal(targets.at_most(most).query, targets.query[list(expected)])
+    assert torch.equal(targets.at_most(most).peaks, targets.peaks)
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 
 from headwise.errors import ConfigurationError
 from headwise.kernels.backends import choose
-from headwise.quant.codes import decode, encode, hadamard
+from headwise.quant.codes import decode, encode, hadamard, rounded
 from headwise.quant.formats import Precision, RowFormat
 from headwise.store.coded import CodedPages
 from headwise.store.row_parts import row_bytes, row_parts
@@ -68,6 +68,13 @@ def test_rows_that_do_not_vary_or_are_huge_are_read_back():
     torch.testing.assert_close(decode(*encode(constant, 4, 12), 4), constant, atol=1e-4, rtol=0)
     huge = torch.tensor([[-1e30, 1e30] * 6])
     assert decode(*encode(huge, 8, 12), 8).isfinite().all()
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 12), (8, 12), (4, 3), (8, 4)])
+def test_rounded_is_what_is_read_back(bits, group):
+    rows = torch.randn(2, 3, 7, 12) * torch.rand(12) * 9
+    rows[0, 0, 0] = 3.5
+    assert torch.equal(rounded(rows, bits, group), decode(*encode(rows, bits, group), bits))
 
 
 @pytest.mark.parametrize("numbers", [{"key_bits": 3}, {"value_bits": 16}, {"group": 0}, {"key_bits": True}])

@@ -16,6 +16,9 @@ from headwise.types import Float, Tensor
 # The least and the most that a row may count for.
 _LEAST, _MOST = 0.05, 1e4
 
+# Columns whose products are made at a time: half of all products are never made.
+_BLOCK = 128
+
 # As far as its key is read off, a row's weight makes up for it on average, within these bounds.
 _MISREAD = 5.0
 
@@ -60,6 +63,8 @@ def _weights(
         change = mixture.solve(free, (share - mixture.given @ first)[:, None], ridge)[:, 0]
         weights = first + change
         low = weights < _LEAST
+        if not bool(low.any()):
+            break
         first, free = first.masked_fill(low, _LEAST), free.masked_fill(low, 0)
     return weights.clamp(_LEAST, _MOST)
 
@@ -93,15 +98,15 @@ class _Mixture:
         Args:
             ridge: what the squares of x count, in units of the mean square of a column of `given * factor`.
         """
-        given = self.given * factor
-        least = (ridge * given.square().sum() / max(1, given.shape[1])).clamp(min=torch.finfo(torch.float32).tiny)
-        system = given @ given.T if self.gram is None else self.gram * factor * factor[:, None]
-        system.diagonal().add_(least)
-        factored, failed = torch.linalg.cholesky_ex(system)
         if self.gram is None:
+            given = self.given * factor
+            system = _gram(given.T)
+            factored, failed = _factored(system, ridge * system.diagonal().sum() / given.shape[1])
             found = given.T @ torch.cholesky_solve(right, factored)
         else:
-            found = torch.cholesky_solve(given.T @ right, factored)
+            system = self.gram * factor * factor[:, None]
+            factored, failed = _factored(system, ridge * system.diagonal().mean())
+            found = torch.cholesky_solve((self.given.T @ right) * factor[:, None], factored)
         return found.where((failed == 0) & found.isfinite().all(), 0)
 
 
@@ -110,4 +115,21 @@ def _mixture(targets: Targets, rows: HeadRows, *, whole: bool) -> _Mixture:
     logits = logits_of(targets.query, rows, targets.options)
     given = (logits - targets.mass[:, None]).exp_() if whole else logits.softmax(dim=-1)
     given = given.mul_(targets.share[:, None])
-    return _Mixture(given, given.T @ given if given.shape[1] <= len(given) else None)
+    return _Mixture(given, _gram(given) if given.shape[1] <= len(given) else None)
+
+
+def _gram(rows: Float[Tensor, "r n"]) -> Float[Tensor, "n n"]:
+    """Products of all columns with one another; above the diagonal there may be anything."""
+    count = rows.shape[1]
+    gram = rows.new_empty(count, count)
+    for start in range(0, count, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        torch.mm(rows[:, block].T, rows[:, : start + _BLOCK], out=gram[block, : start + _BLOCK])
+    return gram
+
+
+def _factored(system: Float[Tensor, "n n"], more: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor with so much more on the diagonal, and whether there is none."""
+    system.diagonal().add_(more.clamp(min=torch.finfo(torch.float32).tiny))
+    factor, failed = torch.linalg.cholesky_ex(system)
+    return factor, failed

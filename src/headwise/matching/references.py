@@ -7,12 +7,16 @@ to positions behind the prompt it looks for the same from where later tokens wil
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
-from headwise.kernels.attention import logits_of, probabilities, query_blocks
 from headwise.kernels.interface import AttentionMap
+from headwise.matching.targets import HeadRows, Targets, targets_of
 from headwise.types import Bool, Float, Int, LogitOptions, Rotation, Tensor
+
+# Of so many for each KV head is known what the prompt gives them, once it is known what they look at.
+_HELD = 1024
 
 # Positions behind the prompt over which references are spread.
 _AHEAD = 256
@@ -38,6 +42,30 @@ class References:
         """Every tensor it holds on to."""
         return [self.query, self.columns, self.counted]
 
+    def targets(
+        self,
+        rotation: Rotation,
+        keys: Float[Tensor, "b h t d"],
+        values: Float[Tensor, "b h t e"],
+        positions: Int[Tensor, "b t"],
+        real: Bool[Tensor, "b t"],
+    ) -> dict[tuple[int, int], Targets]:
+        """What the whole prompt gives them behind it, by sequence and KV head.
+
+        Args:
+            rotation: the layer's rotary embedding.
+            keys, values: of the whole prompt.
+            positions, real: of every column, the latter False for padding.
+        """
+        query, found = self.behind(rotation, positions, real.sum(dim=1)), {}
+        for b, h in product(range(keys.shape[0]), range(keys.shape[1])):
+            asked = query[b, h][:, self.counted[b]]
+            sinks = self.options.sinks
+            sink = None if sinks is None else sinks[h].float()[:, None].expand(asked.shape[:2]).flatten()
+            rows = HeadRows(keys[b, h][real[b]].float(), values[b, h][real[b]].float())
+            found[b, h] = targets_of(asked.flatten(0, 1), sink, rows, self.options).at_most(_HELD)
+        return found
+
     def __add__(self, later: References) -> References:
         return References(
             torch.cat([self.query, later.query], dim=3),
@@ -59,24 +87,6 @@ class References:
         at = positions[:, self.columns]
         plain = rotation(self.query.float().flatten(1, 2), at, True)
         return rotation(plain, length[:, None] + at % _AHEAD, False).view(self.query.shape)
-
-
-def peaks(
-    query: Float[Tensor, "b h g r d"], references: References, keys: Float[Tensor, "b h t d"], real: Bool[Tensor, "b t"]
-) -> Float[Tensor, "b h t"]:
-    """The most that any of the references gives each row of the prompt; 0 for padding.
-
-    Args:
-        query: of the references, behind the prompt.
-        real: False for padding.
-    """
-    visible = (references.counted[:, :, None] & real[:, None, :])[:, None, None]
-    best = torch.zeros(*keys.shape[:3], dtype=torch.float32, device=keys.device)
-    for block in query_blocks(query, keys.shape[2]):
-        logits = logits_of(query[:, :, :, block], keys, references.options)
-        given = probabilities(logits, visible[:, :, :, block], references.options)
-        best = best.maximum(given.amax(dim=(2, 3)))
-    return best
 
 
 def sampled(map: AttentionMap, step: int) -> References:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.types import Bool, Float, LogitOptions, Tensor
+from headwise.types import Float, LogitOptions, Tensor
 
 # Logits in flight at a time.
 _BLOCK_LOGITS = 2**20
@@ -41,6 +41,7 @@ class Targets:
         output: what the rows of the prompt gave each.
         mass: natural logarithm of the denominator that these rows made.
         share: of a query's attention that went to the prompt, not to a sink logit: its error counts by the square.
+        peaks: the most that any of the queries gave each row.
         options: how the model makes logits.
     """
 
@@ -48,20 +49,33 @@ class Targets:
     output: Float[Tensor, "r e"]
     mass: Float[Tensor, " r"]
     share: Float[Tensor, " r"]
+    peaks: Float[Tensor, " t"]
     options: LogitOptions
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor it holds on to."""
+        return [self.query, self.output, self.mass, self.share, self.peaks]
 
     @property
     def size(self) -> Tensor:
         """Sum of squares of the outputs, weighted as errors are."""
         return (self.share[:, None] * self.output).square().sum()
 
+    def at_most(self, count: int) -> Targets:
+        """Every so many of them."""
+        step = -(-len(self.query) // count)
+        # Picked by a list: a slice would hold on to all of them.
+        at = torch.arange(step // 2, len(self.query), max(1, step), device=self.query.device)
+        return self._those(at) if step > 1 else self
+
     def split(self) -> tuple[Targets, Targets]:
         """Those to fit to and those to test with; the same where there are too few."""
         tested = torch.arange(len(self.query), device=self.query.device) % _TESTED == _TESTED - 1
         return (self._those(~tested), self._those(tested)) if len(self.query) >= _TESTED else (self, self)
 
-    def _those(self, named: Bool[Tensor, " r"]) -> Targets:
-        return Targets(self.query[named], self.output[named], self.mass[named], self.share[named], self.options)
+    def _those(self, named: Tensor) -> Targets:
+        query, output, mass, share = (each[named] for each in (self.query, self.output, self.mass, self.share))
+        return Targets(query, output, mass, share, self.peaks, self.options)
 
 
 def targets_of(
@@ -74,12 +88,18 @@ def targets_of(
         rows: all that are no padding.
     """
     output, mass = query.new_empty(len(query), rows.values.shape[1]), query.new_empty(len(query))
+    share, peaks = torch.ones_like(mass), torch.zeros_like(rows.keys[:, 0])
     for block in _blocks(query, rows):
         logits = logits_of(query[block], rows, options)
-        mass[block] = logits.logsumexp(dim=-1)
-        output[block] = (logits - mass[block, None]).exp_() @ rows.values
-    share = torch.ones_like(mass) if sinks is None else torch.sigmoid(mass - sinks)
-    return Targets(query, output, mass, share, options)
+        given = logits.softmax(dim=-1)
+        # What a query gives most is e to its largest logit, over the denominator.
+        mass[block] = logits.amax(dim=-1) - given.amax(dim=-1).log()
+        torch.mm(given, rows.values, out=output[block])
+        if sinks is not None:
+            share[block] = torch.sigmoid(mass[block] - sinks[block])
+            given = given * share[block, None]
+        peaks = peaks.maximum(given.amax(dim=0))
+    return Targets(query, output, mass, share, peaks, options)
 
 
 def squared_error(targets: Targets, rows: HeadRows) -> Tensor:

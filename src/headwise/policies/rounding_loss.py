@@ -9,7 +9,7 @@ import torch
 
 from headwise.policies.choice import FormatLoss
 from headwise.policies.evidence import Evidence
-from headwise.quant.codes import decode, encode, hadamard
+from headwise.quant.codes import hadamard, rounded
 from headwise.quant.formats import RowFormat
 from headwise.store.row_parts import row_bytes, row_parts
 from headwise.types import Float, Tensor
@@ -32,13 +32,17 @@ def rounding_loss(
     keys, values = evidence.keys, evidence.values.float()
     age = evidence.length - 1 - evidence.position
     exact = ((evidence.position < sinks) | (age < recent))[..., None]
-    read = {bits: torch.where(exact, keys, _coded(keys, bits)) for bits in {f.key_bits for f in formats}}
-    errors = {bits: torch.where(exact, 0.0, _coded(values, bits) - values) for bits in {f.value_bits for f in formats}}
+    turned_keys, turned_values = (rows.float() @ hadamard(rows.shape[-1], rows.device) for rows in (keys, values))
+    read = {bits: turned_keys.where(exact, _coded(turned_keys, bits)) for bits in {f.key_bits for f in formats}}
+    # An error is as large as it is turned.
+    misreads = {bits: _coded(turned_values, bits) - turned_values for bits in {f.value_bits for f in formats}}
+    errors = {bits: error.where(~exact, 0) for bits, error in misreads.items()}
     # Sums of squares, over the newest queries, of what outputs are off with those keys, or with those values.
     nothing = torch.zeros((), dtype=torch.float32, device=values.device)
     displaced, misread = dict.fromkeys(read, nothing), dict.fromkeys(errors, nothing)
     seen = torch.zeros_like(values[..., 0])
-    others = (replace(evidence, keys=rows).attention(window) for rows in read.values())
+    asked = evidence.query.float() @ hadamard(keys.shape[-1], keys.device)
+    others = (replace(evidence, query=asked, keys=rows).attention(window) for rows in read.values())
     for before, *after in zip(evidence.attention(window), *others, strict=True):
         seen = seen.maximum(before.amax(dim=(2, 3)))
         for bits, weights in zip(read, after, strict=True):
@@ -66,7 +70,6 @@ def _energy(outputs: Float[Tensor, "b h g q e"]) -> Float[Tensor, "b h"]:
     return outputs.square().sum(dim=(2, 3, 4))
 
 
-def _coded(rows: Float[Tensor, "b h t d"], bits: int) -> Float[Tensor, "b h t d"]:
+def _coded(turned: Float[Tensor, "b h t d"], bits: int) -> Float[Tensor, "b h t d"]:
     """What is read back of rows that were stored as codes."""
-    turn = hadamard(rows.shape[-1], rows.device)
-    return (decode(*encode(rows.float() @ turn, bits, rows.shape[-1]), bits) @ turn.T).to(rows.dtype)
+    return rounded(turned, bits, turned.shape[-1])

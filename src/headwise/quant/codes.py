@@ -45,14 +45,7 @@ def encode(
     Returns:
         the bytes, and the steps and least numbers of the groups; see `headwise.kernels.interface.Coding`.
     """
-    grouped = rows.float().unflatten(-1, (-1, group))
-    low, high = grouped.aminmax(dim=-1)
-    # Codes are made with the numbers they will be read by, after these have been rounded.
-    step = _representable((high - low) / (2**bits - 1))
-    low = _representable(low)
-    # Where there is nothing to tell apart, every code reads as the least number.
-    spread = step.where(step > 0, 1).float()[..., None]
-    codes = ((grouped - low.float()[..., None]) / spread).round().clamp(0, 2**bits - 1)
+    codes, step, low = _codes(rows, bits, group)
     coded = codes.flatten(-2).to(torch.uint8)
     if bits == 4:
         first, second = coded.chunk(2, dim=-1)
@@ -68,6 +61,24 @@ def decode(codes: UInt8[Tensor, "*n c"], steps: Float[Tensor, "*n steps"], bits:
     grouped = codes.float().unflatten(-1, (step.shape[-1], -1))
     numbers: Tensor = (grouped * step[..., None] + low[..., None]).flatten(-2)
     return numbers
+
+
+def rounded(rows: Float[Tensor, "*n d"], bits: int, group: int) -> Float[Tensor, "*n d"]:
+    """What is read back of numbers that were stored as codes, in fp32, without making the bytes."""
+    codes, step, low = _codes(rows, bits, group)
+    return codes.mul_(step.float()[..., None]).add_(low.float()[..., None]).flatten(-2)
+
+
+def _codes(rows: Float[Tensor, "*n d"], bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes `[*n, groups, group]` as fp32, and the steps and least numbers of their groups."""
+    grouped = rows.float().unflatten(-1, (-1, group))
+    low, high = grouped.aminmax(dim=-1)
+    # Codes are made with the numbers they will be read by, after these have been rounded.
+    step = _representable((high - low) / (2**bits - 1))
+    low = _representable(low)
+    # Where there is nothing to tell apart, every code reads as the least number.
+    spread = step.where(step > 0, 1).float()[..., None]
+    return (grouped - low.float()[..., None]).div_(spread).round_().clamp_(0, 2**bits - 1), step, low
 
 
 def _representable(numbers: Tensor) -> Tensor:

@@ -108,7 +108,8 @@ class Prompt:
         scores = mass.score if plan.scored and mass is not None else None
         bearable = self.observations.formats(keys, values)
         formats = bearable if planned.formats is None else planned.formats
-        references = self.observations.references
+        matching, real = cache.matching, self.observations.positions(keys)[1]
+        targets = None if matching is None else self.observations.targets(keys, values)
         self.rows.held = None
         self.observations.clear()
         self.complete = False
@@ -122,9 +123,8 @@ class Prompt:
             formats=formats,
         )
         store.fill(rows)
-        if references is not None and cache.matching is not None and self._config.rotation is not None:
-            where = self.observations.positions(keys)
-            plan.matched = match_rows(store, references, self._config.rotation, keys, values, *where, cache.matching)
+        if targets is not None and matching is not None:
+            plan.matched = match_rows(store, targets, keys, values, real, matching)
         self.compact_seconds += clock(keys.device) - started
         return store
 

@@ -1,52 +1,53 @@
-"""Match: a filled store, the whole prompt and reference queries -> the same rows, mended, and what that won.
+"""Match: a filled store, and what the whole prompt gives reference queries -> the same rows, mended, and what that won.
 
 Keys are taken as they will be read, so that what few bits do to them is mended too; values are coded last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from headwise.matching.fit import fitted
-from headwise.matching.references import References
-from headwise.matching.targets import HeadRows, Targets, squared_error, targets_of
+from headwise.matching.targets import HeadRows, Targets, squared_error
 from headwise.policies.match import Match
 from headwise.store.rows import Rows
 from headwise.store.store import RowStore
-from headwise.types import Bool, Float, Int, Rotation, Tensor
+from headwise.types import Bool, Float, Tensor
+
+# How many reference queries a head is fitted to at least; and otherwise, times its rows.
+_QUERIES, _WORK = 512, 2**20
 
 
 def match_rows(
     store: RowStore,
-    references: References,
-    rotation: Rotation,
+    targets: Mapping[tuple[int, int], Targets],
     keys: Float[Tensor, "b h t d"],
     values: Float[Tensor, "b h t e"],
-    positions: Int[Tensor, "b t"],
     real: Bool[Tensor, "b t"],
     match: Match,
 ) -> Float[Tensor, "2 b h"]:
     """Refit the values and biases of every head that lost something and gains by it, in place.
 
     Args:
-        rotation: the layer's rotary embedding.
+        targets: of every sequence and KV head.
         keys, values: of the whole prompt.
-        positions, real: of every column, the latter False for padding.
+        real: of every column, False for padding.
         match: what may be refitted, and how far.
 
     Returns:
         the error of the outputs for queries that were not fitted to, before and after, as a share of the outputs' size
         (root mean squares); 0 for a head that lost nothing.
     """
-    query, stored = references.behind(rotation, positions, real.sum(dim=1)), store.rows()
+    stored = store.rows()
     at = stored.columns.long().masked_fill(~stored.keep, 0)
     own_keys, own = (rows.gather(2, at[..., None].expand(*at.shape, rows.shape[-1])) for rows in (keys, values))
     new, tests = own.float(), {}
     biases = new.new_zeros(at.shape)
     for head in _lossy(store, stored, real):
         keep = stored.keep[head]
-        targets = _targets(references, query, head, keys, values, real)
-        fitted_to, tests[head] = targets.split()
+        fitted_to, tests[head] = targets[head].at_most(_enough(int(keep.sum()))).split()
         rows = HeadRows(stored.keys[head][keep].float(), own[head][keep].float())
         mended = fitted(fitted_to, rows, own_keys[head][keep].float(), float(match.ridge), match.weight_ridge)
         new[head][keep] = mended.values
@@ -70,20 +71,9 @@ def match_rows(
     return errors
 
 
-def _targets(
-    references: References,
-    query: Float[Tensor, "b h g r d"],
-    head: tuple[int, int],
-    keys: Float[Tensor, "b h t d"],
-    values: Float[Tensor, "b h t e"],
-    real: Bool[Tensor, "b t"],
-) -> Targets:
-    """What the whole prompt gives the references of one head."""
-    counted, there, sinks = references.counted[head[0]], real[head[0]], references.options.sinks
-    asked = query[head][:, counted]
-    sink = None if sinks is None else sinks[head[1]].float()[:, None].expand(asked.shape[:2]).flatten()
-    everything = HeadRows(keys[head][there].float(), values[head][there].float())
-    return targets_of(asked.flatten(0, 1), sink, everything, references.options)
+def _enough(kept: int) -> int:
+    """How many queries so many rows are fitted to: more add little, and what they cost grows with the rows."""
+    return max(_QUERIES, _WORK // max(1, kept))
 
 
 def _lossy(store: RowStore, stored: Rows, real: Bool[Tensor, "b t"]) -> list[tuple[int, int]]:

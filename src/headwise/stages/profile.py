@@ -14,7 +14,7 @@ from headwise.contract import LayerShape
 from headwise.kernels.attention import causal
 from headwise.kernels.interface import AttentionMap
 from headwise.matching.references import References, sampled
-from headwise.matching.references import peaks as reference_peaks
+from headwise.matching.targets import Targets
 from headwise.policies.evidence import Evidence
 from headwise.stages.bearable import JUDGES, bearable_formats
 from headwise.stages.config import LayerConfig
@@ -49,6 +49,7 @@ class Observations:
         self.mass: MassProfile | None = None
         self.repetition_peaks: Float[Tensor, "b h t"] | None = None
         self.references: References | None = None
+        self._targets: dict[tuple[int, int], Targets] | None = None
         # The newest queries, their mask and the model's options, as far as the policy looks at them.
         self._asked: tuple[Tensor, Tensor | None, LogitOptions] | None = None
 
@@ -59,6 +60,8 @@ class Observations:
             held += [tensor for tensor in self._asked[:2] if tensor is not None]
         if self.references is not None:
             held += self.references.tensors()
+        for targets in (self._targets or {}).values():
+            held += targets.tensors()
         return held if self.repetition_peaks is None else [*held, self.repetition_peaks]
 
     def observe(self, map: AttentionMap) -> None:
@@ -105,11 +108,27 @@ class Observations:
             peaks = gate.scores(keys, positions, real.sum(dim=1)[:, None, None], rotation)
         cache, dims = self._config.cache, (keys.shape[-1], values.shape[-1])
         dtype, biased, ahead = cache.dtype or keys.dtype, cache.biased, None
-        if self.references is not None and rotation is not None:
-            behind = self.references.behind(rotation, positions, real.sum(dim=1))
-            ahead = partial(reference_peaks, behind, self.references, keys, real)
+        if self._config.cache.matching is not None:
+            ahead = partial(self._ahead, keys, values)
         sizes = row_bytes(row_parts(*dims, dtype, biased=biased)), LayerShape(1, *dims).token_bytes(dtype)
         return Evidence(query, keys, values, mask, options, positions, real, rotation, peaks, *sizes, ahead, biased)
+
+    def targets(
+        self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]
+    ) -> dict[tuple[int, int], Targets] | None:
+        """What the prompt gives the references, of every sequence and KV head; None where there are none."""
+        if self._targets is None and self.references is not None and self._config.rotation is not None:
+            self._targets = self.references.targets(self._config.rotation, keys, values, *self.positions(keys))
+            self.references = None
+        return self._targets
+
+    def _ahead(self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]) -> Float[Tensor, "b h t"]:
+        """The most that any of the references gives each column; 0 for padding."""
+        found, targets = torch.zeros_like(keys[..., 0], dtype=torch.float32), self.targets(keys, values)
+        real = self.positions(keys)[1]
+        for (b, h), head in (targets or {}).items():
+            found[b, h, real[b]] = head.peaks
+        return found
 
     def formats(self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]) -> Int[Tensor, "b h"] | None:
         """The format that every head can bear, of those that it may have; None where there is nothing to choose."""
