@@ -137,15 +137,33 @@ def test_peak_attention_takes_the_larger_of_prediction_and_window(model, gates, 
         scores.append(found.maximum(weights[:, :, -5:].amax(dim=(1, 2))))
     policy = headwise.PeakAttention(keep=15, window=5, gate=folder)
     assert [layer[0] for layer in kept(read(model, policy, ids))] == best(scores, 15, sinks=4, window=5)
+    plain = list(scores)
     policy = headwise.PeakAttention(0.8, window=5, gate=folder)
     always = {*range(4), *range(TOKENS - 5, TOKENS)}
     expected = [[{at for at in range(TOKENS) if head[at] >= 0.2} | always for head in heads] for heads in scores]
     assert [layer[0] for layer in kept(read(model, policy, ids))] == expected
     assert any(len(head) > len(always) for layer in expected for head in layer)
+    # Where rows are mended by queries that are asked behind the prompt, what these look at counts four times as much.
+    length = torch.tensor([TOKENS])
+    positions = torch.arange(TOKENS)[None]
+    for layer, (index, (query, keys)) in zip(cache.headwise_layers, seen.items(), strict=True):
+        rotation = layer.core.config.rotation
+        turned = rotation(query.flatten(1, 2), positions, True)
+        turned = rotation(turned, length + positions % 256, False).view(query.shape)
+        weights = torch.einsum("hgqd,htd->hgqt", turned[0].double(), keys[0].double()) * query.shape[-1] ** -0.5
+        scores[index] = (plain[index] + 4 * weights.softmax(-1).amax(dim=(1, 2))) / 5
+    policy = headwise.Match(headwise.PeakAttention(keep=15, window=5, gate=folder), queries=10**6)
+    assert [layer[0] for layer in kept(read(model, policy, ids))] == best(scores, 15, sinks=4, window=5)
+    assert best(scores, 15, sinks=4, window=5) != best(plain, 15, sinks=4, window=5)
 
 
 @pytest.mark.parametrize(
-    "make", [headwise.KVzip, lambda keep, gate: headwise.PeakAttention(keep=keep, window=5, gate=gate)]
+    "make",
+    [
+        headwise.KVzip,
+        lambda keep, gate: headwise.PeakAttention(keep=keep, window=5, gate=gate),
+        lambda keep, gate: headwise.Match(headwise.PeakAttention(keep=keep, window=5, gate=gate), queries=10**6),
+    ],
 )
 def test_padding_and_parts_change_nothing(model, folder, make):
     policy = make(0.4, gate=folder)

@@ -19,6 +19,7 @@ from headwise.policies.words import describe_policy, parse_policy
 SNAP = SnapKV(keep=20, window=4)
 IDS = tiny.prompt(97, seed=3)
 PROMPT = 80
+BIASED = pytest.mark.parametrize("inner", [SNAP, Quantized(SNAP, recent=4)], ids=str)
 
 
 @functools.cache
@@ -97,7 +98,7 @@ def test_values_alone_take_no_byte():
     assert fitted.used_bytes == coded.used_bytes
 
 
-@pytest.mark.parametrize("inner", [SNAP, Quantized(SNAP, recent=4)], ids=str)
+@BIASED
 def test_a_bias_takes_two_bytes_of_every_row_and_none_where_no_row_has_one(inner):
     plain, matched = read(inner), read(Match(inner))
     rows = sum(int(layer.core.store.lengths.sum()) for layer in plain.headwise_layers)
@@ -107,7 +108,16 @@ def test_a_bias_takes_two_bytes_of_every_row_and_none_where_no_row_has_one(inner
     assert all(rows.biases is None for rows in stores(read(Match(SnapKV(keep=200)))))
 
 
-@pytest.mark.parametrize("inner", [SNAP, Quantized(SNAP, recent=4)], ids=str)
+def test_a_budget_of_bytes_has_room_for_biases():
+    used = [read(policy, budget="40kB").report().used_bytes for policy in (SNAP, Match(SNAP))]
+    rows = [
+        int(sum(layer.core.store.lengths.sum() for layer in read(p, budget="40kB").headwise_layers))
+        for p in (SNAP, Match(SNAP))
+    ]
+    assert all(38_000 < bytes <= 40_000 for bytes in used) and rows[1] < rows[0]
+
+
+@BIASED
 def test_biases_are_read_by_all_kernels_and_rows_that_come_have_none(inner):
     policy = Match(inner)
     found, plain = read(policy), read(policy, kernel="reference")

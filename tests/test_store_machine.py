@@ -46,11 +46,12 @@ class StoreMachine(RuleBasedStateMachine):
         page=st.sampled_from([1, 3, 4, 16]),
         dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
         scored=st.booleans(),
+        biased=st.booleans(),
         precision=st.sampled_from(PRECISIONS),
         prompt=st.integers(0, 30),
         seed=st.integers(0, 2**31),
     )
-    def begin(self, batch, heads, dims, page, dtype, scored, precision, prompt, seed):
+    def begin(self, batch, heads, dims, page, dtype, scored, biased, precision, prompt, seed):
         self.random = torch.Generator().manual_seed(seed)
         self.batch, self.heads, self.dims, self.dtype, self.scored = batch, heads, dims, dtype, scored
         self.kernels, self.reference = choose("cpu", CPU), choose("reference", CPU)
@@ -61,6 +62,9 @@ class StoreMachine(RuleBasedStateMachine):
         kinds = {"page_size": page, "scored": scored, "precision": precision}
         self.store = RowStore(rows, **kinds, formats=formats)
         self.store.fill(rows)
+        self.biased, self.prompt = biased, prompt
+        if biased:
+            self.store.bias(self.bias_of(self.store.kept_columns()))
         self.held = [set(lane.nonzero().flatten().tolist()) for lane in keep.flatten(0, 1)]
 
     # What is done to it.
@@ -142,6 +146,8 @@ class StoreMachine(RuleBasedStateMachine):
             own = columns[keep].tolist()
             assert len(own) == len(self.held[lane])
             assert set(own) == self.held[lane]
+        if self.biased:
+            torch.testing.assert_close(rows.biases[rows.keep], self.bias_of(rows.columns)[rows.keep])
         if self.precision is None:
             torch.testing.assert_close(rows.keys[rows.keep], self.key_of(rows.columns)[rows.keep], atol=0, rtol=0)
             torch.testing.assert_close(rows.values[rows.keep], self.value_of(rows.columns)[rows.keep], atol=0, rtol=0)
@@ -176,6 +182,10 @@ class StoreMachine(RuleBasedStateMachine):
 
     def value_of(self, columns):
         return -self.key_of(columns)[..., : self.dims[1]]
+
+    def bias_of(self, columns):
+        """Rows of the prompt have one that tells their column, and those that came later have none."""
+        return ((columns % 7 - 3) / 4).where(columns < self.prompt, 0).half()
 
     def fresh(self, count):
         columns = torch.arange(self.column, self.column + count)
