@@ -247,8 +247,11 @@ def test_targets_and_peaks_are_those_of_every_reference(padded):
         torch.testing.assert_close(targets.output.double(), torch.stack(outputs), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("count", "most", "expected"), [(7, 7, range(7)), (7, 3, [1, 4]), (100, 30, range(2, 100, 4))])
-def test_of_many_queries_every_so_many_stay(count, most, expected):
+@pytest.mark.parametrize(
+    ("count", "most", "expected"),
+    [(7, 7, range(7)), (7, 9, range(7)), (7, 3, [1, 3, 5]), (100, 30, [int((i + 0.5) / 0.3) for i in range(30)])],
+)
+def test_of_many_queries_some_stay_at_equal_distances(count, most, expected):
     targets, _, _ = problem(23, 5, count, PLAIN)
     assert torch.equal(targets.at_most(most).query, targets.query[list(expected)])
     assert torch.equal(targets.at_most(most).peaks, targets.peaks)

@@ -62,11 +62,12 @@ class Targets:
         return (self.share[:, None] * self.output).square().sum()
 
     def at_most(self, count: int) -> Targets:
-        """Every so many of them."""
-        step = -(-len(self.query) // count)
+        """So many of them, at equal distances."""
+        if len(self.query) <= count:
+            return self
         # Picked by a list: a slice would hold on to all of them.
-        at = torch.arange(step // 2, len(self.query), max(1, step), device=self.query.device)
-        return self._those(at) if step > 1 else self
+        at = (torch.arange(count, device=self.query.device) + 0.5) * (len(self.query) / count)
+        return self._those(at.long())
 
     def split(self) -> tuple[Targets, Targets]:
         """Those to fit to and those to test with; the same where there are too few."""

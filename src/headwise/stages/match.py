@@ -16,8 +16,8 @@ from headwise.store.rows import Rows
 from headwise.store.store import RowStore
 from headwise.types import Bool, Float, Tensor
 
-# How many reference queries a head is fitted to at least; and otherwise, times its rows.
-_QUERIES, _WORK = 512, 2**20
+# How many reference queries a head is fitted to at least; and otherwise, times the square of its rows.
+_QUERIES, _WORK = 512, 1e9
 
 
 def match_rows(
@@ -72,8 +72,8 @@ def match_rows(
 
 
 def _enough(kept: int) -> int:
-    """How many queries so many rows are fitted to: more add little, and what they cost grows with the rows."""
-    return max(_QUERIES, _WORK // max(1, kept))
+    """How many queries so many rows are fitted to: the more rows, the less there is to mend, and the more it costs."""
+    return max(_QUERIES, int(_WORK / max(1, kept) ** 2))
 
 
 def _lossy(store: RowStore, stored: Rows, real: Bool[Tensor, "b t"]) -> list[tuple[int, int]]:
