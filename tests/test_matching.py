@@ -117,6 +117,8 @@ def test_numbers_that_are_none_leave_values_as_they_are(wrong):
     output[3] = query[3] = wrong
     assert torch.equal(refitted(replace(targets, output=output), rows, 0.1), rows.values)
     assert torch.equal(refitted(replace(targets, query=query), rows, 0.1), rows.values)
+    both = fitted(replace(targets, query=query), rows, rows.keys, 0.1, 0.1)
+    assert torch.equal(both.values, rows.values) and not both.biases.any()
 
 
 @pytest.mark.parametrize("count", [1, 9, 10, 31])

@@ -73,7 +73,7 @@ def _misread(targets: Targets, rows: HeadRows, keys: Float[Tensor, "n d"], mixtu
     """By how much less each row is given in all than with the key that it had."""
     if torch.equal(keys, rows.keys):
         return torch.ones_like(keys[:, 0])
-    before = _mixture(targets, replace(rows, keys=keys), whole=True).given.sum(dim=0)
+    before = _given(targets, replace(rows, keys=keys), whole=True).sum(dim=0)
     found = before / mixture.given.sum(dim=0)
     return found.nan_to_num(nan=1.0).clamp(1 / _MISREAD, _MISREAD)
 
@@ -111,11 +111,15 @@ class _Mixture:
 
 
 def _mixture(targets: Targets, rows: HeadRows, *, whole: bool) -> _Mixture:
+    given = _given(targets, rows, whole=whole)
+    return _Mixture(given, _gram(given) if given.shape[1] <= len(given) else None)
+
+
+def _given(targets: Targets, rows: HeadRows, *, whole: bool) -> Float[Tensor, "r n"]:
     """What the references give rows, as a share of what they give the whole prompt, or these rows."""
     logits = logits_of(targets.query, rows, targets.options)
-    given = (logits - targets.mass[:, None]).exp_() if whole else logits.softmax(dim=-1)
-    given = given.mul_(targets.share[:, None])
-    return _Mixture(given, _gram(given) if given.shape[1] <= len(given) else None)
+    given = logits.sub_(targets.mass[:, None]).exp_() if whole else logits.softmax(dim=-1)
+    return given.mul_(targets.share[:, None])
 
 
 def _gram(rows: Float[Tensor, "r n"]) -> Float[Tensor, "n n"]:

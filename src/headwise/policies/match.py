@@ -1,4 +1,4 @@
-"""Match: a policy that chooses once -> the same rows, with values that stand for what was dropped."""
+"""Match: a policy that chooses once -> its rows, with biases and values that stand for what was dropped."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ _WEIGHT_RIDGE = 0.1
 
 @dataclass(frozen=True)
 class Match(Wrapper):
-    """Keeps what another policy keeps, and refits the values of these rows so that each head's output stays as it was.
+    """Keeps what another policy chooses, and refits these rows so that each head's output stays as it was.
 
-    After attention matching (Zweiger et al., arXiv 2602.16284, section 3), values alone. What dropping rows and storing
-    them in few bits does to the outputs for reference queries is undone as far as other values can undo it, by one
-    ridge regression for each KV head. It takes no bytes, and a step costs what it cost. Reference queries are a sample
-    of the prompt's own, turned to positions behind it.
+    After attention matching (Zweiger et al., arXiv 2602.16284, section 3). What dropping rows and storing them in few
+    bits does to the outputs for reference queries is undone as far as other values and a bias on each row's logits can
+    undo it, by two ridge regressions for each KV head. A bias takes two bytes of a row. Reference queries are a sample
+    of the prompt's own, turned to positions behind it; `PeakAttention` and `Auto` also choose by what these look at.
 
     Args:
         policy: that chooses once, at the end of the prompt, such as `Auto`, `KVzip` or `SnapKV`, also in fewer bits.
         ridge: how much a change of values weighs against the error that it mends.
-        queries: about how many reference queries each KV head is fitted to, over its group.
+        queries: about how many reference queries each KV head has, over its group; it is fitted to some of them.
+        bias: whether rows get a bias; without, only values are refitted, which takes no bytes.
 
     Raises:
         ConfigurationError: when the policy is none or goes on evicting, or a number is out of range.
