@@ -315,7 +315,7 @@ def test_what_it_wraps_keeps_its_budget():
 
 def test_the_report_says_what_it_won():
     report = read(Match(SNAP)).report()
-    assert "before values were refitted" in str(report) and "outputs off by" in str(report)
+    assert "before rows were refitted" in str(report) and "outputs off by" in str(report)
     given = report.to_dict()["matched"]
     assert torch.tensor(given).shape == (3, 2, 1, 2)
     assert "matched" not in read(SNAP).report().to_dict()

@@ -84,7 +84,7 @@ Match = Annotated[
     bool,
     typer.Option(
         "--match",
-        help="Refit the values of the rows that stay, so that they stand for those that are dropped.",
+        help="Refit the rows that stay, so that they stand for those that are dropped.",
         rich_help_panel=POLICY,
     ),
 ]

@@ -91,7 +91,7 @@ def is_chosen(report: Report) -> bool:
 
 
 def add_mended(table: Table, report: Report) -> None:
-    """What LESS takes, and what refitted values won; nothing without them."""
+    """What LESS takes, and what refitted rows won; nothing without them."""
     from headwise.report.words import mended_words, remembered_words
 
     if report.remembered:

@@ -31,7 +31,7 @@ def parse_policy(spec: str) -> Policy:
 
     A value may hold commas itself: in `fastgen:ladder=special,full,local=8` what has no sign continues the ladder.
     Behind it, `+int8`, `+int4` or `+k8v4` stores older rows in so many bits (`headwise.Quantized`), and `+less` or
-    `+less=FOLDER` lets what is evicted be remembered (`headwise.Less`), and `+match` refits the values of the rows that
+    `+less=FOLDER` lets what is evicted be remembered (`headwise.Less`), and `+match` refits the rows that
     stay (`headwise.Match`).
 
     Raises:
@@ -60,7 +60,7 @@ def remembering(policy: Policy, folder: str = "") -> Less:
 
 
 def matched(policy: Policy) -> Match:
-    """The policy with values refitted.
+    """The policy with rows refitted.
 
     Raises:
         ConfigurationError: when it goes on evicting.

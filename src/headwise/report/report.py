@@ -36,7 +36,7 @@ class LayerReport:
         formats: of each head's older rows, such as "K8V4", an array of the same shape; None where all rows are exact.
         kept_media: of the kept tokens, those that stand for images, videos and sounds, of the same shape; None where
             the policy does not look at what tokens are.
-        matched: error of each head's outputs for reference queries before and after values were refitted, as a share of
+        matched: error of each head's outputs for reference queries before and after rows were refitted, as a share of
             their size, `[2, batch, KV heads]`; None where they were not.
     """
 
@@ -117,7 +117,7 @@ class Report:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the kept rows: keys, values, columns and scores; and of what LESS remembers; all layers."""
+        """Bytes of the kept rows: keys, values, columns, scores and biases; and of what LESS remembers; all layers."""
         return sum(layer.used_bytes for layer in self.layers)
 
     @property
@@ -192,7 +192,7 @@ class Report:
 
     @property
     def matched(self) -> list[Tensor | None]:
-        """Error of the outputs before and after values were refitted, per layer, `[2, batch, KV heads]`, or None."""
+        """Error of the outputs before and after rows were refitted, per layer, `[2, batch, KV heads]`, or None."""
         return [layer.matched for layer in self.layers]
 
     @property
@@ -207,7 +207,7 @@ class Report:
 
     @property
     def mean_error(self) -> list[float]:
-        """The same on average over all heads, before and after; nothing where no values were refitted."""
+        """The same on average over all heads, before and after; nothing where none were refitted."""
         heads = [errors.flatten(1) for errors in self.matched if errors is not None]
         mean: list[float] = torch.cat(heads, dim=1).mean(dim=1).tolist() if heads else []
         return mean

@@ -13,4 +13,4 @@ def remembered_words(memory_bytes: int, weight_bytes: int) -> str:
 
 def mended_words(before: float, after: float) -> str:
     """How far outputs are off, as a share of their size."""
-    return f"{after:.2%} on average, {before:.2%} before values were refitted"
+    return f"{after:.2%} on average, {before:.2%} before rows were refitted"

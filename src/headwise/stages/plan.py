@@ -27,7 +27,7 @@ class Plan:
         recovered: mass each rung retains, folded over the group; None where nothing had to be chosen.
         prompt: real tokens of the prompt, to which fractions refer.
         threshold: mass that was enough, infinite where only all of it was; None where nothing had to be chosen.
-        matched: error of the outputs before and after values were refitted; None where they were not.
+        matched: error of the outputs before and after rows were refitted; None where they were not.
     """
 
     rungs: tuple[Rule, ...]
