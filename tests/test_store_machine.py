@@ -107,6 +107,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.note(keep)
         self.store.forget(columns, keep)
         self.column -= columns
+        self.prompt = min(self.prompt, self.column)
 
     @rule(data=st.data())
     def select(self, data):
