@@ -143,7 +143,7 @@ def test_peak_attention_takes_the_larger_of_prediction_and_window(model, gates, 
     expected = [[{at for at in range(TOKENS) if head[at] >= 0.2} | always for head in heads] for heads in scores]
     assert [layer[0] for layer in kept(read(model, policy, ids))] == expected
     assert any(len(head) > len(always) for layer in expected for head in layer)
-    # Where rows are mended by queries that are asked behind the prompt, what these look at counts four times as much.
+    # Where rows are mended by queries that are asked behind the prompt, what these look at counts too, here four times.
     length = torch.tensor([TOKENS])
     positions = torch.arange(TOKENS)[None]
     for layer, (index, (query, keys)) in zip(cache.headwise_layers, seen.items(), strict=True):
@@ -151,10 +151,12 @@ def test_peak_attention_takes_the_larger_of_prediction_and_window(model, gates, 
         turned = rotation(query.flatten(1, 2), positions, True)
         turned = rotation(turned, length + positions % 256, False).view(query.shape)
         weights = torch.einsum("hgqd,htd->hgqt", turned[0].double(), keys[0].double()) * query.shape[-1] ** -0.5
-        scores[index] = (plain[index] + 4 * weights.softmax(-1).amax(dim=(1, 2))) / 5
-    policy = headwise.Match(headwise.PeakAttention(keep=15, window=5, gate=folder), queries=10**6)
+        scores[index] = plain[index].maximum(4 * weights.softmax(-1).amax(dim=(1, 2)))
+    policy = headwise.Match(headwise.PeakAttention(keep=15, window=5, gate=folder), queries=10**6, ahead=4)
     assert [layer[0] for layer in kept(read(model, policy, ids))] == best(scores, 15, sinks=4, window=5)
     assert best(scores, 15, sinks=4, window=5) != best(plain, 15, sinks=4, window=5)
+    policy = headwise.Match(policy.policy, ahead=0)
+    assert [layer[0] for layer in kept(read(model, policy, ids))] == best(plain, 15, sinks=4, window=5)
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,17 @@ def test_it_and_less_exclude_each_other():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"ridge": 0}, {"ridge": -1.0}, {"ridge": torch.nan}, {"ridge": True}, {"queries": 0}, {"bias": 1}]
+    "wrong",
+    [
+        {"ridge": 0},
+        {"ridge": -1.0},
+        {"ridge": torch.nan},
+        {"ridge": True},
+        {"queries": 0},
+        {"bias": 1},
+        {"ahead": -1},
+        {"ahead": True},
+    ],
 )
 def test_numbers_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):

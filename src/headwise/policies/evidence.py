@@ -26,6 +26,7 @@ class Evidence:
         row_bytes, kv_bytes: of a row that is stored exactly, and of its key and value alone.
         ahead: gives the largest attention that each token gets from queries of the prompt that are asked behind it;
             None where what is dropped is not mended by such queries.
+        ahead_counts: how many times as much that counts as attention of other queries.
         biased: whether rows have a bias, which takes bytes.
     """
 
@@ -41,6 +42,7 @@ class Evidence:
     row_bytes: int = 0
     kv_bytes: int = 0
     ahead: Callable[[], Float[Tensor, "b h t"]] | None = None
+    ahead_counts: float = 0.0
     biased: bool = False
 
     @property

@@ -28,6 +28,8 @@ class Match(Wrapper):
         ridge: how much a change of values weighs against the error that it mends.
         queries: about how many reference queries each KV head has, over its group; it is fitted to some of them.
         bias: whether rows get a bias; without, only values are refitted, which takes no bytes.
+        ahead: how many times as much as other attention that of reference queries counts where `PeakAttention` and
+            `Auto` take the largest; 0 leaves the choice as it is.
 
     Raises:
         ConfigurationError: when the policy is none or goes on evicting, or a number is out of range.
@@ -38,6 +40,7 @@ class Match(Wrapper):
     ridge: int | float = 0.01
     queries: int = 2048
     bias: bool = True
+    ahead: int | float = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +48,8 @@ class Match(Wrapper):
         if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < inf:
             raise ConfigurationError(f"ridge must be a number above 0, got {ridge!r}")
         check_count("queries", self.queries, 1)
+        if isinstance(self.ahead, bool) or not isinstance(self.ahead, int | float) or not 0 <= self.ahead < inf:
+            raise ConfigurationError(f"ahead must be a number, 0 or more, got {self.ahead!r}")
         if not isinstance(self.bias, bool):
             raise ConfigurationError(f"bias must be True or False, got {self.bias!r}")
         later = [rung for rung in self.rungs if not (rung.chosen_once or rung.keeps_all)]
@@ -57,7 +62,9 @@ class Match(Wrapper):
     def __str__(self) -> str:
         """How Python would build it, without what is left at its default."""
         given = [
-            f"{n}={getattr(self, n)}" for n in ("ridge", "queries", "bias") if getattr(self, n) != getattr(Match, n)
+            f"{n}={getattr(self, n)}"
+            for n in ("ridge", "queries", "bias", "ahead")
+            if getattr(self, n) != getattr(Match, n)
         ]
         return f"Match({', '.join([str(self.policy), *given])})"
 

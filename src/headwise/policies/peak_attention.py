@@ -15,10 +15,6 @@ from headwise.policies.size import Size
 from headwise.policies.tokens import Tokens
 from headwise.types import Bool, Float, Tensor
 
-# What attention from queries of the prompt that are asked behind it counts beside the rest, where rows that stay are
-# fitted to such queries. Found by trying, on other texts than those of the published figures (docs/matching.md).
-_AHEAD = 4
-
 
 @register("peak-attention", former="recite")
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class PeakAttention(RepetitionScored):
         for block in evidence.attention(self.window):
             best = best.maximum(block.amax(dim=(2, 3)))
         if evidence.ahead is not None:
-            best = (best + _AHEAD * evidence.ahead()) / (1 + _AHEAD)
+            best = best.maximum(evidence.ahead_counts * evidence.ahead())
         return torch.where(evidence.position < self.sinks, torch.inf, newest_first(best, evidence, self.window))
 
     def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:

@@ -108,10 +108,12 @@ class Observations:
             peaks = gate.scores(keys, positions, real.sum(dim=1)[:, None, None], rotation)
         cache, dims = self._config.cache, (keys.shape[-1], values.shape[-1])
         dtype, biased, ahead = cache.dtype or keys.dtype, cache.biased, None
-        if self._config.cache.matching is not None:
+        counts = 0.0 if cache.matching is None else float(cache.matching.ahead)
+        if counts > 0:
             ahead = partial(self._ahead, keys, values)
         sizes = row_bytes(row_parts(*dims, dtype, biased=biased)), LayerShape(1, *dims).token_bytes(dtype)
-        return Evidence(query, keys, values, mask, options, positions, real, rotation, peaks, *sizes, ahead, biased)
+        seen = query, keys, values, mask, options, positions, real, rotation, peaks
+        return Evidence(*seen, *sizes, ahead, counts, biased)
 
     def targets(
         self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]
