@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 
 import pytest
@@ -15,38 +14,7 @@ import tiny
 from headwise import H2O, AdaKV, Auto, FastGen, Full, KeepMedia, KVzip, Less, Match, Quantized, SnapKV, StreamingLLM
 from headwise.errors import ConfigurationError, UnsupportedModelError
 from headwise.policies.words import describe_policy, parse_policy
-
-SNAP = SnapKV(keep=20, window=4)
-IDS = tiny.prompt(97, seed=3)
-PROMPT = 80
-BIASED = pytest.mark.parametrize("inner", [SNAP, Quantized(SNAP, recent=4)], ids=str)
-
-
-@functools.cache
-def llama():
-    return tiny.llama()
-
-
-def cache_of(policy, model=None, **options):
-    return headwise.HeadwiseCache(model or llama(), policy, **options)
-
-
-def read(policy, ids=IDS[:, :PROMPT], mask=None, **options):
-    """A cache with the prompt in it."""
-    cache = cache_of(policy, prompt_tokens=ids.shape[1], **options)
-    with torch.no_grad():
-        llama()(ids, attention_mask=mask, past_key_values=cache)
-    return cache
-
-
-def answers(cache, ids=IDS[:, PROMPT:]):
-    with torch.no_grad():
-        return torch.cat([llama()(each, past_key_values=cache).logits for each in ids.split(1, dim=1)], dim=1)
-
-
-def stores(cache):
-    return [layer.core.store.rows() for layer in cache.headwise_layers]
-
+from matched import IDS, PROMPT, SNAP, answers, cache_of, llama, read, stores
 
 # What it changes.
 
@@ -84,65 +52,6 @@ def test_no_head_is_worse_for_it_and_most_are_better(inner):
     assert after.mean() < before.mean()
     assert (after < before).float().mean() > 0.5 or rounded
     assert bool((before > 0).all())
-
-
-def test_values_alone_take_no_byte():
-    plain, matched = read(SNAP).report(), read(Match(SNAP, bias=False)).report()
-    assert matched.used_bytes == plain.used_bytes
-    # What is reported of it lies beside the rows.
-    told = sum(errors.nbytes for errors in matched.matched)
-    assert matched.allocated_bytes - told == plain.allocated_bytes
-    coded, fitted = (
-        read(p).report() for p in (Quantized(SNAP, recent=4), Match(Quantized(SNAP, recent=4), bias=False))
-    )
-    assert fitted.used_bytes == coded.used_bytes
-
-
-@BIASED
-def test_a_bias_takes_two_bytes_of_every_row_and_none_where_no_row_has_one(inner):
-    plain, matched = read(inner), read(Match(inner))
-    rows = sum(int(layer.core.store.lengths.sum()) for layer in plain.headwise_layers)
-    assert matched.report().used_bytes == plain.report().used_bytes + 2 * rows
-    for before, after in zip(stores(plain), stores(matched), strict=True):
-        assert before.biases is None and after.biases[after.keep].abs().max() > 0.01
-    assert all(rows.biases is None for rows in stores(read(Match(SnapKV(keep=200)))))
-
-
-def test_a_budget_of_bytes_has_room_for_biases():
-    used = [read(policy, budget="40kB").report().used_bytes for policy in (SNAP, Match(SNAP))]
-    rows = [
-        int(sum(layer.core.store.lengths.sum() for layer in read(p, budget="40kB").headwise_layers))
-        for p in (SNAP, Match(SNAP))
-    ]
-    assert all(38_000 < bytes <= 40_000 for bytes in used) and rows[1] < rows[0]
-
-
-@BIASED
-def test_biases_are_read_by_all_kernels_and_rows_that_come_have_none(inner):
-    policy = Match(inner)
-    found, plain = read(policy), read(policy, kernel="reference")
-    ids, without = IDS[:, PROMPT:], read(policy)
-    for layer in without.headwise_layers:
-        for pool in layer.core.store._pools:
-            pool.pools["biases"].zero_()
-    assert not torch.allclose(answers(copy.deepcopy(found), ids[:, :3]), answers(without, ids[:, :3]), atol=1e-3)
-    before = stores(found)
-    torch.testing.assert_close(answers(found), answers(plain), atol=1e-4, rtol=1e-4)
-    for old, rows in zip(before, stores(found), strict=True):
-        came = rows.columns >= PROMPT
-        assert int((came & rows.keep).sum()) == 2 * ids.shape[1]
-        assert not rows.biases[came & rows.keep].any()
-        for head in range(2):
-            mine, its = (
-                {
-                    int(c): float(x)
-                    for c, x in zip(
-                        r.columns[0, head][r.keep[0, head]], r.biases[0, head][r.keep[0, head]], strict=True
-                    )
-                }
-                for r in (old, rows)
-            )
-            assert mine == {column: bias for column, bias in its.items() if column < PROMPT}
 
 
 def test_a_large_ridge_leaves_values_as_they_are():

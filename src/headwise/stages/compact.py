@@ -108,8 +108,7 @@ class Prompt:
         scores = mass.score if plan.scored and mass is not None else None
         bearable = self.observations.formats(keys, values)
         formats = bearable if planned.formats is None else planned.formats
-        matching, real = cache.matching, self.observations.positions(keys)[1]
-        targets = None if matching is None else self.observations.targets(keys, values)
+        targets = None if cache.matching is None else self.observations.targets(keys, values)
         self.rows.held = None
         self.observations.clear()
         self.complete = False
@@ -123,8 +122,9 @@ class Prompt:
             formats=formats,
         )
         store.fill(rows)
-        if targets is not None and matching is not None:
-            plan.matched = match_rows(store, targets, keys, values, real, matching)
+        if targets is not None and cache.matching is not None:
+            real = self.observations.positions(keys)[1]
+            plan.matched = match_rows(store, targets, keys, values, real, cache.matching)
         self.compact_seconds += clock(keys.device) - started
         return store
 

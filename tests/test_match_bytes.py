@@ -1,0 +1,72 @@
+"""Bytes of matched caches: biases counted, and read by all kernels; none where none are needed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from headwise import Match, Quantized, SnapKV
+from matched import IDS, PROMPT, SNAP, answers, read, stores
+
+BIASED = pytest.mark.parametrize("inner", [SNAP, Quantized(SNAP, recent=4)], ids=str)
+
+
+def test_values_alone_take_no_byte():
+    plain, matched = read(SNAP).report(), read(Match(SNAP, bias=False)).report()
+    assert matched.used_bytes == plain.used_bytes
+    # What is reported of it lies beside the rows.
+    told = sum(errors.nbytes for errors in matched.matched)
+    assert matched.allocated_bytes - told == plain.allocated_bytes
+    coded, fitted = (
+        read(p).report() for p in (Quantized(SNAP, recent=4), Match(Quantized(SNAP, recent=4), bias=False))
+    )
+    assert fitted.used_bytes == coded.used_bytes
+
+
+@BIASED
+def test_a_bias_takes_two_bytes_of_every_row_and_none_where_no_row_has_one(inner):
+    plain, matched = read(inner), read(Match(inner))
+    rows = sum(int(layer.core.store.lengths.sum()) for layer in plain.headwise_layers)
+    assert matched.report().used_bytes == plain.report().used_bytes + 2 * rows
+    for before, after in zip(stores(plain), stores(matched), strict=True):
+        assert before.biases is None and after.biases[after.keep].abs().max() > 0.01
+    assert all(rows.biases is None for rows in stores(read(Match(SnapKV(keep=200)))))
+
+
+def test_a_budget_of_bytes_has_room_for_biases():
+    used = [read(policy, budget="40kB").report().used_bytes for policy in (SNAP, Match(SNAP))]
+    rows = [
+        int(sum(layer.core.store.lengths.sum() for layer in read(p, budget="40kB").headwise_layers))
+        for p in (SNAP, Match(SNAP))
+    ]
+    assert all(38_000 < bytes <= 40_000 for bytes in used) and rows[1] < rows[0]
+
+
+@BIASED
+def test_biases_are_read_by_all_kernels_and_rows_that_come_have_none(inner):
+    policy = Match(inner)
+    found, plain = read(policy), read(policy, kernel="reference")
+    ids, without = IDS[:, PROMPT:], read(policy)
+    for layer in without.headwise_layers:
+        for pool in layer.core.store._pools:
+            pool.pools["biases"].zero_()
+    assert not torch.allclose(answers(copy.deepcopy(found), ids[:, :3]), answers(without, ids[:, :3]), atol=1e-3)
+    before = stores(found)
+    torch.testing.assert_close(answers(found), answers(plain), atol=1e-4, rtol=1e-4)
+    for old, rows in zip(before, stores(found), strict=True):
+        came = rows.columns >= PROMPT
+        assert int((came & rows.keep).sum()) == 2 * ids.shape[1]
+        assert not rows.biases[came & rows.keep].any()
+        for head in range(2):
+            mine, its = (
+                {
+                    int(c): float(x)
+                    for c, x in zip(
+                        r.columns[0, head][r.keep[0, head]], r.biases[0, head][r.keep[0, head]], strict=True
+                    )
+                }
+                for r in (old, rows)
+            )
+            assert mine == {column: bias for column, bias in its.items() if column < PROMPT}
