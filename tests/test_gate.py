@@ -164,7 +164,9 @@ def test_peak_attention_takes_the_larger_of_prediction_and_window(model, gates, 
     [
         headwise.KVzip,
         lambda keep, gate: headwise.PeakAttention(keep=keep, window=5, gate=gate),
-        lambda keep, gate: headwise.Match(headwise.PeakAttention(keep=keep, window=5, gate=gate), queries=10**6),
+        lambda keep, gate: headwise.Match(
+            headwise.PeakAttention(keep=keep, window=5, gate=gate), queries=10**6, ahead=9
+        ),
     ],
 )
 def test_padding_and_parts_change_nothing(model, folder, make):

@@ -144,8 +144,10 @@ def test_a_head_that_gives_all_to_its_sinks_keeps_its_own_values():
         cache = headwise.HeadwiseCache(model, each)
         with torch.no_grad():
             model(ids, past_key_values=cache)
-        rows.append(cache.headwise_layers[0].core.store.rows().values[0])
-    assert torch.equal(rows[0][0], rows[1][0]) and not torch.equal(rows[0][1], rows[1][1])
+        rows.append(cache.headwise_layers[0].core.store.rows())
+    plain, matched = (each.values[0] for each in rows)
+    assert torch.equal(plain[0], matched[0]) and not torch.equal(plain[1], matched[1])
+    assert not rows[1].biases[0, 0].any() and rows[1].biases[0, 1].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,6 +8,15 @@ import pytest
 import torch
 
 from headwise import Match, Quantized, SnapKV
+from headwise.kernels.backends import choose
+from headwise.kernels.interface import DecodeRequest
+from headwise.matching.targets import HeadRows, squared_error
+from headwise.quant.formats import Precision, RowFormat
+from headwise.stages import compact
+from headwise.stages.match import match_rows
+from headwise.store.rows import Rows
+from headwise.store.store import RowStore
+from headwise.types import LogitOptions
 from matched import IDS, PROMPT, SNAP, answers, read, stores
 
 BIASED = pytest.mark.parametrize("inner", [SNAP, Quantized(SNAP, recent=4)], ids=str)
@@ -70,3 +79,41 @@ def test_biases_are_read_by_all_kernels_and_rows_that_come_have_none(inner):
                 for r in (old, rows)
             )
             assert mine == {column: bias for column, bias in its.items() if column < PROMPT}
+
+
+@pytest.mark.parametrize("precision", [None, Precision((RowFormat(8, 8),), recent=4, sinks=1)], ids=["exact", "coded"])
+def test_kernels_that_have_read_rows_before_see_a_bias_given_later(precision):
+    """What compiled code is told of pages is remembered as long as their tensors are the same."""
+    keys, values = torch.randn(2, 1, 2, 30, 8)
+    keep = torch.rand(1, 2, 30) < 0.8
+    columns = torch.arange(30, dtype=torch.int32).expand(1, 2, -1)
+    rows = Rows.of(keys, values, columns, None, keep)
+    store = RowStore(rows, page_size=4, scored=False, precision=precision)
+    store.fill(rows)
+    query, fresh = torch.randn(1, 2, 3, 1, 8), torch.randn(1, 2, 1, 8)
+
+    def found(name):
+        kernels = choose(name, torch.device("cpu"))
+        request = DecodeRequest(query, store.view(), fresh, fresh, None, LogitOptions(0.3), True)
+        return kernels.ragged_decode(request).output
+
+    before = found("cpu")
+    store.bias(2 * torch.rand(store.occupied().shape) - 1)
+    torch.testing.assert_close(found("cpu"), found("reference"), atol=1e-5, rtol=1e-5)
+    assert (found("cpu") - before).abs().max() > 0.01
+
+
+@BIASED
+def test_the_error_that_is_reported_is_that_of_rows_as_they_are_stored(inner, monkeypatch):
+    seen = []
+    monkeypatch.setattr(compact, "match_rows", lambda *given: seen.append((given, match_rows(*given))) or seen[-1][1])
+    read(Match(inner))
+    for (store, targets, *_), errors in seen:
+        rows = store.rows()
+        for (b, h), head in targets.items():
+            keep = rows.keep[b, h]
+            parts = (part[b, h][keep].float() for part in (rows.keys, rows.values, rows.biases))
+            test = head.at_most(1024).split()[1]
+            expected = (squared_error(test, HeadRows(*parts)) / test.size).sqrt()
+            torch.testing.assert_close(errors[1, b, h], expected, atol=1e-4, rtol=1e-3)
+            assert errors[1, b, h] < errors[0, b, h]
