@@ -102,5 +102,7 @@ def test_a_policy_that_remembers_as_words(spec, policy):
 
 @pytest.mark.parametrize("spec", ["full+lesser", "full+less:there", "full+less there"])
 def test_what_stands_behind_less_must_be_a_folder(spec):
-    with pytest.raises(ConfigurationError, match=r"stands \+less, \+less=FOLDER, \+match or \+BITS"):
+    with pytest.raises(
+        ConfigurationError, match=r"stands \+less, \+less=FOLDER, \+match, \+match:PARAMETER=VALUE or \+BITS"
+    ):
         parse_policy(spec)

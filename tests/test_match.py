@@ -224,7 +224,17 @@ def test_it_is_written_as_python_would_build_it():
     assert parse_policy("snapkv:keep=20,window=4+match") == Match(SNAP)
     assert parse_policy("kvzip:keep=0.5+int4+match") == Match(Quantized(KVzip(keep=0.5)))
     assert parse_policy("auto:ratio=0.125+match") == Match(Auto(ratio=0.125))
-    with pytest.raises(ConfigurationError, match=r"\+match or \+BITS, got '\+match=3'"):
+    assert parse_policy("auto:ratio=0.125+match:ahead=0,ridge=0.1") == Match(Auto(ratio=0.125), ridge=0.1, ahead=0)
+    assert parse_policy("snapkv:keep=20,window=4+match:bias=false") == Match(SNAP, bias=False)
+    with pytest.raises(
+        ConfigurationError, match="match has no parameter 'policy'; it has: ridge, queries, bias, ahead"
+    ):
+        parse_policy("snapkv:keep=20+match:policy=3")
+    with pytest.raises(ConfigurationError, match=r"\+match: takes NAME=VALUE"):
+        parse_policy("snapkv:keep=20+match:")
+    with pytest.raises(ConfigurationError, match="parameter 'ahead' is given twice"):
+        parse_policy("snapkv:keep=20+match:ahead=1,ahead=2")
+    with pytest.raises(ConfigurationError, match=r"\+match:PARAMETER=VALUE or \+BITS, got '\+match=3'"):
         parse_policy("snapkv:keep=20+match=3")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from headwise.errors import ConfigurationError
@@ -31,8 +31,8 @@ def parse_policy(spec: str) -> Policy:
 
     A value may hold commas itself: in `fastgen:ladder=special,full,local=8` what has no sign continues the ladder.
     Behind it, `+int8`, `+int4` or `+k8v4` stores older rows in so many bits (`headwise.Quantized`), and `+less` or
-    `+less=FOLDER` lets what is evicted be remembered (`headwise.Less`), and `+match` refits the rows that
-    stay (`headwise.Match`).
+    `+less=FOLDER` lets what is evicted be remembered (`headwise.Less`), and `+match` or `+match:PARAMETER=VALUE,...`
+    refits the rows that stay (`headwise.Match`).
 
     Raises:
         UnknownPolicyError: when there is none of that name; the message names the nearest.
@@ -59,26 +59,37 @@ def remembering(policy: Policy, folder: str = "") -> Less:
     return Less(policy, folder or None)
 
 
-def matched(policy: Policy) -> Match:
-    """The policy with rows refitted.
+def matched(policy: Policy, settings: Sequence[str] = ()) -> Match:
+    """The policy with rows refitted, with every NAME=VALUE applied.
 
     Raises:
-        ConfigurationError: when it goes on evicting.
+        ConfigurationError: when it goes on evicting; for an unknown, repeated or unreadable parameter, or one out of
+            range.
     """
     from headwise.policies.match import Match
 
-    return Match(policy)
+    accepted = _parameters(Match)
+    accepted.pop("policy")
+    given: dict[str, Any] = {}
+    _add(given, settings, accepted, "+match:")
+    unknown = given.keys() - accepted.keys()
+    if unknown:
+        raise ConfigurationError(f"match has no parameter {min(unknown)!r}; it has: {', '.join(accepted)}")
+    return Match(policy, **given)
 
 
 def _with(policy: Policy, addition: str) -> Policy:
     """The policy with what stands behind a plus sign."""
+    name, colon, settings = addition.partition(":")
+    if name == "match":
+        return matched(policy, settings.split(",") if colon else ())
     word, equals, folder = addition.partition("=")
     if word == "less":
         return remembering(policy, folder.strip())
-    if addition == "match":
-        return matched(policy)
     if equals or word[:1] not in ("i", "k"):
-        raise ConfigurationError(f"behind a policy stands +less, +less=FOLDER, +match or +BITS, got '+{addition}'")
+        raise ConfigurationError(
+            f"behind a policy stands +less, +less=FOLDER, +match, +match:PARAMETER=VALUE or +BITS, got '+{addition}'"
+        )
     return in_bits(policy, word)
 
 
@@ -115,28 +126,43 @@ def build_policy(
 
     name = current_name(name)
     known = list_policies().get(name)
-    hints = get_type_hints(known) if known is not None else {}
-    accepted = {field.name: field for field in fields(known) if field.init} if known is not None else {}  # type: ignore[arg-type]  # policies are dataclasses
-    given: dict[str, object] = {} if recovery is None else {"recovery": recovery}
-    for setting in settings:
-        parameter, equals, text = setting.partition("=")
-        if not equals or not parameter.strip() or not text.strip():
-            raise ConfigurationError(f"{written} takes NAME=VALUE, such as window=256, got {setting!r}")
-        parameter = parameter.strip()
-        if parameter in given:
-            raise ConfigurationError(f"parameter {parameter!r} is given twice")
-        # An unknown parameter is left to `create_policy`, which says what there is.
-        known_hint = hints[parameter] if parameter in accepted else str
-        given[parameter] = _read(f"{written} {setting}", text.strip(), known_hint)
+    accepted = _parameters(known) if known is not None else {}
+    given: dict[str, Any] = {} if recovery is None else {"recovery": recovery}
+    _add(given, settings, accepted, written)
     if "recovery" in accepted and not given.keys() & {"recovery", "keep", "ratio", "bytes"}:
         given["recovery"] = DEFAULT_RECOVERY
-    missing = [n for n, field in accepted.items() if field.default is MISSING and n not in given]
+    missing = [n for n, parameter in accepted.items() if parameter.default is MISSING and n not in given]
     if budgeted:
         given |= dict.fromkeys(missing, 1.0)
     elif missing and all(parameter in accepted for parameter in given):
         wanted = " ".join(f"{written} {parameter}=VALUE" for parameter in missing)
         raise ConfigurationError(f"policy {name!r} needs {wanted}")
     return create_policy(name, **given)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """Type and default of a policy's parameter."""
+
+    hint: Any
+    default: object
+
+
+def _parameters(policy: type[Policy]) -> dict[str, _Parameter]:
+    """What a policy can be told, by name."""
+    hints = get_type_hints(policy)
+    return {field.name: _Parameter(hints[field.name], field.default) for field in fields(policy) if field.init}  # type: ignore[arg-type]  # policies are dataclasses
+
+
+def _add(given: dict[str, Any], settings: Sequence[str], accepted: dict[str, _Parameter], written: str) -> None:
+    """Put the value of every NAME=VALUE into `given`; a name that is not accepted keeps its text."""
+    for setting in settings:
+        name, equals, text = (part.strip() for part in setting.partition("="))
+        if not equals or not name or not text:
+            raise ConfigurationError(f"{written} takes NAME=VALUE, such as window=256, got {setting!r}")
+        if name in given:
+            raise ConfigurationError(f"parameter {name!r} is given twice")
+        given[name] = _read(f"{written} {setting}", text, accepted[name].hint if name in accepted else str)
 
 
 def read_budget(text: str) -> int | float | str:
