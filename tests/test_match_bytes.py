@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from headwise.kernels.backends import choose
 from headwise.kernels.interface import DecodeRequest
 from headwise.matching.targets import HeadRows, squared_error
 from headwise.quant.formats import Precision, RowFormat
-from headwise.stages import compact
+from headwise.stages import compact, match
 from headwise.stages.match import match_rows
 from headwise.store.rows import Rows
 from headwise.store.store import RowStore
@@ -117,3 +118,23 @@ def test_the_error_that_is_reported_is_that_of_rows_as_they_are_stored(inner, mo
             expected = (squared_error(test, HeadRows(*parts)) / test.size).sqrt()
             torch.testing.assert_close(errors[1, b, h], expected, atol=1e-4, rtol=1e-3)
             assert errors[1, b, h] < errors[0, b, h]
+
+
+@BIASED
+def test_heads_that_the_fit_would_harm_keep_their_own_values_without_biases(inner, monkeypatch):
+    good, harmed = match.fitted, []
+
+    def bad(targets, rows, *others):
+        mended = good(targets, rows, *others)
+        harmed.append(len(harmed) % 3 == 0)
+        return replace(mended, values=-4 * mended.values, biases=mended.biases + 1) if harmed[-1] else mended
+
+    plain = stores(read(inner))
+    monkeypatch.setattr(match, "fitted", bad)
+    cache = read(Match(inner))
+    own = [layer.core.plan.matched[0] == layer.core.plan.matched[1] for layer in cache.headwise_layers]
+    assert torch.cat([each.flatten() for each in own]).tolist() == harmed
+    for before, after, kept in zip(plain, stores(cache), own, strict=True):
+        rows = after.keep & kept[..., None]
+        assert torch.equal(after.values[rows], before.values[rows]) and not after.biases[rows].any()
+        assert after.biases[after.keep & ~kept[..., None]].any()

@@ -43,7 +43,7 @@ def match_rows(
     stored = store.rows()
     at = stored.columns.long().masked_fill(~stored.keep, 0)
     own_keys, own = (rows.gather(2, at[..., None].expand(*at.shape, rows.shape[-1])) for rows in (keys, values))
-    new, tests = own.float(), {}
+    new, tests = own.to(torch.float32, copy=True), {}
     biases = new.new_zeros(at.shape)
     for head in _lossy(store, stored, real):
         keep = stored.keep[head]
