@@ -19,6 +19,8 @@ PAIR = 4 * 2 * 14
 ROW = PAIR + 4
 HEADS = 4 * 4
 
+loss = headwise.Auto.format_loss
+
 
 def read(policy, *lengths, **options):
     """The cache after prompts of those lengths."""
@@ -50,6 +52,16 @@ def test_a_share_of_the_bytes_is_spent_by_every_sequence(ratio, wrap, least):
         budget = ratio * length * HEADS * PAIR
         # Formats change for a whole head at once, and what that leaves is not spent.
         assert least * budget <= used <= budget
+
+
+def test_a_row_of_any_format_takes_the_two_bytes_of_its_bias(monkeypatch):
+    seen = []
+    monkeypatch.setattr(headwise.Auto, "format_loss", lambda *given: seen.append(loss(*given)) or seen[-1])
+    for policy in (headwise.Auto(ratio=0.5), headwise.Match(headwise.Auto(ratio=0.5))):
+        read(policy, 100)
+    alone, matched = seen[0].row_bytes, seen[-1].row_bytes
+    assert alone[0] == ROW
+    assert [mine - its for mine, its in zip(matched, alone, strict=True)] == [2] * 4
 
 
 def test_bytes_and_rows_are_budgets_too():

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import models
 import tiny
-from headwise import H2O, FastGen, Full, HeadwiseCache, InputError, MismatchError, Quantized
+from headwise import H2O, FastGen, Full, HeadwiseCache, InputError, Match, MismatchError, Quantized, SnapKV
 from headwise.errors import FileWriteError, HeadwiseError
 from headwise.hosts.transformers.saved_checks import checksum
 
@@ -24,6 +24,7 @@ KINDS = {
     "fastgen": ("llama", FastGen(recovery=0.6)),
     "codes": ("gemma3", Quantized(H2O(heavy=9, recent=8), 8, recent=4)),
     "full": ("llama", Full()),
+    "matched": ("llama", Match(SnapKV(keep=10, window=4))),
 }
 
 
@@ -197,6 +198,13 @@ def test_codes_and_layers_of_transformers_own_are_looked_at_too(what, tmp_path):
     used("codes").save(tmp_path / "cache")
     with pytest.raises(InputError, match=r"is not a sound saved cache: .*"):
         load("codes", changed(tmp_path / "cache", CODES[what]))
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_biases_are_numbers(number, tmp_path):
+    used("matched").save(tmp_path / "cache")
+    with pytest.raises(InputError, match=r"is not a sound saved cache: .*"):
+        load("matched", changed(tmp_path / "cache", setting("layers.1.biases", 5, number)))
 
 
 # Where it is written.
