@@ -1,4 +1,4 @@
-"""Evidence: what a layer holds at the end of the prompt -> the attention that policies score tokens by."""
+"""Evidence: what a layer holds when tokens are chosen -> the attention that policies score them by."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from headwise.types import Bool, Float, Int, LogitOptions, Rotation, Tensor
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one layer holds at the end of the prompt.
+    """What one layer holds at the end of the prompt, t columns of all heads; or later, t rows of each.
 
     Attributes:
         query: of the newest q columns; as many as the policy asked for, or more.
-        mask: True where such a query sees a column; None means causal and no padding.
-        positions, real: of every column.
+        asked, query_position: whether each of these is a real token, and its position.
+        mask: True where such a query sees a column or row; None means causal and no padding, at the end of a prompt.
+        position, real: of every column, for all heads (k is 1), or of the rows of each.
+        length: real tokens seen, of which the newest has the position before.
         rotation: the layer's rotary embedding; None where it has none that is known.
         repetition_peaks: the largest attention that each token received while the model repeated the prompt, or what
-            a gate predicts of it; None where the policy did not ask for it.
+            a gate predicts of it, and later also what it got since; None where the policy did not ask for it.
         row_bytes, kv_bytes: of a row that is stored exactly, and of its key and value alone.
         ahead: gives the largest attention that each token gets from queries of the prompt that are asked behind it;
             None where what is dropped is not mended by such queries.
@@ -33,10 +35,13 @@ class Evidence:
     query: Float[Tensor, "b h g q d"]
     keys: Float[Tensor, "b h t d"]
     values: Float[Tensor, "b h t e"]
-    mask: Bool[Tensor, "b q t"] | None
+    asked: Bool[Tensor, "b q"]
+    query_position: Int[Tensor, "b q"]
+    mask: Bool[Tensor, "b q t"] | Bool[Tensor, "b h q t"] | None
     options: LogitOptions
-    positions: Int[Tensor, "b t"]
-    real: Bool[Tensor, "b t"]
+    position: Int[Tensor, "b k t"]
+    real: Bool[Tensor, "b k t"]
+    length: Int[Tensor, "b 1 1"]
     rotation: Rotation | None
     repetition_peaks: Float[Tensor, "b h t"] | None
     row_bytes: int = 0
@@ -52,14 +57,9 @@ class Evidence:
         return self.repetition_peaks
 
     @property
-    def length(self) -> Int[Tensor, "b 1 1"]:
-        """Real tokens of each sequence."""
-        return self.real.sum(dim=1)[:, None, None]
-
-    @property
-    def position(self) -> Int[Tensor, "b 1 t"]:
-        """Of every column, for all heads."""
-        return self.positions[:, None, :]
+    def age(self) -> Int[Tensor, "b k t"]:
+        """Distance of every column or row from the newest token, which has age 0."""
+        return self.length - 1 - self.position
 
     def attention(self, rows: int) -> Iterator[Float[Tensor, "b h g r t"]]:
         """Attention of the last real tokens over all columns, a few rows at a time; 0 for rows there are none of.
@@ -75,22 +75,21 @@ class Evidence:
         for block in query_blocks(query, self.keys.shape[2]):
             weights = logits_of(query[:, :, :, block], self.keys, self.options)
             if self.mask is None:
-                visible = causal(columns[0, block], self.keys.shape[2])[None].expand(len(at), -1, -1)
+                visible = causal(columns[0, block], self.keys.shape[2])[None, None].expand(len(at), -1, -1, -1)
             else:
-                width = self.mask.shape[-1]
-                visible = self.mask.gather(1, at[:, block, None].expand(-1, -1, width))
-            visible = (visible & there[:, block, None])[:, None, None]
-            yield probabilities(weights, visible, self.options)
+                mask = self.mask if self.mask.dim() == 4 else self.mask[:, None]
+                visible = mask.gather(2, at[:, None, block, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
+            visible = visible & there[:, None, block, None]
+            yield probabilities(weights, visible[:, :, None], self.options)
 
     def mean_attention(self, rows: int) -> Float[Tensor, "b h g t"]:
         """The mean over the last real tokens, or over as many as there are."""
         total = sum(block.sum(dim=3) for block in self.attention(rows))
         assert isinstance(total, Tensor)
-        return total / self.length.clamp(max=rows)[..., None]
+        return total / self.asked.sum(dim=1).clamp(1, rows)[:, None, None, None]
 
     def _newest(self, rows: int) -> tuple[Int[Tensor, "b r"], Bool[Tensor, "b r"]]:
         """Index of the last real query rows of each sequence, in order, and whether there is one."""
-        real = self.real[:, -self.query.shape[3] :]
-        order = torch.arange(1, real.shape[1] + 1, device=real.device) * real
-        newest = order.topk(min(rows, real.shape[1]), dim=1).values.sort(dim=1).values
+        order = torch.arange(1, self.asked.shape[1] + 1, device=self.asked.device) * self.asked
+        newest = order.topk(min(rows, self.asked.shape[1]), dim=1).values.sort(dim=1).values
         return (newest - 1).clamp(min=0), newest > 0

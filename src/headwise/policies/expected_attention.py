@@ -58,22 +58,21 @@ class ExpectedAttention(Scored):
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """Expected attention times the norm of the value."""
         assert evidence.rotation is not None
-        counted = evidence.real & (evidence.positions >= self.sinks)
         # A prompt of sinks alone has no statistics, and needs none.
-        mean, covariance = self._future_queries(evidence, evidence.rotation, counted)
+        mean, covariance = self._future_queries(evidence, evidence.rotation)
         keys, scale = evidence.keys.float()[:, :, None], evidence.options.scaling
         logits = (mean[:, :, :, None] * keys).sum(dim=-1) * scale
         logits = logits + (keys @ covariance * keys).sum(dim=-1) * scale**2 / 2
-        hidden = ~counted[:, None, None]
+        hidden = ~(evidence.real & (evidence.position >= self.sinks))[:, :, None]
         expected = logits.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(dim=-1).mean(dim=2)
         score: Tensor = (expected + self.epsilon) * torch.linalg.vector_norm(evidence.values.float(), dim=-1)
-        return score.masked_fill(hidden[:, 0], torch.inf)
+        return score.masked_fill(hidden[:, :, 0], torch.inf)
 
     def _future_queries(
-        self, evidence: Evidence, rotation: Rotation, counted: Tensor
+        self, evidence: Evidence, rotation: Rotation
     ) -> tuple[Float[Tensor, "b h g d"], Float[Tensor, "b h g d d"]]:
-        query = evidence.query.float()
-        plain = rotation(query.flatten(1, 2), evidence.positions, True).view_as(query)
+        query, counted = evidence.query.float(), evidence.asked & (evidence.query_position >= self.sinks)
+        plain = rotation(query.flatten(1, 2), evidence.query_position, True).view_as(query)
         weights = counted[:, None, None, :, None].float()
         total = weights.sum(dim=3).clamp(min=1)
         mean = (plain * weights).sum(dim=3) / total

@@ -29,5 +29,5 @@ class KeyDiff(Scored):
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """Minus the cosine between the key and the mean of the normalised keys."""
         keys = evidence.keys.float()
-        directions = functional.normalize(keys, dim=-1) * evidence.real[:, None, :, None]
+        directions = functional.normalize(keys, dim=-1) * evidence.real[..., None]
         return -functional.cosine_similarity(keys, directions.mean(dim=2, keepdim=True), dim=-1)

@@ -30,8 +30,7 @@ def rounding_loss(
         sinks, recent: first and newest rows, which stay exact.
     """
     keys, values = evidence.keys, evidence.values.float()
-    age = evidence.length - 1 - evidence.position
-    exact = ((evidence.position < sinks) | (age < recent))[..., None]
+    exact = ((evidence.position < sinks) | (evidence.age < recent))[..., None]
     turned_keys, turned_values = (rows.float() @ hadamard(rows.shape[-1], rows.device) for rows in (keys, values))
     read = {bits: turned_keys.where(exact, _coded(turned_keys, bits)) for bits in {f.key_bits for f in formats}}
     # An error is as large as it is turned.
@@ -52,7 +51,7 @@ def rounding_loss(
     assert evidence.repetition_peaks is not None
     # The newest queries are few: over all that count, errors are taken to grow as what dropping costs does.
     more = _squares(seen.maximum(evidence.repetition_peaks)) / _squares(seen).clamp(min=1e-9)
-    size = _squares((values * evidence.real[:, None, :, None]).flatten(2)) / evidence.length[..., 0]
+    size = _squares((values * evidence.real[..., None]).flatten(2)) / evidence.length[..., 0]
     queries = evidence.length[..., 0].clamp(1, window) * evidence.query.shape[2]
     weight = _ROUNDING * more / size.clamp(min=1e-9) / queries
     losses = [weight * (displaced[format.key_bits] + misread[format.value_bits]) for format in formats]

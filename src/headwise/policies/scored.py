@@ -156,5 +156,4 @@ def newest_first(score: Float[Tensor, "b h t"], evidence: Evidence, rows: int) -
     Args:
         score: at most 1.
     """
-    age = evidence.length - 1 - evidence.position
-    return torch.where((age < rows) & evidence.real[:, None], 2.0 + evidence.position, score)
+    return torch.where((evidence.age < rows) & evidence.real, 2.0 + evidence.position, score)

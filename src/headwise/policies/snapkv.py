@@ -45,8 +45,7 @@ class SnapKV(Scored):
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """Attention of the window on each token before it, smoothed."""
         votes = evidence.mean_attention(self.window)
-        age = evidence.length - 1 - evidence.position
-        before = votes.mean(dim=2) * ((age >= self.window) & evidence.real[:, None])
+        before = votes.mean(dim=2) * ((evidence.age >= self.window) & evidence.real)
         return newest_first(smoothed(before, self.kernel), evidence, self.window)
 
 

@@ -112,8 +112,10 @@ class Observations:
         if counts > 0:
             ahead = partial(self._ahead, keys, values)
         sizes = row_bytes(row_parts(*dims, dtype, biased=biased)), LayerShape(1, *dims).token_bytes(dtype)
-        seen = query, keys, values, mask, options, positions, real, rotation, peaks
-        return Evidence(*seen, *sizes, ahead, counts, biased)
+        newest = slice(-query.shape[3], None)
+        seen = query, keys, values, real[:, newest], positions[:, newest], mask, options
+        known = positions[:, None], real[:, None], real.sum(dim=1)[:, None, None], rotation, peaks
+        return Evidence(*seen, *known, *sizes, ahead, counts, biased)
 
     def targets(
         self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]

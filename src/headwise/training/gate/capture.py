@@ -47,7 +47,7 @@ class ScoreRecorder(RepetitionScored):
         """As it was found."""
         found = evidence.repetition_peaks
         assert found is not None
-        inputs = gate_inputs(evidence.keys, evidence.positions, evidence.length, evidence.rotation)
+        inputs = gate_inputs(evidence.keys, evidence.position[:, 0], evidence.length, evidence.rotation)
         self.seen.append(ScoredPrompt(inputs[0], found[0].T))
         return found
 
