@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import headwise
+import rkv_oracle
 import tiny
 from headwise.hosts.transformers import repetition
 from headwise.policies.scored import Scored
@@ -113,7 +114,21 @@ def expected_attention(policy, queries, rotated, keys, values, attention):
     return scores
 
 
+def rkv(policy, queries, rotated, keys, values, attention):
+    t, scores = keys.shape[1], []
+    for head in range(len(keys)):
+        asked = [
+            (row, dict(enumerate(attention[g, row].tolist())))
+            for g in group(head)
+            for row in range(t - policy.window, t)
+        ]
+        worth = rkv_oracle.worth(policy, list(range(t)), keys[head], asked)
+        scores.append([1000 + j if j >= t - policy.window else worth[j] for j in range(t)])
+    return scores
+
+
 FORMULAS = {
+    "rkv": rkv,
     "snapkv": snapkv,
     "pyramidkv": snapkv,
     "tova": tova,

@@ -19,6 +19,8 @@ SMALL = [
     headwise.SnapKV(19, window=5, kernel=1),
     headwise.SnapKV(19, window=16, kernel=7),
     headwise.PyramidKV(0.4, window=3, kernel=3, steepness=4),
+    headwise.RKV(0.3, window=4, kernel=3, alike=0.4),
+    headwise.RKV(14, window=2, kernel=1, weight=0.5, alike=0.2, spared=3),
     headwise.TOVA(0.3),
     headwise.KeyNorm(0.21),
     headwise.KeyDiff(11),

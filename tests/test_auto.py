@@ -16,7 +16,8 @@ from headwise.policies.tokens import Tokens
 from headwise.quant.codes import hadamard
 
 PAIR = 4 * 2 * 14
-ROW = PAIR + 4
+# Beside it, a row has its column and what it was worth.
+ROW = PAIR + 4 + 4
 HEADS = 4 * 4
 
 loss = headwise.Auto.format_loss
@@ -57,10 +58,11 @@ def test_a_share_of_the_bytes_is_spent_by_every_sequence(ratio, wrap, least):
 def test_a_row_of_any_format_takes_the_two_bytes_of_its_bias(monkeypatch):
     seen = []
     monkeypatch.setattr(headwise.Auto, "format_loss", lambda *given: seen.append(loss(*given)) or seen[-1])
-    for policy in (headwise.Auto(ratio=0.5), headwise.Match(headwise.Auto(ratio=0.5))):
+    once = headwise.Auto(ratio=0.5, of="prompt")
+    for policy in (once, headwise.Match(once)):
         read(policy, 100)
     alone, matched = seen[0].row_bytes, seen[-1].row_bytes
-    assert alone[0] == ROW
+    assert alone[0] == ROW - 4
     assert [mine - its for mine, its in zip(matched, alone, strict=True)] == [2] * 4
 
 
@@ -210,4 +212,4 @@ def test_fewer_bits_cost_more_and_exact_rows_nothing():
         exact, k8v8, k8v4, k4v4 = loss.losses
         assert (exact == 0).all() and (k8v8 > 0).all()
         assert (k8v8 < k8v4).all() and (k8v4 < k4v4).all()
-        assert loss.row_bytes == (ROW, 14 + 4 + 14 + 4 + 4, 14 + 4 + 7 + 4 + 4, 7 + 4 + 7 + 4 + 4)
+        assert loss.row_bytes == (ROW, 14 + 4 + 14 + 4 + 8, 14 + 4 + 7 + 4 + 8, 7 + 4 + 7 + 4 + 8)

@@ -70,7 +70,7 @@ def test_a_sequence_keeps_in_a_batch_what_it_keeps_alone(policy):
         headwise.FastGen(0.4),
         headwise.FastGen(0.9),
         headwise.H2O(0.1, 0.1),
-        headwise.StreamingLLM(window=0.15),
+        headwise.StreamingLLM(window=0.2),
         headwise.Window(256),
         headwise.Random(keep=0.2),
         Window(0.2) | Sinks(8),

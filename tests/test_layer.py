@@ -54,7 +54,7 @@ def test_a_host_that_forgets_to_compact_is_told_so():
     cores = cores_of(NormOverAllLayers(keep=5))
     for core in cores:
         attend(core, 9)
-    with pytest.raises(headwise.CacheStateError, match=r"calls WholeModel\.compact\(\)"):
+    with pytest.raises(headwise.CacheStateError, match=r"calls WholeModel\.choose\(\)"):
         attend(cores[0], 1)
 
 
@@ -64,7 +64,7 @@ def test_a_host_that_compacts_goes_on():
     whole = WholeModel(policy, cores, WeakMethod(repeater.repeat))
     for core in cores:
         attend(core, 9)
-    whole.compact()
+    whole.choose()
     for core in cores:
         attend(core, 1)
     assert [core.kept_tokens.tolist() for core in cores] == [[[6, 6]]] * 2

@@ -102,7 +102,7 @@ def test_a_selection_takes_the_state_along(name):
 
 def test_what_was_generated_can_be_taken_back_while_nothing_of_it_is_folded_in():
     model, ids, more = tiny.llama(layers=2), tiny.prompt(31), tiny.prompt(9, seed=5)
-    cropped, plain = two_caches(model, headwise.SnapKV(keep=9), prompt_tokens=31)
+    cropped, plain = two_caches(model, headwise.SnapKV(keep=9, of="prompt"), prompt_tokens=31)
     for cache in (cropped, plain):
         logits(model, ids, cache)
     before = copy.deepcopy(states(cropped))

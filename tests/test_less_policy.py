@@ -41,7 +41,7 @@ def test_it_is_written_as_python_would_build_it(model):
     assert json.loads(json.dumps(describe_policy(headwise.Less(H2O, kernels)))) == {
         "name": "less",
         "parameters": {
-            "policy": {"name": "h2o", "parameters": {"heavy": 0.1, "recent": 0.1}},
+            "policy": {"name": "h2o", "parameters": {"heavy": 0.1, "recent": 0.1, "of": "seen"}},
             "kernels": repr(kernels),
         },
     }

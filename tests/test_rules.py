@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,7 +42,8 @@ TRUTH = [
     (Window(2), {}, [4, 5]),
     (Window(0), {}, []),
     (Window(99), {}, [0, 1, 2, 3, 4, 5]),
-    (Window(0.3), {"prompt": 10}, [3, 4, 5]),  # 0.3 of the prompt's 10 tokens, not of the 6 seen
+    (Window(0.3), {"prompt": 6}, [4, 5]),
+    (Window(0.3, of="prompt"), {"prompt": 10}, [3, 4, 5]),  # 0.3 of the prompt's 10 tokens, not of the 6 seen
     (Window(0.01), {"prompt": 10}, [5]),  # at least one
     (Window(0.0), {}, []),
     (Frequent(2), {"scores": [5, 1, 9, 1, 9, 0]}, [2, 4]),
@@ -242,3 +244,23 @@ def test_a_name_cannot_be_taken_twice():
         @headwise.register("full")
         class Again(Rule):
             pass
+
+
+@pytest.mark.parametrize("of", ["seen", "prompt"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        headwise.Window(0.2),
+        headwise.StreamingLLM(0.2, within=True),
+        headwise.H2O(heavy=0.1, recent=0.1),
+        headwise.Random(keep=0.2),
+        Frequent(0.2),
+    ],
+    ids=str,
+)
+def test_a_fraction_is_of_all_tokens_seen_or_of_the_prompt(policy, of):
+    (rule,) = replace(policy, of=of).rungs
+    tokens = facts(positions=list(range(60)), prompt=40, scores=torch.arange(60).flip(0).tolist())
+    assert int(rule.keep(tokens).sum()) == {"seen": 12, "prompt": 8}[of]
+    with pytest.raises(ConfigurationError, match="of must be one of seen, prompt"):
+        replace(policy, of="all").rungs  # noqa: B018  # made when asked for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,11 +57,14 @@ def test_attention_is_over_what_is_kept_and_nothing_else(policy):
 
 @pytest.mark.parametrize("evict_every", [1, 16])
 def test_generated_tokens_can_be_taken_back_and_the_prompt_cannot(policy, evict_every):
+    """Between two choices, where there is more than one."""
+    if evict_every == 1:
+        policy = replace(policy, of="prompt")
     ids = words(TOKENS, seed=3)
     cache = read(policy, ids, evict_every=evict_every)
     settled = kept(cache)
     logits = [step(cache, new) for new in further().split(1, dim=1)]
-    assert all(layer.is_croppable for layer in cache.headwise_layers)
+    assert all(layer.is_croppable is (policy.again is None) for layer in cache.headwise_layers)
     cache.crop(-(NEW - 2))
     assert cache.get_seq_length() == TOKENS + 2
     torch.testing.assert_close(step(cache, further()[:, 2:3]), logits[2])
@@ -110,23 +114,31 @@ def test_memory_is_freed(policy):
     report = cache.report()
     row = 2 * 14 * 4
     assert held * row <= report.used_bytes <= held * (row + 8)
-    assert report.allocated_bytes < full.report().allocated_bytes / 3
+    asked = sum(t.nbytes for layer in cache.headwise_layers for t in layer.core.later.newest.state().values())
+    assert report.allocated_bytes - asked < full.report().allocated_bytes / 3
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in cache.tensors()}
     assert sum(stored.values()) == report.allocated_bytes
     assert all(layer.core.prompt.tensors() == [] for layer in cache.headwise_layers)
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("of", ["seen", "prompt"])
 @pytest.mark.parametrize("policy", [headwise.SnapKV(9, window=4), headwise.KVzip(9)], ids=str)
-def test_generates_in_every_mode(policy, mode):
+def test_generates_in_every_mode(policy, of, mode):
+    policy = replace(policy, of=of, choose_every=4)
     cache = WatchedCache(
         shared("llama"), policy, tokenizer=tiny.tokenizer(), prompt_tokens=PROMPT if mode == "chunked" else None
     )
     MODES[mode](shared("llama"), cache)
     kept_tokens = torch.cat([layer.core.kept_tokens for layer in cache.headwise_layers], dim=1)
     later = cache.get_seq_length() - PROMPT
-    assert (kept_tokens >= later).all()
-    assert (kept_tokens.double().mean(dim=1) == later + 9).all()
+    mean = kept_tokens.double().mean(dim=1)
+    if of == "prompt":
+        assert (kept_tokens >= later).all()
+        assert (mean == later + 9).all()
+    else:
+        # A pass may bring more than one token.
+        assert (mean >= 9).all() and (mean < 9 + 4 + 5).all()
 
 
 # Repeating the prompt.

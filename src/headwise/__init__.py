@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from headwise.less.features import LessKernels
     from headwise.policies import (
         H2O,
+        RKV,
         TOVA,
         AdaKV,
         Auto,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "H2O",
+    "RKV",
     "TOVA",
     "AdaKV",
     "Auto",

@@ -6,8 +6,8 @@ A host is one folder under `hosts/`. When a cache is made, it
 3. makes a `stages.token_log.TokenLog`, a `LayerCore` (`stages.layer.LayerCache`) of each compressed layer, and one
    `stages.whole_model.WholeModel` of them.
 Before every pass it announces the kinds of the new tokens to the log, where the policy asks for them, then calls
-`WholeModel.compact` and `take_in`; in the pass each compressed layer calls `LayerCore.attend` instead of attention, and
-layers that read its keys too call `LayerCore.attend_again`; after it, `WholeModel.compact` again. The host lets the
+`WholeModel.choose` and `take_in`; in the pass each compressed layer calls `LayerCore.attend` instead of attention, and
+layers that read its keys too call `LayerCore.attend_again`; after it, `WholeModel.choose` again. The host lets the
 model repeat a prompt where the policy asks for it, and counts what its own layers hold on to. `stages.capture` has what
 a captured step needs beside that.
 """

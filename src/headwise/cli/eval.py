@@ -46,6 +46,7 @@ QueryMode = Annotated[
 Passages = Annotated[
     int, typer.Option(metavar="N", help="At equal steps through every file.", rich_help_panel=WORKLOAD)
 ]
+Last = Annotated[int, typer.Option(metavar="N", help="Of these, whose predictions count.", rich_help_panel=WORKLOAD)]
 FirstToken = Annotated[
     str | None,
     typer.Option(
@@ -103,6 +104,24 @@ def fidelity(
 
     first = parse_first_token(first_token)
     return [Fidelity(tuple(text or ()), context, steps, passages, first, undo_marks)]
+
+
+@evaluations.command()
+@evaluation
+def long(
+    text: Texts = None,
+    context: Context = 1000,
+    steps: Steps = 3000,
+    last: Last = 1000,
+    passages: Passages = 4,
+    first_token: FirstToken = None,
+    undo_marks: UndoMarks = False,
+) -> list[Any]:
+    """Feed a long text behind a prompt: how far are predictions off at its end, and was the budget held?"""
+    from headwise.eval.long import Long
+
+    first = parse_first_token(first_token)
+    return [Long(tuple(text or ()), context, steps, passages, first, undo_marks, last)]
 
 
 @evaluations.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.errors import InputError
 from headwise.eval.cache_kinds import CacheKind
+from headwise.hosts.transformers.cache import HeadwiseCache
 from headwise.measure.model_info import positions
 from headwise.report.report import Report
 from headwise.types import Float, Int, Tensor
@@ -97,12 +99,19 @@ class Subject:
     def feed(self, cache: Cache, ids: Int[Tensor, "1 t"]) -> Float[Tensor, "t vocabulary"]:
         """Logits of tokens that follow what the cache holds, as if they had come one at a time.
 
-        The rules are applied once in `evict_every` tokens. What lies between two of those moments goes in one pass:
-        it is the same as token by token.
+        The rules are applied once in `evict_every` tokens, and some policies choose again from time to time. What lies
+        between two of those moments goes in one pass: it is the same as token by token.
         """
-        passes = ids.to(self.model.device).split(self.options.get("evict_every", 1), dim=1)
         with torch.inference_mode():
+            passes = self.passes(cache, ids)
             return torch.cat([self.model(input_ids=part, past_key_values=cache).logits[0] for part in passes])
+
+    def passes(self, cache: Cache, ids: Int[Tensor, "1 t"]) -> tuple[Int[Tensor, "1 q"], ...]:
+        """Those tokens, as many at a time as may come at once."""
+        every = self.options.get("evict_every", 1)
+        if isinstance(cache, HeadwiseCache) and (again := cache.policy.chooser.again) is not None:
+            every = math.gcd(every, again.every)
+        return tuple(ids.to(self.model.device).split(every, dim=1))
 
 
 @dataclass

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from headwise.policies.quantized import Quantized
     from headwise.policies.random import Random
     from headwise.policies.registry import create_policy, list_policies, register
+    from headwise.policies.rkv import RKV
     from headwise.policies.scissorhands import Scissorhands
     from headwise.policies.scored import Scored
     from headwise.policies.snapkv import SnapKV
@@ -54,6 +55,7 @@ HOMES = {
     "Policy": "base",
     "PyramidKV": "pyramidkv",
     "Quantized": "quantized",
+    "RKV": "rkv",
     "Random": "random",
     "Rule": "base",
     "Scissorhands": "scissorhands",
@@ -73,6 +75,7 @@ FORMER_CLASSES = {"Recite": "PeakAttention"}
 
 __all__ = [
     "H2O",
+    "RKV",
     "TOVA",
     "AdaKV",
     "Auto",

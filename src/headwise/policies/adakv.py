@@ -24,7 +24,7 @@ class AdaKV(Scored):
     arXiv 2407.11550, algorithm 1. `keep` is the mean over the heads.
 
     Args:
-        keep: tokens of the prompt per KV head, on average: a count (int), or a fraction (float).
+        keep: tokens per KV head, on average: a count (int), or a fraction (float).
         over: whose scores: the name of a policy that scores tokens, or such a policy.
         safeguard: share of the budget that every head has to itself.
     """

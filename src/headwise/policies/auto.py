@@ -15,8 +15,8 @@ from headwise.policies.evidence import Evidence
 from headwise.policies.peak_attention import PeakAttention
 from headwise.policies.registry import register
 from headwise.policies.rounding_loss import rounding_loss
-from headwise.policies.scored import RepetitionScored
-from headwise.policies.size import Size
+from headwise.policies.scored import Rechoosing, RepetitionScored, side_by_side
+from headwise.policies.size import Size, whole
 from headwise.policies.tokens import Tokens
 from headwise.quant.formats import RECENT, SINKS, Precision, RowFormat
 from headwise.types import Float, Tensor
@@ -76,6 +76,7 @@ class Auto(RepetitionScored):
         check_count("recent", self.recent, 0)
         check_count("sinks", self.sinks, 0)
         check_gate(self.gate)
+        Rechoosing.__post_init__(self)
         if self.later_bits not in _LATER:
             raise ConfigurationError(
                 f"later_bits must be one of {', '.join(map(str, _LATER))}, got {self.later_bits!r}"
@@ -117,19 +118,43 @@ class Auto(RepetitionScored):
             worth = (1 - self.recovery) ** 2 / min(losses[0].row_bytes)
             price = torch.full((len(scores[0]),), worth, dtype=torch.float64, device="cpu")
         else:
-            price = allocation.price(self._budget(layers[0].tokens, losses))
+            heads = sum(loss.losses.shape[-1] for loss in losses)
+            price = allocation.price(self._budget(layers[0].tokens, heads, losses[0].kv_bytes, losses[0].row_bytes[0]))
         tokens, formats = allocation.at(price.to(scores[0].device))
         return [
             Choice(first_rung(layer), tokens=kept, formats=format)
             for layer, kept, format in zip(layers, tokens, formats, strict=True)
         ]
 
-    def _budget(self, tokens: Tokens, losses: Sequence[FormatLoss]) -> Float[Tensor, " b"]:
-        prompt = tokens.prompt[:, 0, 0].double()
+    def choose_again(self, layers: Sequence[PromptSummary]) -> list[Choice]:
+        """The rows that are worth most for the bytes that they take as they are stored."""
+        scores = [layer.score for layer in layers if layer.score is not None]
+        sizes, kv_bytes = zip(*(layer.row_bytes for layer in layers if layer.row_bytes is not None), strict=True)
+        pool = side_by_side([layer.tokens.pool for layer in layers])
+        worth = side_by_side(scores)
+        taken = side_by_side([size.expand_as(score) for size, score in zip(sizes, scores, strict=True)]).double()
+        # What is always kept is worth more than all attention.
+        per_byte = torch.where(worth > 1, worth.double(), worth.double().clamp(min=0).square() / taken)
+        if self.recovery is not None:
+            kept = per_byte >= (1 - self.recovery) ** 2 / float(taken[pool].min())
+        else:
+            heads = sum(score.shape[1] for score in scores)
+            budget = self._budget(layers[0].tokens, heads, kv_bytes[0], int(max(size.max() for size in sizes)))
+            order = per_byte.masked_fill(~pool, -1).flatten(1).argsort(dim=1, descending=True, stable=True)
+            spent = taken.where(pool, 0).flatten(1).gather(1, order).cumsum(dim=1)
+            kept = torch.zeros_like(pool.flatten(1)).scatter_(1, order, spent <= budget[:, None]).view_as(pool)
+        kept = kept & pool
+        return [
+            Choice(first_rung(layer), tokens=own[..., : score.shape[-1]])
+            for layer, own, score in zip(layers, kept.unbind(dim=1), scores, strict=True)
+        ]
+
+    def _budget(self, tokens: Tokens, heads: int, kv_bytes: int, row_bytes: int) -> Float[Tensor, " b"]:
+        """Bytes of a sequence, for rows of all heads of the model."""
+        count = whole(tokens, self.of)[:, 0, 0].double()
         if self.bytes is not None:
-            return torch.full_like(prompt, self.bytes)
+            return torch.full_like(count, self.bytes)
         assert self.ratio is not None
-        heads, row = sum(loss.losses.shape[-1] for loss in losses), losses[0].row_bytes[0]
         if isinstance(self.ratio, float):
-            return prompt * self.ratio * heads * losses[0].kv_bytes
-        return torch.full_like(prompt, self.ratio * heads * row)
+            return count * self.ratio * heads * kv_bytes
+        return torch.full_like(count, self.ratio * heads * row_bytes)

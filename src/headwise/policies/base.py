@@ -10,13 +10,13 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from typing import ClassVar, Literal
 
 import torch
 
 from headwise.errors import ConfigurationError
-from headwise.policies.choice import Choice, FormatLoss, PromptSummary, Selection, cheapest_rungs
+from headwise.policies.choice import Again, Choice, FormatLoss, PromptSummary, Selection, cheapest_rungs
 from headwise.policies.evidence import Evidence
 from headwise.policies.size import Size
 from headwise.policies.tokens import Tokens
@@ -104,6 +104,11 @@ class Policy(ABC):
         return 0
 
     @property
+    def again(self) -> Again | None:
+        """How it chooses once more when more tokens have come; None where it does not."""
+        return None
+
+    @property
     def precision(self) -> Precision | None:
         """How older rows are stored; None where all of them stay exact."""
         return None
@@ -122,6 +127,14 @@ class Policy(ABC):
             layers: one, or all of them where the policy `needs_all_layers`.
         """
         return cheapest_rungs(self.selection, layers)
+
+    def choose_again(self, layers: Sequence[PromptSummary]) -> list[Choice]:
+        """Which of the rows that are held stay.
+
+        Args:
+            layers: as for `choose`; of rows, in place of the prompt's tokens.
+        """
+        return self.choose(layers)
 
     def with_keep(self, keep: Size) -> Policy:
         """The same policy with room for so many tokens per KV head: a count, or a fraction of the prompt.
@@ -149,12 +162,17 @@ class Policy(ABC):
 
     def parameters(self) -> dict[str, object]:
         """The configuration by name, as given."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
+        return {field.name: getattr(self, field.name) for field in self._fields()}
 
     def __str__(self) -> str:
         """How Python would build it, without what is left at its default."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}  # type: ignore[arg-type]  # as above
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+        given = {f.name: getattr(self, f.name) for f in self._fields() if getattr(self, f.name) != f.default}
+        words = {name: str(value) if isinstance(value, Policy) else repr(value) for name, value in given.items()}
+        return f"{type(self).__name__}({', '.join(f'{name}={word}' for name, word in words.items())})"
+
+    def _fields(self) -> list[Field[object]]:
+        # What is passed by keyword alone is what several policies have in common, and comes last.
+        return sorted(fields(self), key=lambda field: field.kw_only is True)  # type: ignore[arg-type]  # subclasses are dataclasses
 
 
 class Rule(Policy):

@@ -49,8 +49,25 @@ class FormatLoss:
 
 
 @dataclass(frozen=True)
+class Again:
+    """How a policy chooses once more among the rows that are held, when more tokens have come.
+
+    Attributes:
+        every: tokens that come between two choices.
+        queries: the newest, whose attention it looks at.
+        remembers: rows carry the largest attention that they got once, so that it counts in later choices too; of what
+            queries give from then on, what goes to rows that are so many tokens away, or more. None where rows carry
+            nothing.
+    """
+
+    every: int
+    queries: int
+    remembers: int | None = None
+
+
+@dataclass(frozen=True)
 class PromptSummary:
-    """What is known of a layer at the end of its prompt, to choose by.
+    """What is known of a layer at the end of its prompt, or later, to choose by.
 
     Attributes:
         tokens: the facts, as the last query row sees them.
@@ -58,6 +75,8 @@ class PromptSummary:
         format_loss: of the formats a head may get, where the policy chooses them.
         recovered: mass each rung retains, folded over the group, and
         kept: tokens it keeps; both where a rung has to be chosen.
+        row_bytes: what every row takes as it is stored, and what its key and value take as numbers; None at the end of
+            the prompt.
     """
 
     tokens: Tokens
@@ -65,6 +84,7 @@ class PromptSummary:
     format_loss: FormatLoss | None = None
     recovered: Float[Tensor, "rungs b h"] | None = None
     kept: Int[Tensor, "rungs b h"] | None = None
+    row_bytes: tuple[Int[Tensor, " t"], int] | None = None
 
 
 @dataclass(frozen=True)

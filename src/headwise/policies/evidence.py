@@ -29,7 +29,7 @@ class Evidence:
         ahead: gives the largest attention that each token gets from queries of the prompt that are asked behind it;
             None where what is dropped is not mended by such queries.
         ahead_counts: how many times as much that counts as attention of other queries.
-        biased: whether rows have a bias, which takes bytes.
+        scored, biased: whether rows carry a score, and have a bias, which take bytes.
     """
 
     query: Float[Tensor, "b h g q d"]
@@ -48,6 +48,7 @@ class Evidence:
     kv_bytes: int = 0
     ahead: Callable[[], Float[Tensor, "b h t"]] | None = None
     ahead_counts: float = 0.0
+    scored: bool = False
     biased: bool = False
 
     @property

@@ -27,7 +27,7 @@ class ExpectedAttention(Scored):
     value.
 
     Args:
-        keep: tokens of the prompt per KV head, the sinks among them: a count (int), or a fraction (float).
+        keep: tokens per KV head, the sinks among them: a count (int), or a fraction (float).
         future: positions to come that are averaged over.
         sinks: first tokens, which are kept, and whose queries are left out of the statistics.
         epsilon: added to the expected attention before it is weighted: the more, the more the values decide.

@@ -120,7 +120,7 @@ class FastGen(Policy):
             "special": Special,
             "punctuation": Punctuation,
             "frequent": lambda: Frequent(self.frequent, among=self.frequent_among, normalize=self.normalize),
-            "local": lambda: Window(self.local),
+            "local": lambda: Window(self.local, of="prompt"),
             "sinks": lambda: Sinks(self.sinks),
             "full": Full,
         }

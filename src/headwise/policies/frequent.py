@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from headwise.policies.base import Fact, Rule
 from headwise.policies.checks import check_choice, check_size, check_switch
 from headwise.policies.registry import register
-from headwise.policies.size import Size, quota_tokens
+from headwise.policies.size import Of, Size, quota_tokens, whole
 from headwise.policies.tokens import Tokens
 from headwise.types import Bool, Tensor
 
@@ -28,13 +28,13 @@ class Frequent(Rule):
     """
 
     size: Size
-    of: Literal["seen", "prompt"] = "seen"
+    of: Of = "seen"
     among: Literal["all", "rest"] = "all"
     normalize: bool = False
 
     def __post_init__(self) -> None:
         check_size("frequent size", self.size)
-        check_choice("of", self.of, ("seen", "prompt"))
+        check_choice("of", self.of, get_args(Of))
         check_choice("among", self.among, ("all", "rest"))
         check_switch("normalize", self.normalize)
 
@@ -53,7 +53,7 @@ class Frequent(Rule):
         assert tokens.score is not None
         queries = (tokens.seen - tokens.position).clamp(min=1)
         score = tokens.score / queries if self.normalize else tokens.score
-        quota = quota_tokens(self.size, tokens.seen if self.of == "seen" else tokens.prompt)
+        quota = quota_tokens(self.size, whole(tokens, self.of))
         return (tokens.rank(score) < quota) & tokens.pool
 
     def with_keep(self, keep: Size) -> Frequent:

@@ -8,7 +8,7 @@ from headwise.policies.base import Policy, Rule
 from headwise.policies.checks import check_size
 from headwise.policies.frequent import Frequent
 from headwise.policies.registry import register
-from headwise.policies.size import Size
+from headwise.policies.size import Of, Size
 from headwise.policies.window import Window
 
 
@@ -20,12 +20,14 @@ class H2O(Policy):
     Heavy hitters are drawn from the tokens outside the window, so the two never overlap.
 
     Args:
-        heavy: heavy hitters to keep: a count (int), or a fraction of the prompt (float).
-        recent: newest tokens to keep: a count (int), or a fraction of the prompt (float).
+        heavy: heavy hitters to keep: a count (int), or a fraction (float).
+        recent: newest tokens to keep: a count (int), or a fraction (float).
+        of: what a fraction is of: the tokens "seen" so far, or the "prompt".
     """
 
     heavy: Size
     recent: Size
+    of: Of = "seen"
 
     def __post_init__(self) -> None:
         _ = self.rungs  # the rules check their own sizes
@@ -33,7 +35,7 @@ class H2O(Policy):
     @property
     def rungs(self) -> tuple[Rule, ...]:
         """One rule for every head."""
-        return (Frequent(self.heavy, of="prompt", among="rest") | Window(self.recent),)
+        return (Frequent(self.heavy, of=self.of, among="rest") | Window(self.recent, of=self.of),)
 
     def with_keep(self, keep: Size) -> H2O:
         """Half of them heavy hitters, half of them recent."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from headwise.errors import ConfigurationError
 from headwise.policies.base import Fact, Policy, Rule
-from headwise.policies.choice import Choice, FormatLoss, PromptSummary, Selection
+from headwise.policies.choice import Again, Choice, FormatLoss, PromptSummary, Selection
 from headwise.policies.evidence import Evidence
 from headwise.policies.size import Size
 from headwise.policies.tokens import Tokens
@@ -63,12 +63,11 @@ class KeepMedia(Policy):
 
     def choose(self, layers: Sequence[PromptSummary]) -> list[Choice]:
         """As the policy chooses where there is only text."""
-        text = []
-        for layer in layers:
-            media = is_media(layer.tokens)
-            kept = None if layer.kept is None else layer.kept - (media & layer.tokens.valid).sum(dim=-1)
-            text.append(replace(layer, tokens=without(layer.tokens, media), kept=kept))
-        return self.policy.choose(text)
+        return self.policy.choose([_text(layer) for layer in layers])
+
+    def choose_again(self, layers: Sequence[PromptSummary]) -> list[Choice]:
+        """As the policy chooses where there is only text."""
+        return self.policy.choose_again([_text(layer) for layer in layers])
 
     def assess(self, evidence: Evidence) -> tuple[Float[Tensor, "b h t"] | None, FormatLoss | None]:
         """As the policy does."""
@@ -124,6 +123,11 @@ class KeepMedia(Policy):
         return self.policy.query_rows
 
     @property
+    def again(self) -> Again | None:
+        """The policy's."""
+        return self.policy.again
+
+    @property
     def precision(self) -> Precision | None:
         """The policy's."""
         return self.policy.precision
@@ -168,6 +172,13 @@ class MediaAnd(Rule):
     def width(self, prompt: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """The rule's window."""
         return self.rule.width(prompt)
+
+
+def _text(layer: PromptSummary) -> PromptSummary:
+    """What is known of the tokens that stand for nothing but themselves."""
+    media = is_media(layer.tokens)
+    kept = None if layer.kept is None else layer.kept - (media & layer.tokens.valid).sum(dim=-1)
+    return replace(layer, tokens=without(layer.tokens, media), kept=kept)
 
 
 def is_media(tokens: Tokens) -> Bool[Tensor, "b h n"]:

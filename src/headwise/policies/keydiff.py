@@ -21,7 +21,7 @@ class KeyDiff(Scored):
     arXiv 2504.15364. The original reads the prompt in blocks and evicts after each; here it is scored as a whole.
 
     Args:
-        keep: tokens of the prompt per KV head: a count (int), or a fraction (float).
+        keep: tokens per KV head: a count (int), or a fraction (float).
     """
 
     keep: Size

@@ -21,7 +21,7 @@ class KeyNorm(Scored):
     arXiv 2406.11430. The original leaves the first two layers alone; here every layer is compressed.
 
     Args:
-        keep: tokens of the prompt per KV head: a count (int), or a fraction (float).
+        keep: tokens per KV head: a count (int), or a fraction (float).
     """
 
     keep: Size

@@ -24,7 +24,7 @@ class KVzip(RepetitionScored):
     until then. With a gate nothing is repeated (after Fast KVzip, arXiv 2601.17668).
 
     Args:
-        keep: tokens of the prompt per KV head, on average over the model: a count (int), or a fraction (float).
+        keep: tokens per KV head, on average over the model: a count (int), or a fraction (float).
         sinks: first tokens, which are kept.
         gate: True for scores that are predicted by gates trained for the model, so that it need not repeat anything:
             those that come with headwise, which are for its default model; or the folder of others.

@@ -10,7 +10,7 @@ import torch
 from headwise.policies.checks import check_count, check_gate, check_target
 from headwise.policies.evidence import Evidence
 from headwise.policies.registry import register
-from headwise.policies.scored import RepetitionScored, newest_first
+from headwise.policies.scored import Rechoosing, RepetitionScored, newest_first
 from headwise.policies.size import Size
 from headwise.policies.tokens import Tokens
 from headwise.types import Bool, Float, Tensor
@@ -31,7 +31,7 @@ class PeakAttention(RepetitionScored):
 
     Args:
         recovery: T, from 0 to 1; 1 keeps everything.
-        keep: instead of it, tokens of the prompt per KV head, on average over the model: a count (int), or a
+        keep: instead of it, tokens per KV head, on average over the model: a count (int), or a
             fraction (float).
         window: newest tokens that are kept, and whose attention counts.
         sinks: first tokens, which are kept.
@@ -50,6 +50,7 @@ class PeakAttention(RepetitionScored):
         check_count("window", self.window, 1)
         check_count("sinks", self.sinks, 0)
         check_gate(self.gate)
+        Rechoosing.__post_init__(self)
 
     @property
     def query_rows(self) -> int:

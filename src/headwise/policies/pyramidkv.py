@@ -8,7 +8,7 @@ import torch
 
 from headwise.policies.checks import check_count
 from headwise.policies.registry import register
-from headwise.policies.size import quota_tokens
+from headwise.policies.size import quota_tokens, whole
 from headwise.policies.snapkv import SnapKV
 from headwise.policies.tokens import Tokens
 from headwise.types import Int, Tensor
@@ -36,8 +36,8 @@ class PyramidKV(SnapKV):
 
     def quota(self, tokens: Tokens) -> Int[Tensor, "b 1 1"]:
         """Of the layer."""
-        mean = quota_tokens(self.keep, tokens.prompt)
-        most = (tokens.prompt - self.window).double()
+        mean = quota_tokens(self.keep, whole(tokens, self.of))
+        most = (tokens.seen - self.window).double()
         last = mean.double() / self.steepness
         first = (2 * mean - last).minimum(most)
         last = 2 * mean - first

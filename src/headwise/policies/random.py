@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from headwise.errors import ConfigurationError
 from headwise.policies.base import Policy, Rule
-from headwise.policies.checks import check_size
+from headwise.policies.checks import check_choice, check_size
 from headwise.policies.registry import register
-from headwise.policies.size import Size, quota_tokens
+from headwise.policies.size import Of, Size, quota_tokens, whole
 from headwise.policies.tokens import Tokens
 from headwise.types import Bool, Float, Int, Tensor
 
@@ -25,6 +26,7 @@ class Lottery(Rule):
 
     size: Size
     seed: int
+    of: Of = "seen"
 
     @property
     def label(self) -> str:
@@ -33,7 +35,7 @@ class Lottery(Rule):
 
     def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
         """Tokens whose lot ranks below the quota."""
-        return (tokens.rank(self._lots(tokens)) < quota_tokens(self.size, tokens.prompt)) & tokens.pool
+        return (tokens.rank(self._lots(tokens)) < quota_tokens(self.size, whole(tokens, self.of))) & tokens.pool
 
     def _lots(self, tokens: Tokens) -> Float[Tensor, "b h n"]:
         heads = torch.arange(tokens.position.shape[1], device=tokens.position.device).view(1, -1, 1)
@@ -48,26 +50,30 @@ class Lottery(Rule):
 class Random(Policy):
     """Keeps tokens by lot, independently in every layer and KV head: the baseline to beat.
 
-    At any time the kept tokens are a uniform sample of everything seen (reservoir sampling), and a sequence keeps
-    the same tokens alone and in a batch. After "random eviction" of the Random Attention report, arXiv 2609.03430.
+    At any time the kept tokens are a uniform sample of everything seen (reservoir sampling; of a fraction that grows,
+    nearly: what was dropped does not come back), and a sequence keeps the same tokens alone and in a batch. After
+    "random eviction" of the Random Attention report, arXiv 2609.03430.
 
     Args:
-        keep: how many: tokens (int), or a fraction of the prompt (float), rounded up.
+        keep: how many: tokens (int), or a fraction (float), rounded up.
         seed: of the draw.
+        of: what a fraction is of: the tokens "seen" so far, or the "prompt".
     """
 
     keep: Size
     seed: int = 0
+    of: Of = "seen"
 
     def __post_init__(self) -> None:
         check_size("keep", self.keep)
+        check_choice("of", self.of, get_args(Of))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigurationError(f"seed must be a whole number, got {self.seed!r}")
 
     @property
     def rungs(self) -> tuple[Rule, ...]:
         """One rule for every head."""
-        return (Lottery(self.keep, self.seed),)
+        return (Lottery(self.keep, self.seed, self.of),)
 
 
 def _scramble(bits: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:

@@ -56,7 +56,8 @@ def rounding_loss(
     weight = _ROUNDING * more / size.clamp(min=1e-9) / queries
     losses = [weight * (displaced[format.key_bits] + misread[format.value_bits]) for format in formats]
     dims = keys.shape[-1], values.shape[-1]
-    sizes = [row_bytes(row_parts(*dims, keys.dtype, format, biased=evidence.biased)) for format in formats]
+    beside = {"scored": evidence.scored, "biased": evidence.biased}
+    sizes = [row_bytes(row_parts(*dims, keys.dtype, format, **beside)) for format in formats]
     every = torch.stack([torch.zeros_like(losses[0]), *losses])
     return FormatLoss(every, (evidence.row_bytes, *sizes), evidence.kv_bytes)
 

@@ -23,7 +23,7 @@ class Scissorhands(Scored):
     window of history at the end of the prompt, and over the queries of a group; the newest tokens are kept.
 
     Args:
-        keep: tokens of the prompt per KV head, the recent ones among them: a count (int), or a fraction (float).
+        keep: tokens per KV head, the recent ones among them: a count (int), or a fraction (float).
         history: rows at the end of the prompt that are counted.
         recent: newest tokens that are kept whatever their count.
     """

@@ -1,27 +1,62 @@
-"""Scored: what a layer holds at the end of the prompt -> a score for every token, and the best of them.
+"""Scored: what a layer holds -> a score for every token, and the best of them.
 
-A policy of this kind is one method, `score`. It looks at the prompt once; what is generated afterwards is kept.
+A policy of this kind is one method, `score`. It looks at the prompt, and again when more tokens have come.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
+from torch.nn import functional
 
 from headwise.policies.base import Policy, Rule
-from headwise.policies.checks import check_size
-from headwise.policies.choice import Choice, FormatLoss, PromptSummary, first_rung
+from headwise.policies.checks import check_choice, check_count, check_size
+from headwise.policies.choice import Again, Choice, FormatLoss, PromptSummary, first_rung
 from headwise.policies.evidence import Evidence
-from headwise.policies.size import Size, quota_tokens
+from headwise.policies.size import Of, Size, quota_tokens, whole
 from headwise.policies.tokens import Tokens
 from headwise.types import Bool, Float, Int, Tensor
 
+# Newest queries that a later choice looks at, where one at the end of the prompt looks at all.
+_NEWEST = 64
+# Tokens from which on attention is no longer that of neighbours, which every token gets when it is new.
+_NEAR = 64
 
-class Scored(Policy):
-    """Keeps the tokens of the prompt with the highest scores, and everything that is generated.
+
+@dataclass(frozen=True, kw_only=True)
+class Rechoosing(Policy):
+    """Chooses at the end of the prompt, and again among what is held whenever `choose_every` tokens have come.
+
+    A head then has at most so many rows more than its size.
+
+    Args:
+        of: what a fraction is of: all tokens "seen" so far, so that it grows with them, or those of the "prompt",
+            from which is then chosen once, and what comes later is kept.
+        choose_every: tokens between two choices.
+    """
+
+    of: Of = "seen"
+    choose_every: int = 32
+
+    def __post_init__(self) -> None:
+        check_choice("of", self.of, get_args(Of))
+        check_count("choose_every", self.choose_every, 1)
+
+    @property
+    def again(self) -> Again | None:
+        """By the newest queries, unless the prompt is all that is chosen from."""
+        if self.of == "prompt":
+            return None
+        rows = self.query_rows
+        return Again(self.choose_every, _NEWEST if rows is None else rows)
+
+
+class Scored(Rechoosing):
+    """Keeps the tokens with the highest scores.
 
     Subclasses are frozen dataclasses with a field `keep`, and define `score`.
     """
@@ -29,6 +64,7 @@ class Scored(Policy):
     keep: Size
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_size("keep", self.keep)
 
     @property
@@ -70,7 +106,7 @@ class Scored(Policy):
 
     def quota(self, tokens: Tokens) -> Int[Tensor, "b 1 1"]:
         """Tokens that a head of that layer may keep."""
-        return quota_tokens(self.keep, tokens.prompt)
+        return quota_tokens(self.keep, whole(tokens, self.of))
 
 
 class RepetitionScored(Scored):
@@ -81,6 +117,12 @@ class RepetitionScored(Scored):
     """
 
     gate: bool | str = False
+
+    @property
+    def again(self) -> Again | None:
+        """By the most that queries paid to a row, from so far away that it is no neighbour, since it came."""
+        chosen = super().again
+        return chosen and replace(chosen, queries=max(chosen.queries, self.choose_every), remembers=_NEAR)
 
     @property
     def needs_all_layers(self) -> bool:
@@ -105,7 +147,7 @@ class RepetitionScored(Scored):
 
 @dataclass(frozen=True)
 class Chosen(Rule):
-    """Keeps what was chosen from the prompt, and everything later. Not registered: policies with scores use it."""
+    """Keeps what was chosen, and everything later. Not registered: policies with scores use it."""
 
     @property
     def label(self) -> str:
@@ -114,12 +156,12 @@ class Chosen(Rule):
 
     @property
     def evicts(self) -> bool:
-        """Only from the prompt."""
+        """Only what a choice drops."""
         return False
 
     @property
     def chosen_once(self) -> bool:
-        """By the scores of the prompt."""
+        """By scores."""
         return True
 
     def keep(self, tokens: Tokens) -> Bool[Tensor, "b h n"]:
@@ -138,16 +180,37 @@ def across(
     """The highest scores of all the layers and heads given, so many for each sequence; of equal ones the first.
 
     Args:
+        scores: of layers that need not hold equally many rows.
         quota: `[b, 1, 1]`.
     """
-    pool = torch.stack([facts.pool for facts in tokens], dim=1)
-    values = torch.stack(list(scores), dim=1).masked_fill(~pool, -torch.inf)
+    pool = side_by_side([facts.pool for facts in tokens])
+    values = side_by_side(scores).masked_fill(~pool, -torch.inf)
     flat = values.flatten(1)
     order = flat.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, places).view_as(values)
     chosen = (rank < quota[:, None]) & pool
-    return list(chosen.unbind(dim=1))
+    return [own[..., : score.shape[-1]] for own, score in zip(chosen.unbind(dim=1), scores, strict=True)]
+
+
+def side_by_side(layers: Sequence[Tensor]) -> Tensor:
+    """Tensors `[b, h, ...]` of several layers as one `[b, layers, h, n]`, the shorter ones filled up with zeros."""
+    longest = max(each.shape[-1] for each in layers)
+    return torch.stack([functional.pad(each, (0, longest - each.shape[-1])) for each in layers], dim=1)
+
+
+def by_position(change: Callable[[Tensor], Tensor], scores: Tensor, evidence: Evidence) -> Tensor:
+    """Scores `[b, h, ..., t]`, changed along the tokens in the order of their positions: rows of a store lie in none.
+
+    Args:
+        change: gives as many numbers as it gets; neighbours of a row are those that are left.
+    """
+    if evidence.position.shape[1] == 1:
+        return change(scores)
+    place = evidence.position.masked_fill(~evidence.real, torch.iinfo(torch.long).max)
+    order = place.argsort(dim=-1, stable=True)
+    order = order.view(*order.shape[:2], *[1] * (scores.dim() - 3), -1).expand_as(scores)
+    return torch.empty_like(scores).scatter_(-1, order, change(scores.gather(-1, order)))
 
 
 def newest_first(score: Float[Tensor, "b h t"], evidence: Evidence, rows: int) -> Float[Tensor, "b h t"]:

@@ -9,7 +9,7 @@ from torch.nn import functional
 from headwise.policies.checks import check_count
 from headwise.policies.evidence import Evidence
 from headwise.policies.registry import register
-from headwise.policies.scored import Scored, newest_first
+from headwise.policies.scored import Scored, by_position, newest_first
 from headwise.policies.size import Size
 from headwise.types import Float, Tensor
 
@@ -23,7 +23,7 @@ class SnapKV(Scored):
     window itself is kept.
 
     Args:
-        keep: tokens of the prompt per KV head, the window among them: a count (int), or a fraction (float).
+        keep: tokens per KV head, the window among them: a count (int), or a fraction (float).
         window: rows at the end of the prompt that vote.
         kernel: tokens that are averaged, an odd number; 1 leaves the scores as they are.
     """
@@ -46,7 +46,8 @@ class SnapKV(Scored):
         """Attention of the window on each token before it, smoothed."""
         votes = evidence.mean_attention(self.window)
         before = votes.mean(dim=2) * ((evidence.age >= self.window) & evidence.real)
-        return newest_first(smoothed(before, self.kernel), evidence, self.window)
+        smooth = by_position(lambda votes: smoothed(votes, self.kernel), before, evidence)
+        return newest_first(smooth, evidence, self.window)
 
 
 def smoothed(score: Float[Tensor, "b h t"], kernel: int) -> Float[Tensor, "b h t"]:

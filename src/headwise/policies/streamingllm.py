@@ -8,7 +8,7 @@ from headwise.policies.base import Policy, Rule
 from headwise.policies.checks import check_switch
 from headwise.policies.registry import register
 from headwise.policies.sinks import Sinks
-from headwise.policies.size import Size
+from headwise.policies.size import Of, Size
 from headwise.policies.window import Window
 
 
@@ -20,14 +20,16 @@ class StreamingLLM(Policy):
     Kept keys stay at their own positions; the original renumbers positions inside the cache.
 
     Args:
-        window: newest tokens to keep: a count (int), or a fraction of the prompt (float).
+        window: newest tokens to keep: a count (int), or a fraction (float).
         sinks: first tokens to keep, beside the window.
         within: whether `window` counts the sinks too, and so is all that is kept.
+        of: what a fraction is of: the tokens "seen" so far, or the "prompt".
     """
 
     window: Size
     sinks: int = 4
     within: bool = False
+    of: Of = "seen"
 
     def __post_init__(self) -> None:
         check_switch("within", self.within)
@@ -36,7 +38,7 @@ class StreamingLLM(Policy):
     @property
     def rungs(self) -> tuple[Rule, ...]:
         """One rule for every head."""
-        return (Sinks(self.sinks) | Window(self.window, less=self.sinks if self.within else 0),)
+        return (Sinks(self.sinks) | Window(self.window, self.sinks if self.within else 0, self.of),)
 
     def with_keep(self, keep: Size) -> StreamingLLM:
         """Sinks and window together."""

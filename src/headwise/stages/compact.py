@@ -13,6 +13,7 @@ from headwise.kernels.interface import AttentionMap
 from headwise.less.state import EvictedState
 from headwise.policies.base import Policy
 from headwise.policies.choice import PromptSummary
+from headwise.stages.choose_again import LaterChoices
 from headwise.stages.config import LayerConfig
 from headwise.stages.match import match_rows
 from headwise.stages.plan import Plan, Planned, make_plans, summarise
@@ -32,6 +33,7 @@ class Prompt:
         config: of the layer.
         log: of the tokens, shared by all layers.
         evicted: what the rows that are not kept are folded into.
+        later: takes over what later choices need.
 
     Attributes:
         complete: whether all of it is in, and only the choice of what to keep is missing.
@@ -39,8 +41,8 @@ class Prompt:
         compact_seconds: time spent on copying the kept rows into pages.
     """
 
-    def __init__(self, config: LayerConfig, log: TokenLog, evicted: EvictedState) -> None:
-        self._config, self._log, self._evicted = config, log, evicted
+    def __init__(self, config: LayerConfig, log: TokenLog, evicted: EvictedState, later: LaterChoices) -> None:
+        self._config, self._log, self._evicted, self._later = config, log, evicted, later
         self.rows, self.observations = PromptRows(), Observations(config, log)
         self.profile_seconds = self.compact_seconds = 0.0
         self.complete = False
@@ -106,6 +108,11 @@ class Prompt:
         if self._evicted.remembers:
             self._evicted.fold(keys, values, ~keep & self._log.real(columns[:, :1]))
         scores = mass.score if plan.scored and mass is not None else None
+        if self._config.remembers:
+            scores = self.observations.repetition_peaks
+        asked = self.observations.asked
+        if asked.there:
+            self._later.note(asked.query, columns[0, 0, -asked.query.shape[3] :], asked.options)
         bearable = self.observations.formats(keys, values)
         formats = bearable if planned.formats is None else planned.formats
         targets = None if cache.matching is None else self.observations.targets(keys, values)
@@ -116,7 +123,7 @@ class Prompt:
         store = RowStore(
             rows,
             page_size=cache.page_size,
-            scored=plan.scored,
+            scored=scores is not None,
             dtype=cache.dtype,
             precision=cache.precision,
             formats=formats,

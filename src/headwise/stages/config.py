@@ -12,6 +12,7 @@ from headwise.kernels.interface import DTYPES, Kernels
 from headwise.less.features import LayerFeatures
 from headwise.policies.base import Policy
 from headwise.policies.checks import check_count
+from headwise.policies.choice import Again
 from headwise.policies.match import Match
 from headwise.quant.formats import Precision
 from headwise.types import Rotation
@@ -76,6 +77,16 @@ class LayerConfig:
     gate: LayerGate | None = None
     features: LayerFeatures | None = None
     readers: int = 1
+
+    @property
+    def again(self) -> Again | None:
+        """How the policy chooses when more tokens have come; None where rows were fitted as a whole, or it does not."""
+        return None if self.cache.matching is not None else self.policy.again
+
+    @property
+    def remembers(self) -> bool:
+        """Whether rows carry what they were worth."""
+        return self.again is not None and self.again.remembers is not None
 
     @property
     def asks_queries(self) -> bool:

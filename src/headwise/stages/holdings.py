@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from headwise.less.state import EvictedState
+from headwise.stages.choose_again import LaterChoices
 from headwise.stages.compact import Prompt
 from headwise.stages.decode import Pass
 from headwise.stages.plan import Plan
@@ -20,11 +21,13 @@ class Holdings:
         prompt: on its way; what it has taken of time stays there.
         plan, store: None until the prompt is in.
         evicted: what LESS remembers of rows that went.
+        later: what choices need that come after the prompt.
     """
 
     seen: int
     prompt: Prompt
     evicted: EvictedState
+    later: LaterChoices
     plan: Plan | None
     store: RowStore | None
     _pending: Pass | None
@@ -54,6 +57,7 @@ class Holdings:
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to."""
         parts = [part.tensors() for part in (self.store, self.plan) if part is not None]
+        parts.append(list(self.later.newest.state().values()))
         return [*self._not_stored(), *self.evicted.state().values(), *(tensor for part in parts for tensor in part)]
 
     @property

@@ -5,8 +5,6 @@ Prefill, profile, plan and store for the prompt; decode and evict for what follo
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from headwise.contract import LayerShape
@@ -14,21 +12,20 @@ from headwise.errors import CacheStateError
 from headwise.less.state import EvictedState
 from headwise.stages.admit import check_heads, check_mask
 from headwise.stages.ambient import methods_alone
+from headwise.stages.choose_again import LaterChoices
 from headwise.stages.compact import Prompt, compact
 from headwise.stages.config import LayerConfig
-from headwise.stages.decode import Pass, append_pass, decode_pass, fresh_rows
-from headwise.stages.evict import evict
-from headwise.stages.holdings import Holdings
+from headwise.stages.decode import Pass, append_pass, decode_pass
 from headwise.stages.plan import Plan
 from headwise.stages.take_back import check_last_pass, check_taken_in
+from headwise.stages.take_in import TakeIn
 from headwise.stages.token_log import TokenLog
-from headwise.store.rows import Rows
 from headwise.store.store import RowStore
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 
-@methods_alone("attend", "attend_again", "take_back", "accept", "select", "to", "evict_if_due")
-class LayerCache(Holdings):
+@methods_alone("attend", "attend_again", "take_back", "accept", "select", "to")
+class LayerCache(TakeIn):
     """The compressed cache of one attention layer.
 
     Args:
@@ -37,7 +34,6 @@ class LayerCache(Holdings):
 
     Attributes:
         full_row_bytes: bytes of a key and its value, what a full cache holds per token and head.
-        evicted_at: columns seen when the rules were last applied.
         repetition_chunk: columns of the prompt that the model is repeating, while it does.
         captured_column: of the new token, while a step is captured and replayed (`stages/capture.py`).
         readers_left: layers of the model that are still to read, in this pass, what this one keeps.
@@ -46,6 +42,7 @@ class LayerCache(Holdings):
     def __init__(self, config: LayerConfig, log: TokenLog) -> None:
         self.config, self.log = config, log
         self.evicted = EvictedState(config.features)
+        self.later = LaterChoices(config, log)
         self.recording = False
         self.full_row_bytes = 0
         self.reset()
@@ -59,8 +56,9 @@ class LayerCache(Holdings):
         """Forget everything, ready for another prompt."""
         self.seen = 0
         self.repetition_chunk: slice | None = None
-        self.prompt = Prompt(self.config, self.log, self.evicted)
+        self.prompt = Prompt(self.config, self.log, self.evicted, self.later)
         self.evicted.reset()
+        self.later.newest.reset()
         self.plan: Plan | None = None
         self.store: RowStore | None = None
         self.evicted_at = 0
@@ -92,13 +90,14 @@ class LayerCache(Holdings):
             step = Pass(query, keys, values, None, options)
             output = self._decode(step)
             append_pass(step, self.captured_column, None, self.store, self.config.cache.kernels)
+            self.later.note(query, self.captured_column, options)
             return output
         if self.repetition_chunk is not None:
             return self.prompt.repeat(query, keys, values, mask, options, self.repetition_chunk)
         if self.prompt.complete:
             raise CacheStateError(
                 "the prompt is complete, and what to keep of it was not chosen: where a policy decides over all "
-                "layers, a host calls WholeModel.compact() between two passes"
+                "layers, a host calls WholeModel.choose() between two passes"
             )
         self._accept()
         batch, _, count, _ = keys.shape
@@ -206,7 +205,7 @@ class LayerCache(Holdings):
         """
         if self.prompt.rows.begun or self.config.cache.precision is not None:
             return False
-        return self.plan is None or not (self.plan.evicts or self.plan.scored)
+        return self.plan is None or not (self.plan.evicts or self.plan.scored or self.config.again)
 
     def accept(self) -> None:
         """Take the tokens of the last pass in for good."""
@@ -222,7 +221,7 @@ class LayerCache(Holdings):
         if but:
             last.cut(kept)
         if self.store is not None:
-            self._take_in(last)
+            self.take_in(last)
             return
         mask = None if last.mask is None else last.mask[:, :kept, : self.seen]
         self.prompt.add(last.query, last.keys, last.values, mask, last.options)
@@ -244,52 +243,16 @@ class LayerCache(Holdings):
             self.store.select(indices)
             self.plan.select(indices)
             self.evicted.select(indices)
+            self.later.newest.select(indices)
 
     def to(self, device: torch.device) -> None:
         """Move what is stored to another device."""
         if self.store is not None:
             self.store.to(device)
         self.evicted.to(device)
+        self.later.newest.to(device)
 
     def _decode(self, current: Pass) -> Float[Tensor, "b h g q e"]:
         assert self.store is not None and self.plan is not None
         kernels = self.config.cache.kernels
         return decode_pass(current, self.store, self.evicted, with_mass=self.plan.scored, kernels=kernels)
-
-    def evict_if_due(self, spare: int) -> None:
-        """Apply the rules, where enough columns have come since they were last applied.
-
-        Args:
-            spare: rows that are going to be appended before the next time.
-        """
-        if self._due:
-            self._evict(None, spare)
-
-    @property
-    def _due(self) -> bool:
-        assert self.plan is not None
-        return self.plan.evicts and self.seen - self.evicted_at >= self.config.cache.evict_every
-
-    def _take_in(self, last: Pass) -> None:
-        assert self.store is not None
-        kept, every = last.keys.shape[2], self.config.cache.evict_every
-        newest = _columns(self.seen - kept, self.seen, last.keys.device)
-        real, due = self.log.real_at(newest), self._due
-        if due and kept >= every:
-            # As many rows as that are looked at first, and only those that stay are taken in.
-            self._evict(fresh_rows(last, newest, real, self.store), every)
-            return
-        append_pass(last, newest, real, self.store, self.config.cache.kernels)
-        if due:
-            self._evict(None, every)
-
-    def _evict(self, fresh: Rows | None, spare: int) -> None:
-        assert self.store is not None and self.plan is not None
-        evict(self.config, self.plan, self.store, fresh, self.log, self.seen, spare, self.evicted)
-        self.evicted_at = self.seen
-
-
-@lru_cache(maxsize=8)
-def _columns(start: int, end: int, device: torch.device) -> Int[Tensor, " q"]:
-    """The columns of a pass, which are the same in all its layers."""
-    return torch.arange(start, end, dtype=torch.int32, device=device)

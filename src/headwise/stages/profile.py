@@ -8,10 +8,8 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch.nn import functional
 
 from headwise.contract import LayerShape
-from headwise.kernels.attention import causal
 from headwise.kernels.interface import AttentionMap
 from headwise.matching.references import References, sampled
 from headwise.matching.targets import Targets
@@ -19,10 +17,11 @@ from headwise.policies.evidence import Evidence
 from headwise.stages.bearable import JUDGES, bearable_formats
 from headwise.stages.config import LayerConfig
 from headwise.stages.mass_profile import MassProfile, distinct_widths, profile_mass, row_weights
+from headwise.stages.prompt_queries import PromptQueries
 from headwise.stages.repetition import attend_repetition
 from headwise.stages.token_log import TokenLog
 from headwise.store.row_parts import row_bytes, row_parts
-from headwise.types import Bool, Float, Int, LogitOptions, Tensor
+from headwise.types import Bool, Float, Int, Tensor
 
 
 class Observations:
@@ -35,7 +34,9 @@ class Observations:
     Attributes:
         rows_read: query rows that the profile has read.
         mass: attention mass by column; None where the policy does not look at it.
-        repetition_peaks: largest attention that each column got while the model repeated the prompt.
+        repetition_peaks: largest attention that each column got while the model repeated the prompt, or what a gate
+            predicted of it when it was asked for.
+        asked: the newest queries, as far as the policy looks at them.
         references: queries that the values of kept rows are fitted to; None where they stay their own.
     """
 
@@ -50,14 +51,12 @@ class Observations:
         self.repetition_peaks: Float[Tensor, "b h t"] | None = None
         self.references: References | None = None
         self._targets: dict[tuple[int, int], Targets] | None = None
-        # The newest queries, their mask and the model's options, as far as the policy looks at them.
-        self._asked: tuple[Tensor, Tensor | None, LogitOptions] | None = None
+        self.asked = PromptQueries()
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to."""
         held = [] if self.mass is None else self.mass.tensors()
-        if self._asked is not None:
-            held += [tensor for tensor in self._asked[:2] if tensor is not None]
+        held += self.asked.tensors()
         if self.references is not None:
             held += self.references.tensors()
         for targets in (self._targets or {}).values():
@@ -74,7 +73,10 @@ class Observations:
         judged = JUDGES if precision is not None and precision.adapts else 0
         if policy.needs_evidence or judged:
             rows = policy.query_rows if policy.needs_evidence else 0
-            self._remember(map, None if rows is None else max(rows, judged))
+            later = 0 if self._config.again is None else self._config.again.queries
+            # Where it comes in one pass, all are there anyway.
+            whole = rows is None or self._config.cache.prompt_columns is None
+            self.asked.add(map, None if whole or rows is None else max(rows, judged, later))
         if self._config.cache.matching is not None:
             prompt = self._config.cache.prompt_columns or map.keys.shape[2]
             asked = sampled(map, max(1, round(prompt * map.query.shape[2] / self._config.cache.matching.queries)))
@@ -100,22 +102,37 @@ class Observations:
 
     def evidence(self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]) -> Evidence:
         """What the layer holds at the end of the prompt."""
-        assert self._asked is not None
-        query, mask, options = self._asked
+        query, options = self.asked.query, self.asked.options
         positions, real = self.positions(keys)
-        rotation, gate, peaks = self._config.rotation, self._config.gate, self.repetition_peaks
-        if gate is not None:
-            peaks = gate.scores(keys, positions, real.sum(dim=1)[:, None, None], rotation)
-        cache, dims = self._config.cache, (keys.shape[-1], values.shape[-1])
-        dtype, biased, ahead = cache.dtype or keys.dtype, cache.biased, None
+        length, config, cache = real.sum(dim=1)[:, None, None], self._config, self._config.cache
+        if config.gate is not None:
+            self.repetition_peaks = config.gate.scores(keys, positions, length, config.rotation)
+        newest, dims, dtype = (
+            slice(-query.shape[3], None),
+            (keys.shape[-1], values.shape[-1]),
+            cache.dtype or keys.dtype,
+        )
         counts = 0.0 if cache.matching is None else float(cache.matching.ahead)
-        if counts > 0:
-            ahead = partial(self._ahead, keys, values)
-        sizes = row_bytes(row_parts(*dims, dtype, biased=biased)), LayerShape(1, *dims).token_bytes(dtype)
-        newest = slice(-query.shape[3], None)
-        seen = query, keys, values, real[:, newest], positions[:, newest], mask, options
-        known = positions[:, None], real[:, None], real.sum(dim=1)[:, None, None], rotation, peaks
-        return Evidence(*seen, *known, *sizes, ahead, counts, biased)
+        return Evidence(
+            query=query,
+            keys=keys,
+            values=values,
+            asked=real[:, newest],
+            query_position=positions[:, newest],
+            mask=self.asked.mask,
+            options=options,
+            position=positions[:, None],
+            real=real[:, None],
+            length=length,
+            rotation=config.rotation,
+            repetition_peaks=self.repetition_peaks,
+            row_bytes=row_bytes(row_parts(*dims, dtype, scored=config.remembers, biased=cache.biased)),
+            kv_bytes=LayerShape(1, *dims).token_bytes(dtype),
+            ahead=partial(self._ahead, keys, values) if counts > 0 else None,
+            ahead_counts=counts,
+            scored=config.remembers,
+            biased=cache.biased,
+        )
 
     def targets(
         self, keys: Float[Tensor, "b h t d"], values: Float[Tensor, "b h t e"]
@@ -139,10 +156,9 @@ class Observations:
         precision = self._config.cache.precision
         if precision is None or not (precision.adapts or precision.later is not None):
             return None
-        assert self._asked is not None
-        query, _, options = self._asked
         positions, real = self.positions(keys)
-        return bearable_formats(precision, query, keys, values, real, positions, options.scaling)
+        scaling = self.asked.options.scaling
+        return bearable_formats(precision, self.asked.query, keys, values, real, positions, scaling)
 
     def positions(self, keys: Float[Tensor, "b h t d"]) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
         """Position of every column, and whether it holds a real token."""
@@ -159,25 +175,3 @@ class Observations:
         weights = row_weights(policy, positions[:, -count:], real[:, -count:], prompt)
         self.rows_read += int(((weights.score > 0) | (weights.recovery > 0)).any(dim=0).sum())
         return profile_mass(map, weights, positions, distinct_widths(policy, prompt), cache.kernels)
-
-    def _remember(self, map: AttentionMap, rows: int | None) -> None:
-        """Keep the newest queries until the prompt is complete; all of them where it comes in one pass anyway."""
-        query, mask, seen = map.query, map.mask, map.keys.shape[2]
-        if self._asked is not None:
-            earlier, hidden, _ = self._asked
-            if mask is not None or hidden is not None:
-                before = earlier.shape[3]
-                hidden = _causal_mask(earlier, seen - query.shape[3]) if hidden is None else hidden
-                mask = _causal_mask(query, seen) if mask is None else mask
-                mask = torch.cat([functional.pad(hidden, (0, seen - hidden.shape[-1])), mask], dim=1)
-                assert mask.shape[1] == before + query.shape[3]
-            query = torch.cat([earlier, query], dim=3)
-        if self._config.cache.prompt_columns is not None and rows is not None:
-            first = max(0, query.shape[3] - rows)
-            query, mask = query[:, :, :, first:], None if mask is None else mask[:, first:]
-        self._asked = query, mask, map.options
-
-
-def _causal_mask(query: Float[Tensor, "b h g q d"], seen: int) -> Bool[Tensor, "b q t"]:
-    columns = torch.arange(seen - query.shape[3], seen, device=query.device)
-    return causal(columns, seen).expand(len(query), -1, -1)

@@ -26,7 +26,8 @@ def save_layer(layer: LayerCache) -> dict[str, Tensor]:
     if layer.store is None or layer.plan is None:
         return {}
     counters = torch.tensor([layer.seen, layer.evicted_at, layer.prompt.observations.rows_read], device="cpu")
-    return layer.plan.state() | {"counters": counters} | save_store(layer.store) | layer.evicted.state()
+    own = layer.plan.state() | {"counters": counters} | layer.later.newest.state()
+    return own | save_store(layer.store) | layer.evicted.state()
 
 
 @alone
@@ -36,5 +37,6 @@ def load_layer(layer: LayerCache, state: dict[str, Tensor]) -> None:
     layer.seen, layer.evicted_at, layer.prompt.observations.rows_read = state["counters"].tolist()
     layer.full_row_bytes = LayerShape(1, keys.shape[-1], values.shape[-1]).token_bytes(keys.dtype)
     layer.evicted.restore(state)
+    layer.later.newest.restore(state)
     layer.plan = Plan.restore(layer.config.policy.rungs, state)
     layer.store = load_store(state, page_size=cache.page_size, precision=cache.precision)

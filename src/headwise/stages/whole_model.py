@@ -1,4 +1,4 @@
-"""Whole model: a prompt that is in all layers -> all of them compacted at once, where a policy decides over the model.
+"""Whole model: all layers -> compacted at once, and chosen from again, where a policy decides over the model.
 
 Some of these let the model repeat its prompt before; the ids for that are collected here.
 """
@@ -62,15 +62,29 @@ class WholeModel:
         self._ids = torch.cat([*earlier, input_ids.detach()], dim=1)
 
     @alone
-    def compact(self) -> None:
-        """Choose for all layers at once, where the policy decides so and the whole prompt is in.
+    def choose(self, spare: int | None = None) -> None:
+        """Choose for all layers at once, where the policy decides so and it is time.
+
+        That is when the whole prompt is in, and again when enough tokens have come.
+
+        Args:
+            spare: rows that are going to be appended before the next time; None for as many as come until then.
 
         Raises:
             InputError: when the prompt had tokens without ids.
         """
-        cores = self._cores
-        if not self._policy.needs_all_layers or not cores or not all(core.prompt.complete for core in cores):
+        if not self._policy.needs_all_layers or not self._cores:
             return
+        if all(core.prompt.complete for core in self._cores):
+            self._compact()
+        elif self._policy.again is not None and all(core.choice_is_due for core in self._cores):
+            summaries = [core.summarise_rows() for core in self._cores]
+            choices = self._policy.choose_again(summaries)
+            for core, summary, choice in zip(self._cores, summaries, choices, strict=True):
+                core.keep_chosen(summary, choice, self._policy.again.every if spare is None else spare)
+
+    def _compact(self) -> None:
+        cores = self._cores
         if self._ids is not None:
             if self._ids.shape[1] < cores[0].seen:
                 raise InputError(

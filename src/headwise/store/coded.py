@@ -101,7 +101,20 @@ def old_rows(
     return inside & (formats >= 0)[:, :, None]
 
 
-def old_in_pool(precision: Precision, formats: Int[Tensor, "b h"], exact: PagePool) -> Bool[Tensor, "b h n"]:
+def encode_old(precision: Precision, formats: Int[Tensor, "b h"], exact: PagePool, coded: Sequence[CodedPages]) -> None:
+    """Write exact rows that have grown old down as codes."""
+    old = _old_in_pool(precision, formats, exact)
+    if not bool(old.any()):
+        return
+    rows = exact.gather(old)
+    named = by_format(rows.keep, formats, len(coded), precision.later)
+    for part, keep in zip(coded, named, strict=True):
+        if bool(keep.any()):
+            part.pool.commit(part.pool.occupied(), part.encode(rows).naming(keep))
+    exact.drop(~old)
+
+
+def _old_in_pool(precision: Precision, formats: Int[Tensor, "b h"], exact: PagePool) -> Bool[Tensor, "b h n"]:
     """Rows among the exact ones that should be codes, by their columns."""
     occupied, columns = exact.occupied(), exact.kept("columns")
     assert columns is not None

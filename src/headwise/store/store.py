@@ -13,7 +13,7 @@ import torch
 
 from headwise.kernels.interface import AppendRequest, Kernels, PageView
 from headwise.quant.formats import Precision
-from headwise.store.coded import CodedPages, by_format, old_in_pool, old_rows
+from headwise.store.coded import CodedPages, by_format, encode_old, old_rows
 from headwise.store.narrow import narrow
 from headwise.store.pages import PagePool
 from headwise.store.row_parts import BIAS, row_parts
@@ -62,8 +62,6 @@ class RowStore:
         self.formats = self.exact.lengths.new_zeros(self.exact.lengths.shape) if formats is None else formats
         self.not_encoded = 0
 
-    # What it holds.
-
     @property
     def device(self) -> torch.device:
         """Where the rows are."""
@@ -100,6 +98,10 @@ class RowStore:
     def used_bytes(self) -> int:
         """Bytes of the kept rows."""
         return sum(pool.used_bytes for pool in self._pools)
+
+    def bytes_by_row(self) -> Int[Tensor, " n"]:
+        """What each row of a head takes."""
+        return _along([pool.lengths.new_full((pool.longest,), pool.row_bytes) for pool in self._pools])
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to."""
@@ -172,6 +174,11 @@ class RowStore:
         for part, own in zip(self.coded, coded, strict=True):
             part.replace_values(own)
 
+    def replace_scores(self, scores: Float[Tensor, "b h n"]) -> None:
+        """Give the kept rows other scores."""
+        for pool, own in zip(self._pools, self._cut(scores), strict=True):
+            pool.replace("scores", own)
+
     def bias(self, biases: Float[Tensor, "b h n"]) -> None:
         """Add so much to the logits of the kept rows from now on, and nothing to those of rows that come."""
         for pool, own in zip(self._pools, self._cut(biases), strict=True):
@@ -196,6 +203,8 @@ class RowStore:
         if not self.frozen:
             self.exact.pages.reserve(count + self.page_size - 1, least=count)
         self.exact.make_fresh(count)
+        if scores is None and "scores" in self.exact.pools:
+            scores = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
         kernels.append(AppendRequest(self.view(), keys, values, columns, real, scores, increments))
         if not self.frozen:
             self.count(count)
@@ -254,15 +263,7 @@ class RowStore:
         if self.precision is None or self.frozen or self.not_encoded < self.page_size:
             return
         self.not_encoded = 0
-        old = old_in_pool(self.precision, self.formats, self.exact)
-        if not bool(old.any()):
-            return
-        rows = self.exact.gather(old)
-        named = by_format(rows.keep, self.formats, len(self.coded), self.precision.later)
-        for part, keep in zip(self.coded, named, strict=True):
-            if bool(keep.any()):
-                part.pool.commit(part.pool.occupied(), part.encode(rows).naming(keep))
-        self.exact.drop(~old)
+        encode_old(self.precision, self.formats, self.exact, self.coded)
 
     def select(self, indices: Int[Tensor, " new"]) -> None:
         """Keep the sequences at `indices`, in that order; pages of one taken several times are copied."""

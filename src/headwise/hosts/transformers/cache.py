@@ -137,7 +137,7 @@ class HeadwiseCache(Cache):
         super().__init__(layers=layers)
         self._parts = CacheParts(self.layers, self.token_log, kinds)
         self.computes_attention, self.asks_all_queries = bool(self._parts.compressed), assembly.asks_all_queries
-        self._whole_model = WholeModel(self.policy.chooser, self._parts.cores, weakref.WeakMethod(self._repeat_prompt))
+        self.whole_model = WholeModel(self.policy.chooser, self._parts.cores, weakref.WeakMethod(self._repeat_prompt))
         attach(model, self)
 
     def make_layer(self, config: LayerConfig) -> LayerCache:
@@ -182,16 +182,16 @@ class HeadwiseCache(Cache):
             CacheStateError: when the last pass was broken off.
         """
         layers = self.headwise_layers
-        if self.captured or self._whole_model.repeating:
+        if self.captured or self.whole_model.repeating:
             return
         check_pass(self.layers)
         if not layers:
             return
         self._parts.announce(input_ids, layers[0].core.seen)
         # Where a pass was judged only after its end, as drafts are.
-        self._whole_model.compact()
+        self.whole_model.choose()
         check_repeatable(self, input_ids)
-        self._whole_model.take_in(input_ids)
+        self.whole_model.take_in(input_ids)
         second = self.passes == 1 and not keeps_all(self.policy)
         if second and (doubt := chunk_doubt(layers[0].core, input_ids)) is not None:
             warnings.warn(doubt, HeadwiseWarning, stacklevel=2)
@@ -199,8 +199,8 @@ class HeadwiseCache(Cache):
 
     def end_pass(self) -> None:
         """Called after every such pass that did not fail."""
-        if not self.captured and not self._whole_model.repeating:
-            self._whole_model.compact()
+        if not self.captured and not self.whole_model.repeating:
+            self.whole_model.choose()
 
     def announce(self, input_ids: Int[Tensor, "b q"]) -> None:
         """Take note of tokens that a captured step is going to process; all of them are real."""
@@ -227,7 +227,7 @@ class HeadwiseCache(Cache):
             else:
                 renew_stock(layer, fresh)
         self.passes = 0
-        self._whole_model.reset()
+        self.whole_model.reset()
         self._parts.truncate()
 
     def reorder_cache(self, beam_idx: Int[Tensor, " new"]) -> None:
@@ -255,7 +255,7 @@ class HeadwiseCache(Cache):
 
     def report(self) -> Report:
         """What it holds now, and what a full cache would hold."""
-        return self._parts.report(str(self.policy), self.kernel, self.get_seq_length(), self._whole_model.seconds)
+        return self._parts.report(str(self.policy), self.kernel, self.get_seq_length(), self.whole_model.seconds)
 
     def save(self, path: str | Path) -> None:
         """Write the compressed cache to a safetensors file that `load` reads; an unfinished file is never left.

@@ -94,6 +94,7 @@ class DecodeGraph:
         self._left -= 1
         for layer in self._cache.headwise_layers:
             advance(layer.core, self._left)
+        self._cache.whole_model.choose(self._left)
         return logits
 
     def close(self) -> None:
@@ -121,7 +122,7 @@ class DecodeGraph:
         changed = [self._column, self._positions]
         for core in cores:
             assert core.store is not None
-            changed += core.store.volatile()
+            changed += [*core.store.volatile(), *core.later.newest.state().values()]
         before = [tensor.clone() for tensor in changed]
         self._step()
         self._replay = self._capture(self._step)

@@ -28,10 +28,10 @@ from headwise.policies.base import Policy
 from headwise.types import Tensor
 from headwise.weights import fingerprint
 
-_FORMAT = "headwise-cache-3"
+_FORMAT = "headwise-cache-4"
 
-# Without a checksum; otherwise the same.
-_FORMER = "headwise-cache-2"
+# Policies did not say yet what a fraction is of; and before that, there was no checksum.
+_FORMER, _UNCHECKED = "headwise-cache-3", "headwise-cache-2"
 
 _CHECKSUM = "checksum"
 
@@ -69,9 +69,10 @@ class Owner:
         Raises:
             MismatchError: naming what differs.
         """
-        own = self.metadata()
-        if _current(found.get("policy", "")) != own["policy"]:
-            raise MismatchError(f"the cache was saved with {found.get('policy')}, not with {self.policy!r}")
+        own, former = self.metadata(), found.get("format") != _FORMAT
+        if _current(found.get("policy", "")) != (_as_before(own["policy"]) if former else own["policy"]):
+            hint = ", which chose from the prompt once: of='prompt'" if former and "of='seen'" in own["policy"] else ""
+            raise MismatchError(f"the cache was saved with {found.get('policy')}{hint}, not with {self.policy!r}")
         if found.get("kinds") != own["kinds"]:
             raise MismatchError("the cache was saved with another tokenizer or other markers")
         # Files written before this was noted say nothing of it.
@@ -120,14 +121,14 @@ def load(parts: CacheParts, owner: Owner, path: Path, device: torch.device) -> i
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") not in (_FORMAT, _FORMER):
+            if metadata.get("format") not in (_FORMAT, _FORMER, _UNCHECKED):
                 raise InputError(f"{str(path)!r} is not a cache saved by this version of headwise ({_FORMAT})")
             owner.check(metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError, RuntimeError) as error:
         raise InputError(f"{str(path)!r} is not a safetensors file: {error}") from error
     told = metadata.pop(_CHECKSUM, None)
-    if metadata["format"] == _FORMAT and told != checksum(tensors, metadata):
+    if metadata["format"] != _UNCHECKED and told != checksum(tensors, metadata):
         raise InputError(f"{str(path)!r} is damaged: its content is not what was saved; save the cache again")
     try:
         plain = json.loads(metadata["state"])
@@ -188,6 +189,13 @@ def refuse_pickling(cache: Any, _: Any) -> NoReturn:
         f"a {type(cache).__name__} is bound to its model and cannot be pickled: write it with cache.save(path) and, "
         "where the model is, read it with HeadwiseCache.load(path, model, policy); copy.deepcopy(cache) copies it"
     )
+
+
+def _as_before(policy: str) -> str:
+    """A policy as it was written when all fractions were of the prompt, of which tokens were chosen once."""
+    policy = re.sub(r"of='prompt', choose_every=\d+, ", "", policy).replace(", of='prompt')", ")")
+    # A count is the same whatever a fraction would be of.
+    return re.sub(r"\(([^()]*), of='seen'\)", lambda s: s[0] if re.search(r"=[01]\.\d", s[1]) else f"({s[1]})", policy)
 
 
 def _current(policy: str) -> str:

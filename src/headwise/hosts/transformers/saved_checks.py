@@ -141,6 +141,13 @@ def _check_compressed(part: _Part, core: LayerCache, shape: LayerShape | None, c
     for name, wanted in (("recovered", (rungs, batch, heads)), ("threshold", (batch,)), ("matched", (2, batch, heads))):
         if name in part.left:
             part.take(name, wanted, torch.float32)
+    if "newest_queries" in part.left:
+        again = config.again
+        part.check(again is not None, "nobody asks for newest queries, which are part")
+        assert again is not None
+        dim = None if shape is None else shape.key_dim
+        part.take("newest_queries", (batch, heads, None, again.queries, dim), *_FLOATS)
+        part.within("newest_columns", part.take("newest_columns", (again.queries,), _COUNT), -1, columns - 1)
     scored = any("score" in config.policy.rungs[index].reads for index in choice.unique().tolist())
     parts_of = partial(row_parts, scored=scored or "scores" in part.left, biased="biases" in part.left)
     keys, values = part.left.get("keys"), part.left.get("values")

@@ -1,0 +1,134 @@
+"""Choose again: rows that a layer holds, and its newest queries -> which of them stay, by the policy's own choice.
+
+As at the end of the prompt, over rows in place of columns. What it costs depends on what is held, not on what was seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from headwise.contract import LayerShape
+from headwise.kernels.attention import logits_of, probabilities, query_blocks
+from headwise.less.state import EvictedState
+from headwise.policies.choice import Choice, PromptSummary
+from headwise.policies.evidence import Evidence
+from headwise.policies.tokens import Tokens
+from headwise.stages.config import LayerConfig
+from headwise.stages.newest import NewestQueries
+from headwise.stages.plan import Plan
+from headwise.stages.token_log import TokenLog
+from headwise.store.rows import Rows
+from headwise.store.store import RowStore
+from headwise.types import Float, Int, LogitOptions, Tensor
+
+
+class LaterChoices:
+    """What a layer needs to choose among its rows when more tokens have come; nothing where its policy does not.
+
+    Args:
+        config: of the layer.
+        log: of the tokens, shared by all layers.
+
+    Attributes:
+        newest: queries that a choice looks at.
+    """
+
+    def __init__(self, config: LayerConfig, log: TokenLog) -> None:
+        self._config, self._log, self._again = config, log, config.again
+        self.newest = NewestQueries(0 if self._again is None else self._again.queries)
+
+    def note(self, query: Float[Tensor, "b h g q d"], columns: Int[Tensor, " q"], options: LogitOptions) -> None:
+        """Take in what tokens in those columns asked."""
+        if self._again is not None:
+            self.newest.put(query, columns, options)
+
+    def due(self, seen: int, since: int) -> bool:
+        """Whether so many columns have come since there was last a choice that it is time for another."""
+        return self._again is not None and seen - since >= self._again.every
+
+    def summary(self, plan: Plan, store: RowStore, seen: int, since: int) -> PromptSummary:
+        """What is known of the rows, to choose by; what they remember is brought up to date.
+
+        Args:
+            seen: columns that came in; the store has the rows of all.
+            since: how many of them there were at the last choice.
+        """
+        rows, cache = store.rows(), self._config.cache
+        tokens = self._log.facts(
+            rows.columns, rows.keep, rows.scores, seen, plan.prompt, self._config.index, cache.layers
+        )
+        evidence = self._evidence(rows, tokens, seen)
+        if self._again is not None and self._again.remembers is not None:
+            known = self._predicted(rows, tokens, seen, since)
+            peaks = _raised(known, evidence, self._again.remembers)
+            store.replace_scores(peaks)
+            evidence = replace(evidence, repetition_peaks=peaks)
+        score, _ = self._config.policy.assess(evidence)
+        kv_bytes = LayerShape(1, rows.keys.shape[-1], rows.values.shape[-1]).token_bytes(
+            store.exact.pools["keys"].dtype
+        )
+        return PromptSummary(replace(tokens, score=None), score, row_bytes=(store.bytes_by_row(), kv_bytes))
+
+    def keep(
+        self, plan: Plan, store: RowStore, summary: PromptSummary, choice: Choice, evicted: EvictedState, spare: int
+    ) -> None:
+        """Keep the rows that were chosen.
+
+        Args:
+            evicted: what the others are folded into.
+            spare: rows per head that are going to be appended before the next choice.
+        """
+        keep = plan.keep(replace(summary.tokens, chosen=choice.tokens))
+        if evicted.remembers:
+            gone = store.gather(summary.tokens.valid & ~keep)
+            evicted.fold(gone.keys, gone.values, gone.keep)
+        store.drop(keep, spare)
+
+    def _evidence(self, rows: Rows, tokens: Tokens, seen: int) -> Evidence:
+        query, columns, there = self.newest.of(seen)
+        assert self.newest.options is not None
+        real, position = self._log.real_at(columns), self._log.positions(columns.expand(len(query), 1, -1))[:, 0]
+        mask = (tokens.position[:, :, None] <= position[:, None, :, None]) & tokens.valid[:, :, None]
+        return Evidence(
+            query=query,
+            keys=rows.keys,
+            values=rows.values,
+            asked=there.expand(len(query), -1) if real is None else real & there,
+            query_position=position,
+            mask=mask,
+            options=self.newest.options,
+            position=tokens.position,
+            real=tokens.valid,
+            length=tokens.seen,
+            rotation=self._config.rotation,
+            repetition_peaks=None,
+        )
+
+    def _predicted(self, rows: Rows, tokens: Tokens, seen: int, since: int) -> Float[Tensor, "b h n"]:
+        """What rows remember; of those that came since, what the gate predicts, which looks at all heads."""
+        assert tokens.score is not None
+        gate, count = self._config.gate, seen - since
+        if gate is None or not count:
+            return tokens.score
+        fresh = tokens.valid & (rows.columns >= since)
+        at = (rows.columns.long() - since).where(fresh, count)
+        keys = rows.keys.new_zeros(*at.shape[:2], count + 1, rows.keys.shape[-1])
+        keys.scatter_(2, at[..., None].expand_as(rows.keys), rows.keys)
+        columns = torch.arange(since, seen, device=at.device).expand(len(at), 1, -1)
+        positions = self._log.positions(columns)[:, 0]
+        scores = gate.scores(keys[:, :, :count], positions, tokens.seen, self._config.rotation)
+        return scores.gather(2, at.clamp(max=count - 1)).where(fresh, tokens.score)
+
+
+def _raised(known: Float[Tensor, "b h n"], evidence: Evidence, near: int) -> Float[Tensor, "b h n"]:
+    """The larger of what rows had and of what the newest queries give them that are so many tokens away, or more."""
+    assert evidence.mask is not None
+    mask = (evidence.mask & evidence.asked[:, None, :, None])[:, :, None]
+    far = evidence.query_position[:, None, :, None] - evidence.position[:, :, None] >= near
+    for block in query_blocks(evidence.query, evidence.keys.shape[2]):
+        logits = logits_of(evidence.query[:, :, :, block], evidence.keys, evidence.options)
+        given = probabilities(logits, mask[:, :, :, block], evidence.options) * far[:, :, None, block]
+        known = known.maximum(given.amax(dim=(2, 3)))
+    return known
