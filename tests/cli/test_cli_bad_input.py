@@ -10,6 +10,8 @@ from asking import POSITIONS, QUESTION, short
 
 from commands import assert_one_line
 
+FASTGEN = ("--policy", "fastgen")
+
 BAD = {
     "unknown policy": (("--policy", "fastgne"), "did you mean fastgen"),
     "recovery too large": (("--recovery", 1.5), "from 0 to 1"),
@@ -17,15 +19,15 @@ BAD = {
     "recovery is a word": (("--recovery", "high"), "--recovery"),
     "recovery elsewhere": (("--policy", "window", "--set", "size=3", "--recovery", 0.9), "no parameter 'recovery'"),
     "recovery twice": (("--recovery", 0.9, "--set", "recovery=0.9"), "given twice"),
-    "fraction too large": (("--set", "local=1.5"), "from 0.0 to 1.0"),
-    "negative count": (("--set", "local=-1"), "count from 0"),
-    "unknown parameter": (("--set", "locale=1"), "no parameter 'locale'"),
+    "fraction too large": ((*FASTGEN, "--set", "local=1.5"), "from 0.0 to 1.0"),
+    "negative count": ((*FASTGEN, "--set", "local=-1"), "count from 0"),
+    "unknown parameter": ((*FASTGEN, "--set", "locale=1"), "no parameter 'locale'"),
     "missing parameter": (("--policy", "window"), "--set size=VALUE"),
     "set without value": (("--set", "local"), "NAME=VALUE"),
-    "set with a bad bool": (("--set", "normalize=maybe"), "true or false"),
-    "set with a bad word": (("--set", "fold=max"), "min, mean"),
-    "ladder without full": (("--set", "ladder=special,local"), "full"),
-    "ladder with unknown rule": (("--set", "ladder=specials,full"), "unknown rule"),
+    "set with a bad bool": ((*FASTGEN, "--set", "normalize=maybe"), "true or false"),
+    "set with a bad word": ((*FASTGEN, "--set", "fold=max"), "min, mean"),
+    "ladder without full": ((*FASTGEN, "--set", "ladder=special,local"), "full"),
+    "ladder with unknown rule": ((*FASTGEN, "--set", "ladder=specials,full"), "unknown rule"),
     "no new tokens": (("--max-new-tokens", 0), "--max-new-tokens"),
     "too many new tokens": (("--max-new-tokens", POSITIONS), "at most"),
     "prompt too long": (("--prompt", "cat! " * 200), f"room for {POSITIONS}"),
@@ -40,8 +42,12 @@ BAD = {
     "unknown dtype": (("--dtype", "float8"), "unknown dtype"),
     "unknown dtype of rows": (("--cache-dtype", "float8"), "unknown dtype 'float8'"),
     "unknown bits": (("--bits", "int3"), "bits are int8, int4, k8v4 or k4v8, got 'int3'"),
+    "bits of the one recommended": (("--bits", "int8"), "auto chooses the bits itself"),
     "bits of a policy that chooses them": (("--policy", "auto", "--bits", "int8"), "auto chooses the bits itself"),
-    "no kernels of LESS": (("--bits", "int8", "--less-kernels", "nowhere"), "no kernels of LESS in 'nowhere'"),
+    "no kernels of LESS": (
+        (*FASTGEN, "--bits", "int8", "--less-kernels", "nowhere"),
+        "no kernels of LESS in 'nowhere'",
+    ),
     "unknown device": (("--device", "tpux"), "unknown device"),
     "impossible device": (("--device", "cpu:7"), "no device"),
     "no such model": (("--model", "no/such/model/anywhere"), "cannot load the model"),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 from asking import QUESTION, short
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from chatty import KV_HEADS, LAYERS, TEXT
-from headwise.policies import FastGen
+from headwise import load_default_model
+from headwise.cli.cache_request import read_cache_request
+from headwise.errors import UnsupportedModelError
+from headwise.policies import Auto, Match
+from headwise.policies.words import describe_policy
 
 
 def test_json_is_one_object_of_this_schema_and_nothing_else(told):
@@ -24,9 +28,7 @@ def test_json_is_one_object_of_this_schema_and_nothing_else(told):
         "seconds",
     }
     assert found["new_tokens"] == 12
-    assert found["policy"]["name"] == "fastgen"
-    assert found["policy"]["parameters"]["recovery"] == 0.95
-    assert found["policy"]["parameters"]["ladder"] == list(FastGen(0.95).ladder)
+    assert found["policy"] == describe_policy(Match(Auto(ratio=0.25)))
     assert set(found["memory"]) == {"used_bytes", "allocated_bytes", "full_bytes"}
     row = 2 * 8 * 4  # key and value, head dimension, fp32
     assert found["memory"]["full_bytes"] == row * LAYERS * KV_HEADS * (found["prompt_tokens"] + 11)
@@ -115,9 +117,47 @@ def test_without_chat_template_the_prompt_is_raw_and_a_note_says_so(headwise, fo
 
 
 def test_sampled_profile_says_so(headwise):
-    assert headwise(*short("--json", "--set", "profile_rows=0.5")).json["sampled"] == pytest.approx(0.5, abs=0.1)
-    assert "a sample" in headwise(*short("--set", "profile_rows=0.5")).err
-    assert "a sample" not in headwise(*short()).err
+    asked = ("--policy", "fastgen")
+    sampled = (*asked, "--set", "profile_rows=0.5")
+    assert headwise(*short("--json", *sampled)).json["sampled"] == pytest.approx(0.5, abs=0.1)
+    assert "a sample" in headwise(*short(*sampled)).err
+    assert "a sample" not in headwise(*short(*asked)).err
+
+
+RECOMMENDED = {
+    (): Match(Auto(ratio=0.25)),
+    ("--budget", 0.5): Match(Auto(ratio=0.5)),
+    ("--recovery", 0.9): Match(Auto(recovery=0.9)),
+    ("--set", "ratio=40", "--set", "window=8"): Match(Auto(ratio=40, window=8)),
+    ("--set", "sinks=2"): Match(Auto(ratio=0.25, sinks=2)),
+    ("--budget", 0.5, "--match"): Match(Auto(ratio=0.5)),
+}
+
+
+@pytest.mark.parametrize("asked", RECOMMENDED, ids=str)
+def test_where_no_policy_is_named_it_is_the_one_recommended(headwise, asked):
+    assert headwise(*short("--json", *asked)).json["policy"] == describe_policy(RECOMMENDED[asked])
+
+
+def test_the_one_recommended_is_fitted_to_the_model(folder, tokenizer):
+    policy = read_cache_request(None, None, None, None, None, False, None, False, "auto", "auto")
+    own = LlamaForCausalLM.from_pretrained(folder)
+    assert policy.make(own, tokenizer).policy == Match(Auto(ratio=0.25))
+    # Its positions are learned: nothing can be turned to others.
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50)).eval()
+    assert policy.make(gpt2, tokenizer).policy == Auto(ratio=0.25)
+    named = read_cache_request("auto", None, ["ratio=0.25"], None, None, False, None, True, "auto", "auto")
+    with pytest.raises(UnsupportedModelError, match="turns queries to positions to come"):
+        named.make(gpt2, tokenizer)
+
+
+@pytest.mark.model
+def test_the_one_recommended_asks_gates_where_there_are_some():
+    model, tokenizer = load_default_model()
+    asked = read_cache_request(None, None, None, None, None, False, None, False, "auto", "auto")
+    assert asked.make(model, tokenizer).policy == Match(Auto(ratio=0.25, gate=True))
+    without = read_cache_request(None, None, ["gate=false"], None, None, False, None, False, "auto", "auto")
+    assert without.make(model, tokenizer).policy == Match(Auto(ratio=0.25))
 
 
 def test_kernels_are_those_asked_for(headwise):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asking import QUESTION
+from asking import QUESTION, short
 
 from chatty import KV_HEADS, LAYERS
 from headwise.policies import FastGen
@@ -23,7 +23,8 @@ def test_profile_json(headwise, document):
     assert sum(found["rules"].values()) == LAYERS * KV_HEADS
 
 
-def test_profile_chooses_what_generate_chooses(headwise, told):
+def test_profile_chooses_what_generate_chooses(headwise):
+    told = headwise(*short("--json", "--policy", "fastgen")).json
     assert headwise("profile", "--prompt", QUESTION, "--json").json["rules"] == told["rules"]
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from headwise.hosts.transformers.cache import HeadwiseCache
     from headwise.policies import Policy
 
+# What says how much Auto is to keep.
+_SIZES = ("recovery=", "ratio=", "bytes=")
+
 
 @dataclass(frozen=True)
 class CacheRequest:
@@ -25,6 +28,8 @@ class CacheRequest:
     Attributes:
         budget: room for the prompt; None for what the policy says.
         rows: dtype of exact rows; None for the model's.
+        recommended: whether nobody asked for the policy, so that it is fitted to the model: gates where there are some
+            for it, and no matching where its positions are not known.
     """
 
     policy: Policy
@@ -32,6 +37,7 @@ class CacheRequest:
     kernel: str
     rows: torch.dtype | None
     evict_every: int
+    recommended: bool = False
 
     def make(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int | None = None
@@ -41,11 +47,29 @@ class CacheRequest:
         Args:
             prompt_tokens: where the prompt comes in pieces, of how many tokens it is.
         """
+        if not self.recommended:
+            return self._make(model, self.policy, tokenizer, prompt_tokens)
+        from headwise.errors import UnsupportedModelError
+        from headwise.policies.recommended import by_gates, unmatched
+
+        policy = by_gates(self.policy, model)
+        try:
+            return self._make(model, policy, tokenizer, prompt_tokens)
+        except UnsupportedModelError:
+            return self._make(model, unmatched(policy), tokenizer, prompt_tokens)
+
+    def _make(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_tokens: int | None,
+    ) -> HeadwiseCache:
         from headwise.hosts.transformers.cache import HeadwiseCache
 
         return HeadwiseCache(
             model,
-            self.policy,
+            policy,
             tokenizer=tokenizer,
             prompt_tokens=prompt_tokens,
             kernel=self.kernel,
@@ -56,7 +80,7 @@ class CacheRequest:
 
 
 def read_cache_request(
-    policy: str,
+    policy: str | None,
     recovery: float | None,
     settings: Sequence[str] | None,
     budget: str | None,
@@ -70,6 +94,8 @@ def read_cache_request(
 ) -> CacheRequest:
     """The options of the command line, in their own types.
 
+    Where no policy is named it is `Match(Auto(ratio=0.25))`, without `Match` where LESS is asked for.
+
     Kernels of LESS are read here, before any model is.
 
     Raises:
@@ -78,6 +104,12 @@ def read_cache_request(
     """
     from headwise.policies.words import build_policy, in_bits, matched, read_budget, remembering
 
+    # Who says whether there are to be gates is not asked again.
+    recommended = policy is None and not any(s.startswith("gate=") for s in settings or ())
+    if policy is None:
+        policy, match = "auto", not (less or less_kernels is not None)
+        sized = recovery is not None or budget is not None or any(s.startswith(_SIZES) for s in settings or ())
+        settings = [*(settings or ()), *([] if sized else ["ratio=0.25"])]
     chosen = build_policy(policy, recovery, settings or (), budgeted=budget is not None)
     if bits is not None:
         chosen = in_bits(chosen, bits)
@@ -87,4 +119,4 @@ def read_cache_request(
         chosen = matched(chosen)
     room = None if budget is None else read_budget(budget)
     check_kernel(kernel)
-    return CacheRequest(chosen, room, kernel, parse_dtype(cache_dtype), evict_every)
+    return CacheRequest(chosen, room, kernel, parse_dtype(cache_dtype), evict_every, recommended)

@@ -57,7 +57,7 @@ def generate(
     prompt: options.Prompt = None,
     file: options.File = None,
     raw: options.Raw = False,
-    policy: options.PolicyName = "fastgen",
+    policy: options.Recommended = None,
     recovery: options.Recovery = None,
     settings: options.Settings = None,
     budget: options.Budget = None,

@@ -36,6 +36,16 @@ PolicyName = Annotated[
         "--policy", metavar="NAME", help="What to keep; `headwise policies` lists them.", rich_help_panel=POLICY
     ),
 ]
+Recommended = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        metavar="NAME",
+        help="What to keep; `headwise policies` lists them. Unless given, auto:ratio=0.25+match, by gates where there "
+        "are some for the model.",
+        rich_help_panel=POLICY,
+    ),
+]
 Recovery = Annotated[
     float | None,
     typer.Option(
