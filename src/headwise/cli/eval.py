@@ -31,7 +31,7 @@ _BOTH = "both"
 _ALL = "all"
 
 evaluations = typer.Typer(
-    name="eval", help="Measure what compression costs: fidelity, recall, made-up tasks, generation."
+    name="eval", help="Measure what compression costs: fidelity, recall, made-up tasks, generation, long texts, turns."
 )
 
 QueryMode = Annotated[
@@ -68,6 +68,15 @@ Kinds = Annotated[
         rich_help_panel=WORKLOAD,
     ),
 ]
+TurnKind = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="facts: every turn tells another, one is asked for; tally: every turn tells a new count, the last is.",
+        rich_help_panel=WORKLOAD,
+    ),
+]
+TurnCount = Annotated[int, typer.Option(metavar="N", help="In which something is told.", rich_help_panel=WORKLOAD)]
 MadeUpContext = Annotated[int, typer.Option(metavar="N", help="Tokens of made-up text.", rich_help_panel=WORKLOAD)]
 Needles = Annotated[int, typer.Option(metavar="N", help="Codes, where there are several.", rich_help_panel=WORKLOAD)]
 Hops = Annotated[int, typer.Option(metavar="N", help="Times a variable is handed on.", rich_help_panel=WORKLOAD)]
@@ -163,6 +172,24 @@ def synthetic(
         Synthetic(mode, context, items, new_tokens, seed, name, needles, hops)
         for name, mode in product(kinds, _queries(query))
     ]
+
+
+@evaluations.command()
+@evaluation
+def turns(
+    text: Texts = None,
+    kind: TurnKind = "facts",
+    context: RealContext = 6000,
+    turns: TurnCount = 8,
+    items: Questions = 16,
+    new_tokens: NewTokens = 24,
+    undo_marks: UndoMarks = False,
+    seed: Seed = 0,
+) -> list[Any]:
+    """Tell something in every turn of a chat, and ask for it in the last."""
+    from headwise.eval.turns import Turns
+
+    return [Turns(kind, context, turns, items, new_tokens, seed, tuple(text or ()), undo_marks)]
 
 
 def _queries(name: str) -> list[Query]:
