@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -271,6 +272,27 @@ def test_tokens_can_be_taken_back_to_the_last_choice_and_no_further(policy):
             for end in range(50, 64):
                 model()(input_ids=tokens[:, end : end + 1], past_key_values=each)
     assert held(cache) == held(follow_on)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (headwise.SnapKV(0.25, window=5), "25.0% of all tokens seen, chosen again every 32 tokens"),
+        (headwise.KVzip(12, choose_every=7), "12 tokens of each head, chosen again every 7 tokens"),
+        (headwise.TOVA(0.5, of="prompt"), "50.0% of the prompt, chosen once"),
+        (headwise.Match(headwise.SnapKV(0.5, window=5)), "50.0% of the prompt, chosen once"),
+        (headwise.PeakAttention(0.9), "all that a query pays 0.1 of its attention, chosen again every 32 tokens"),
+        (headwise.Auto(ratio=0.3), "30.0% of the bytes of all tokens seen, chosen again every 32 tokens"),
+        (headwise.Auto(bytes=2**14), "16.0 KiB for each sequence, chosen again every 32 tokens"),
+        (headwise.Random(0.5), "50.0% of all tokens seen"),
+        (headwise.Full(), None),
+    ],
+    ids=str,
+)
+def test_a_report_says_what_was_asked_for(policy, words):
+    report = follow(new(policy), tiny.prompt(60), [1]).report()
+    assert report.to_dict()["asked"] == words
+    assert (re.search(f"asked for +{words}\n", str(report)) is not None) is (words is not None)
 
 
 def test_words_for_it():

@@ -14,6 +14,10 @@ POLICIES = [
     headwise.StreamingLLM(window=28, sinks=4),
     headwise.H2O(heavy=16, recent=16),
     headwise.Quantized(headwise.StreamingLLM(window=60, sinks=4), 8, recent=20),
+    headwise.SnapKV(keep=32, window=8),
+    headwise.AdaKV(keep=32, over=headwise.TOVA(32), choose_every=24),
+    headwise.KVzip(keep=32),
+    headwise.Auto(bytes=20_000, window=8),
 ]
 
 
@@ -32,7 +36,7 @@ def plain_sizes(held, depth=0):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_what_is_held_is_the_same_after_2000_and_4000_tokens(policy):
-    cache = headwise.HeadwiseCache(MODEL, policy, evict_every=16)
+    cache = headwise.HeadwiseCache(MODEL, policy, tokenizer=tiny.tokenizer(), evict_every=16)
     held = []
     with torch.no_grad():
         for count in (40, 1):

@@ -105,6 +105,7 @@ class Report:
         kernel: name of the kernels that read and write the pages.
         profile_seconds: time spent on profiling the prompt and choosing the rules.
         compact_seconds: time spent on copying the prompt's kept rows into pages.
+        asked: what is to be kept, in words, where the policy has a size.
     """
 
     policy: str
@@ -114,6 +115,7 @@ class Report:
     kernel: str
     profile_seconds: float
     compact_seconds: float
+    asked: str | None = None
 
     @property
     def used_bytes(self) -> int:
@@ -220,6 +222,7 @@ class Report:
         """Plain Python numbers, strings and lists, ready for JSON."""
         return {
             "policy": self.policy,
+            "asked": self.asked,
             "seen_tokens": self.seen_tokens,
             "used_bytes": self.used_bytes,
             "allocated_bytes": self.allocated_bytes,
@@ -245,6 +248,7 @@ class Report:
         saved = f"{self.saved_bytes / self.full_bytes:.1%}" if self.full_bytes else "-"
         lines = [
             ("policy", self.policy),
+            *([("asked for", self.asked)] if self.asked else []),
             ("tokens seen", f"{self.seen_tokens:,}"),
             ("tokens kept", f"{self.kept_ratio:.1%} of all rows"),
             *([("of them media", _share_of_media(self))] if self._any_media else []),

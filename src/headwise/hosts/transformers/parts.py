@@ -13,6 +13,7 @@ from headwise.errors import CacheStateError, InputError
 from headwise.hosts.transformers.kinds import KindTable
 from headwise.hosts.transformers.layer import HeadwiseLayer, layer_report
 from headwise.report.report import Report
+from headwise.report.words import asked_words
 from headwise.stages.admit import check_select
 from headwise.stages.layer import LayerCache
 from headwise.stages.token_log import TokenLog
@@ -73,6 +74,7 @@ class CacheParts:
             kernel=kernel,
             profile_seconds=repetition_seconds + sum((prompt.profile_seconds for prompt in prompts), 0.0),
             compact_seconds=sum((prompt.compact_seconds for prompt in prompts), 0.0),
+            asked=next((asked_words(core.config.policy, core.config.again) for core in self.cores), None),
         )
 
     def announce(self, input_ids: Int[Tensor, "b q"] | None, seen: int) -> None:
