@@ -213,3 +213,14 @@ def test_fewer_bits_cost_more_and_exact_rows_nothing():
         assert (exact == 0).all() and (k8v8 > 0).all()
         assert (k8v8 < k8v4).all() and (k8v4 < k4v4).all()
         assert loss.row_bytes == (ROW, 14 + 4 + 14 + 4 + 8, 14 + 4 + 7 + 4 + 8, 7 + 4 + 7 + 4 + 8)
+
+
+def test_later_rows_get_the_bits_of_their_head_or_as_many_as_are_asked_for():
+    """Where all are kept whatever they are worth, 8."""
+    later = {None: None, 8: 0, 4: 2}
+    for bits, format in later.items():
+        assert headwise.Auto(ratio=0.5, later_bits=bits).precision.later == format
+    assert headwise.Auto(ratio=0.5, of="prompt").precision.later == 0
+    assert headwise.Auto(ratio=0.5, of="prompt", later_bits=4).precision.later == 2
+    with pytest.raises(ConfigurationError, match="later_bits must be 8, 4 or None, got 16"):
+        headwise.Auto(ratio=0.5, later_bits=16)

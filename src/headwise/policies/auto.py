@@ -22,7 +22,7 @@ from headwise.quant.formats import RECENT, SINKS, Precision, RowFormat
 from headwise.types import Float, Tensor
 
 _FORMATS = (RowFormat(8, 8), RowFormat(8, 4), RowFormat(4, 4))
-_LATER = {8: 0, 4: 2}
+_LATER = {8: 0, 4: 2, None: None}
 
 
 @register("auto")
@@ -45,8 +45,8 @@ class Auto(RepetitionScored):
         window: newest tokens that are kept, and whose queries count.
         recent: newest rows of a head that stay exact.
         sinks: first tokens, which are kept, and stay exact.
-        later_bits: of rows that come after the prompt, when they are no longer recent: 8, because nothing is known of
-            their worth, or 4. The budget is for the prompt alone.
+        later_bits: of rows that come after the prompt, when they are no longer recent: 8 or 4; None for those of the
+            head's other rows, or for 8 with `of="prompt"`, where such rows are all kept whatever they are worth.
         gate: as for `PeakAttention`: whether scores are predicted, not found by a repetition.
 
     Raises:
@@ -59,7 +59,7 @@ class Auto(RepetitionScored):
     window: int = 64
     recent: int = RECENT
     sinks: int = SINKS
-    later_bits: int = 8
+    later_bits: int | None = None
     gate: bool | str = False
 
     def __post_init__(self) -> None:
@@ -78,14 +78,13 @@ class Auto(RepetitionScored):
         check_gate(self.gate)
         Rechoosing.__post_init__(self)
         if self.later_bits not in _LATER:
-            raise ConfigurationError(
-                f"later_bits must be one of {', '.join(map(str, _LATER))}, got {self.later_bits!r}"
-            )
+            raise ConfigurationError(f"later_bits must be 8, 4 or None, got {self.later_bits!r}")
 
     @property
     def precision(self) -> Precision:
         """What a head may get."""
-        return Precision(_FORMATS, self.recent, self.sinks, _LATER[self.later_bits])
+        later = 8 if self.later_bits is None and self.of == "prompt" else self.later_bits
+        return Precision(_FORMATS, self.recent, self.sinks, _LATER[later])
 
     @property
     def query_rows(self) -> int:

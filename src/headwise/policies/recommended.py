@@ -10,6 +10,7 @@ from headwise.errors import MismatchError
 from headwise.gate.checkpoint import check_gates, load_gates, shipped_gates
 from headwise.policies.base import Policy
 from headwise.policies.match import Match
+from headwise.policies.scored import Rechoosing
 from headwise.policies.wrapper import Wrapper
 
 
@@ -27,5 +28,8 @@ def by_gates(policy: Policy, model: nn.Module) -> Policy:
 
 
 def unmatched(policy: Policy) -> Policy:
-    """Without refitted rows."""
-    return policy.policy if isinstance(policy, Match) else policy
+    """Without refitted rows, so that nothing keeps it from choosing again."""
+    if not isinstance(policy, Match):
+        return policy
+    inner = policy.policy
+    return replace(inner, of="seen") if isinstance(inner, Rechoosing) else inner

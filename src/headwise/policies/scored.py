@@ -54,6 +54,10 @@ class Rechoosing(Policy):
         rows = self.query_rows
         return Again(self.choose_every, _NEWEST if rows is None else rows)
 
+    def once(self) -> Rechoosing:
+        """Of the prompt."""
+        return replace(self, of="prompt")
+
 
 class Scored(Rechoosing):
     """Keeps the tokens with the highest scores.

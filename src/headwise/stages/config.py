@@ -80,8 +80,8 @@ class LayerConfig:
 
     @property
     def again(self) -> Again | None:
-        """How the policy chooses when more tokens have come; None where rows were fitted as a whole, or it does not."""
-        return None if self.cache.matching is not None else self.policy.again
+        """How the policy chooses when more tokens have come; None where it does not."""
+        return self.policy.again
 
     @property
     def remembers(self) -> bool:
