@@ -43,3 +43,10 @@ def test_a_former_name_of_a_policy_works_and_its_name_is_said(tmp_path):
     assert note == "note: policy 'recite' is now called 'peak-attention'"
     assert error.startswith("error: there is no file")
     assert '"recite"' not in call("policies", "--json").out
+
+
+def test_what_may_be_none_can_be_said_so():
+    assert build_policy("auto", None, ["ratio=0.5", "later_bits=none"]).later_bits is None
+    assert build_policy("auto", None, ["ratio=0.5", "later_bits=4"]).later_bits == 4
+    with pytest.raises(ConfigurationError, match="expected a"):
+        build_policy("auto", None, ["ratio=0.5", "window=none"])

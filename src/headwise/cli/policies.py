@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -14,6 +14,10 @@ from headwise.cli.tables import output, plain_table
 
 if TYPE_CHECKING:
     from headwise.policies import Policy
+
+
+# Of these a policy takes one.
+_TARGETS = ("recovery", "keep", "ratio", "bytes")
 
 
 def policies(json_output: options.Json = False) -> None:
@@ -36,10 +40,11 @@ def policies(json_output: options.Json = False) -> None:
 
 
 def _describe(name: str, policy: type[Policy]) -> dict[str, Any]:
+    from headwise.policies.base import parameter_fields
     from headwise.policies.words import DEFAULT_RECOVERY, plain
 
     parameters = []
-    for field in fields(policy):  # type: ignore[arg-type]  # policies are dataclasses
+    for field in parameter_fields(policy):
         if not field.init:
             continue
         required = field.default is MISSING
@@ -58,8 +63,8 @@ def _describe(name: str, policy: type[Policy]) -> dict[str, Any]:
 def _parameter(name: str, default: Any, required: bool) -> Text:
     if required:
         return Text.assemble(name, (" (required)", "yellow"))
-    if default is None:
+    if default is None and name in _TARGETS:
         return Text.assemble(name, (" (instead of another)", "dim"))
     # As --set takes it.
     shown = ",".join(default) if isinstance(default, list) else str(default)
-    return Text.assemble(name, (f"={shown.lower() if isinstance(default, bool) else shown}", "dim"))
+    return Text.assemble(name, (f"={shown.lower() if default is None or isinstance(default, bool) else shown}", "dim"))

@@ -166,17 +166,19 @@ class Policy(ABC):
 
     def parameters(self) -> dict[str, object]:
         """The configuration by name, as given."""
-        return {field.name: getattr(self, field.name) for field in self._fields()}
+        return {field.name: getattr(self, field.name) for field in parameter_fields(type(self))}
 
     def __str__(self) -> str:
         """How Python would build it, without what is left at its default."""
-        given = {f.name: getattr(self, f.name) for f in self._fields() if getattr(self, f.name) != f.default}
+        own = parameter_fields(type(self))
+        given = {f.name: getattr(self, f.name) for f in own if getattr(self, f.name) != f.default}
         words = {name: str(value) if isinstance(value, Policy) else repr(value) for name, value in given.items()}
         return f"{type(self).__name__}({', '.join(f'{name}={word}' for name, word in words.items())})"
 
-    def _fields(self) -> list[Field[object]]:
-        # What is passed by keyword alone is what several policies have in common, and comes last.
-        return sorted(fields(self), key=lambda field: field.kw_only is True)  # type: ignore[arg-type]  # subclasses are dataclasses
+
+def parameter_fields(policy: type[Policy]) -> list[Field[object]]:
+    """What a policy can be told; what several have in common, and take by keyword alone, comes last."""
+    return sorted(fields(policy), key=lambda field: field.kw_only is True)  # type: ignore[arg-type]  # policies are dataclasses
 
 
 class Rule(Policy):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from torch import nn
 
@@ -18,7 +18,7 @@ def by_gates(policy: Policy, model: nn.Module) -> Policy:
     """With scores predicted by the gates that come with headwise, where these are for that model."""
     if isinstance(policy, Wrapper):
         return replace(policy, policy=by_gates(policy.policy, model))
-    if not any(field.name == "gate" for field in fields(policy)):  # type: ignore[arg-type]  # policies are dataclasses
+    if "gate" not in policy.parameters():
         return policy
     try:
         check_gates(load_gates(shipped_gates()), model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from headwise.errors import ConfigurationError
@@ -150,8 +150,12 @@ class _Parameter:
 
 def _parameters(policy: type[Policy]) -> dict[str, _Parameter]:
     """What a policy can be told, by name."""
+    from headwise.policies.base import parameter_fields
+
     hints = get_type_hints(policy)
-    return {field.name: _Parameter(hints[field.name], field.default) for field in fields(policy) if field.init}  # type: ignore[arg-type]  # policies are dataclasses
+    return {
+        field.name: _Parameter(hints[field.name], field.default) for field in parameter_fields(policy) if field.init
+    }
 
 
 def _add(given: dict[str, Any], settings: Sequence[str], accepted: dict[str, _Parameter], written: str) -> None:
@@ -218,6 +222,8 @@ def _read(setting: str, text: str, hint: Any) -> object:
             if abs(value) > _LARGEST:
                 raise ConfigurationError(f"{setting}: the number is too large")
             return value
+    if type(None) in types and text.lower() == "none":
+        return None
     if str in types:
         return text
     raise ConfigurationError(f"{setting}: expected {'a whole number' if types == (int,) else 'a number'}")
