@@ -89,7 +89,6 @@ def test_rows_remember_what_they_were_worth(kind, gate, tmp_path):
     save_gates(gates, tmp_path / "gates")
     policy = kind(keep=0.3, choose_every=EVERY, gate=str(tmp_path / "gates") if gate else False)
     cache, expected, peaks, since, read = new(policy), [], [], PROMPT, PROMPT
-    window = max(EVERY, policy.query_rows)
 
     def compare(seen):
         nonlocal expected, peaks, since, read
@@ -116,11 +115,9 @@ def test_rows_remember_what_they_were_worth(kind, gate, tmp_path):
                 for h, own in enumerate(peaks[layer]):
                     own |= dict(zip(range(since, seen), scores[h].tolist(), strict=True))
             for h, head in enumerate(heads):
-                peaks[layer][h] = rechoosing_oracle.raised(peaks[layer][h], head, window, 64)
+                peaks[layer][h] = rechoosing_oracle.raised(peaks[layer][h], head, EVERY, 64)
                 best = dict(peaks[layer][h])
                 if kind is headwise.PeakAttention:
-                    for _, row in head.asked(policy.window):
-                        best = {c: max(best[c], row.get(c, 0.0)) for c in best}
                     best = rechoosing_oracle.newest(best, head, policy.window)
                 worth |= {(layer, h, c): 9999.0 if c < policy.sinks else s for c, s in best.items()}
         since = seen

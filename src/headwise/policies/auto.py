@@ -101,7 +101,15 @@ class Auto(RepetitionScored):
 
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """As `PeakAttention` has it."""
-        return PeakAttention(recovery=1.0, window=self.window, sinks=self.sinks).score(evidence)
+        return self._peaks.score(evidence)
+
+    def score_again(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
+        """As `PeakAttention` has it."""
+        return self._peaks.score_again(evidence)
+
+    @property
+    def _peaks(self) -> PeakAttention:
+        return PeakAttention(recovery=1.0, window=self.window, sinks=self.sinks)
 
     def format_loss(self, evidence: Evidence) -> FormatLoss:
         """What each format costs, exact rows first: the loss of each head, and bytes of a row."""

@@ -128,6 +128,10 @@ class Policy(ABC):
         """
         return cheapest_rungs(self.selection, layers)
 
+    def score_again(self, evidence: Evidence) -> Float[Tensor, "b h t"] | None:
+        """What each row is worth when it is chosen again."""
+        return self.assess(evidence)[0]
+
     def choose_again(self, layers: Sequence[PromptSummary]) -> list[Choice]:
         """Which of the rows that are held stay.
 

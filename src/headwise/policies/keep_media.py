@@ -65,6 +65,10 @@ class KeepMedia(Policy):
         """As the policy chooses where there is only text."""
         return self.policy.choose([_text(layer) for layer in layers])
 
+    def score_again(self, evidence: Evidence) -> Float[Tensor, "b h t"] | None:
+        """As the policy does."""
+        return self.policy.score_again(evidence)
+
     def choose_again(self, layers: Sequence[PromptSummary]) -> list[Choice]:
         """As the policy chooses where there is only text."""
         return self.policy.choose_again([_text(layer) for layer in layers])

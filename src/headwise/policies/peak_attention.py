@@ -69,6 +69,14 @@ class PeakAttention(RepetitionScored):
             best = best.maximum(block.amax(dim=(2, 3)))
         if evidence.ahead is not None:
             best = best.maximum(evidence.ahead_counts * evidence.ahead())
+        return self._always_kept(best, evidence)
+
+    def score_again(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
+        """What rows remember."""
+        assert evidence.repetition_peaks is not None
+        return self._always_kept(evidence.repetition_peaks, evidence)
+
+    def _always_kept(self, best: Float[Tensor, "b h t"], evidence: Evidence) -> Float[Tensor, "b h t"]:
         return torch.where(evidence.position < self.sinks, torch.inf, newest_first(best, evidence, self.window))
 
     def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:

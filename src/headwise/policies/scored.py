@@ -98,6 +98,10 @@ class Scored(Rechoosing):
         """Score and loss."""
         return self.score(evidence).float(), self.format_loss(evidence)
 
+    def score_again(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
+        """As at the end of the prompt, by the newest queries."""
+        return self.score(evidence).float()
+
     def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
         """Which tokens stay, for each of the layers given: all where the policy `needs_all_layers`, else one."""
         return [highest(score, facts, self.quota(facts)) for score, facts in zip(scores, tokens, strict=True)]
@@ -125,8 +129,7 @@ class RepetitionScored(Scored):
     @property
     def again(self) -> Again | None:
         """By the most that queries paid to a row, from so far away that it is no neighbour, since it came."""
-        chosen = super().again
-        return chosen and replace(chosen, queries=max(chosen.queries, self.choose_every), remembers=_NEAR)
+        return None if self.of == "prompt" else Again(self.choose_every, self.choose_every, remembers=_NEAR)
 
     @property
     def needs_all_layers(self) -> bool:

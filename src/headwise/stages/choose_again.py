@@ -65,7 +65,7 @@ class LaterChoices:
             peaks = _raised(known, evidence, self._again.remembers)
             store.replace_scores(peaks)
             evidence = replace(evidence, repetition_peaks=peaks)
-        score, _ = self._config.policy.assess(evidence)
+        score = self._config.policy.score_again(evidence)
         kv_bytes = LayerShape(1, rows.keys.shape[-1], rows.values.shape[-1]).token_bytes(
             store.exact.pools["keys"].dtype
         )
