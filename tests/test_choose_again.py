@@ -17,6 +17,8 @@ from gated import gates_for
 from headwise.errors import CacheStateError, ConfigurationError
 from headwise.gate.checkpoint import save_gates
 from headwise.hosts.transformers.graph import DecodeGraph
+from headwise.less.state import EvictedState
+from less_caches import remembering
 from oracle import rows_of
 from rechoosing_oracle import Recording, count_of, heads_of
 from scored_prompts import model, words
@@ -269,6 +271,23 @@ def test_tokens_can_be_taken_back_to_the_last_choice_and_no_further(policy):
             for end in range(50, 64):
                 model()(input_ids=tokens[:, end : end + 1], past_key_values=each)
     assert held(cache) == held(follow_on)
+
+
+def test_what_a_later_choice_drops_is_folded_in():
+    policy = headwise.SnapKV(9, window=4, choose_every=EVERY)
+    cache, dropped = remembering(model(), policy), 0
+    with Recording() as record:
+        follow(cache, words(98, seed=5), PASSES[:20])
+    for index, layer in enumerate(cache.headwise_layers):
+        _, keys, values = (part.float()[None] for part in record.of(index))
+        gone = torch.ones(1, *keys.shape[1:3], dtype=torch.bool)
+        for h, head in enumerate(held(cache)[index]):
+            gone[0, h, sorted(head)] = False
+        expected = EvictedState(layer.core.evicted.features)
+        expected.fold(keys, values, gone)
+        torch.testing.assert_close(layer.core.evicted.state(), expected.state(), atol=1e-3, rtol=1e-4)
+        dropped += int(gone.sum())
+    assert dropped > 6 * 50
 
 
 @pytest.mark.parametrize(

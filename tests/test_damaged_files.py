@@ -24,6 +24,7 @@ KINDS = {
     "fastgen": ("llama", FastGen(recovery=0.6)),
     "codes": ("gemma3", Quantized(H2O(heavy=9, recent=8), 8, recent=4)),
     "full": ("llama", Full()),
+    "again": ("llama", SnapKV(keep=10, window=4)),
     "matched": ("llama", Match(SnapKV(keep=10, window=4))),
 }
 
@@ -205,6 +206,24 @@ def test_biases_are_numbers(number, tmp_path):
     used("matched").save(tmp_path / "cache")
     with pytest.raises(InputError, match=r"is not a sound saved cache: .*"):
         load("matched", changed(tmp_path / "cache", setting("layers.1.biases", 5, number)))
+
+
+NEWEST = {
+    "NaN": setting("layers.1.newest_queries", 7, torch.nan),
+    "fewer": replacing("layers.1.newest_queries", lambda queries: queries[:, :, :, 1:]),
+    "other heads": replacing("layers.1.newest_queries", lambda queries: queries[:, :1]),
+    "column beyond": setting("layers.1.newest_columns", 1, 1 << 40),
+    "no columns": lambda tensors, _: tensors.pop("layers.1.newest_columns"),
+    "of none": lambda tensors, _: tensors.pop("layers.1.newest_queries"),
+    "neither": lambda tensors, _: [tensors.pop(f"layers.1.newest_{part}") for part in ("queries", "columns")],
+}
+
+
+@pytest.mark.parametrize("what", NEWEST)
+def test_the_newest_queries_are_looked_at(what, tmp_path):
+    used("again").save(tmp_path / "cache")
+    with pytest.raises(InputError, match=r"is not a sound saved cache: .*"):
+        load("again", changed(tmp_path / "cache", NEWEST[what]))
 
 
 # Where it is written.

@@ -69,6 +69,7 @@ BESIDE = {
     KeepMedia(StreamingLLM(window=4, sinks=1)): 5,
     KeepMedia(H2O(heavy=3, recent=4)): 7,
     KeepMedia(SnapKV(keep=6)): 6,
+    KeepMedia(SnapKV(keep=6, window=2, choose_every=4)): 6,
     # With so few queries to ask, they would take some of the image.
     KeepMedia(SnapKV(keep=11, window=1)): 11,
     KeepMedia(AdaKV(keep=6, safeguard=1.0)): 6,
@@ -93,6 +94,12 @@ def test_media_are_kept_and_the_budget_is_for_the_text(family, policy):
     assert out.shape[1] == IDS.shape[1] + 16
     # They stay for good, and so do those of later turns.
     assert {m.min().item() for m in cache.report().kept_media if m is not None} == {PATCHES}
+    again = policy.chooser.again
+    if again is not None and again.every == 4:
+        text = [
+            k - m for k, m in zip(cache.report().kept_tokens, cache.report().kept_media, strict=True) if k is not None
+        ]
+        assert max(int(each.max()) for each in text) < BESIDE[policy] + 4
 
 
 @pytest.mark.parametrize("policy", [H2O(heavy=4, recent=5), SnapKV(keep=9), StreamingLLM(window=6)], ids=str)

@@ -141,10 +141,9 @@ def _check_compressed(part: _Part, core: LayerCache, shape: LayerShape | None, c
     for name, wanted in (("recovered", (rungs, batch, heads)), ("threshold", (batch,)), ("matched", (2, batch, heads))):
         if name in part.left:
             part.take(name, wanted, torch.float32)
-    if "newest_queries" in part.left:
-        again = config.again
-        part.check(again is not None, "nobody asks for newest queries, which are part")
-        assert again is not None
+    again = config.again
+    part.check(("newest_queries" in part.left) == (again is not None), "newest queries")
+    if again is not None:
         dim = None if shape is None else shape.key_dim
         part.take("newest_queries", (batch, heads, None, again.queries, dim), *_FLOATS)
         part.within("newest_columns", part.take("newest_columns", (again.queries,), _COUNT), -1, columns - 1)
