@@ -19,6 +19,7 @@ from headwise.gate.checkpoint import save_gates
 from headwise.hosts.transformers.graph import DecodeGraph
 from headwise.less.state import EvictedState
 from less_caches import remembering
+from models import unchecked_shapes
 from oracle import rows_of
 from rechoosing_oracle import Recording, count_of, heads_of
 from scored_prompts import model, words
@@ -316,8 +317,8 @@ def test_words_for_it():
     assert str(policy) == "SnapKV(keep=0.3, of='prompt', choose_every=5)"
     assert str(headwise.AdaKV(0.3, over=headwise.TOVA(4))) == "AdaKV(keep=0.3, over=TOVA(keep=4))"
     assert next(iter(policy.parameters())) == "keep"
-    with pytest.raises(ConfigurationError, match="of must be one of seen, prompt, got 'all'"):
+    with unchecked_shapes(), pytest.raises(ConfigurationError, match="of must be one of seen, prompt, got 'all'"):
         headwise.KVzip(0.5, of="all")
     for wrong in (0, -3, 2.5, True):
-        with pytest.raises(ConfigurationError, match="choose_every must be a count of 1 or more"):
+        with unchecked_shapes(), pytest.raises(ConfigurationError, match="choose_every must be a count of 1 or more"):
             headwise.Auto(ratio=0.5, choose_every=wrong)

@@ -22,6 +22,7 @@ from headwise.policies.size import quota_tokens, window_tokens
 from headwise.policies.special import Special
 from headwise.policies.window import Window
 from headwise.types import Kind
+from models import unchecked_shapes
 from rule_facts import facts
 
 
@@ -262,5 +263,5 @@ def test_a_fraction_is_of_all_tokens_seen_or_of_the_prompt(policy, of):
     (rule,) = replace(policy, of=of).rungs
     tokens = facts(positions=list(range(60)), prompt=40, scores=torch.arange(60).flip(0).tolist())
     assert int(rule.keep(tokens).sum()) == {"seen": 12, "prompt": 8}[of]
-    with pytest.raises(ConfigurationError, match="of must be one of seen, prompt"):
+    with unchecked_shapes(), pytest.raises(ConfigurationError, match="of must be one of seen, prompt"):
         replace(policy, of="all").rungs  # noqa: B018  # made when asked for

@@ -54,7 +54,7 @@ class AdaKV(Scored):
         """The other policy's."""
         return self._scorer.score(evidence)
 
-    def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
+    def select(self, scores: Sequence[Float[Tensor, "b h _"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h _"]]:
         """The best of every head, and of what is left the best of the layer."""
         return [self._shared(score, facts) for score, facts in zip(scores, tokens, strict=True)]
 

@@ -79,7 +79,7 @@ class PeakAttention(RepetitionScored):
     def _always_kept(self, best: Float[Tensor, "b h t"], evidence: Evidence) -> Float[Tensor, "b h t"]:
         return torch.where(evidence.position < self.sinks, torch.inf, newest_first(best, evidence, self.window))
 
-    def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
+    def select(self, scores: Sequence[Float[Tensor, "b h _"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h _"]]:
         """What got enough, or the best of the model."""
         if self.recovery is not None:
             return [(score >= 1 - self.recovery) & facts.pool for score, facts in zip(scores, tokens, strict=True)]

@@ -102,7 +102,7 @@ class Scored(Rechoosing):
         """As at the end of the prompt, by the newest queries."""
         return self.score(evidence).float()
 
-    def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
+    def select(self, scores: Sequence[Float[Tensor, "b h _"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h _"]]:
         """Which tokens stay, for each of the layers given: all where the policy `needs_all_layers`, else one."""
         return [highest(score, facts, self.quota(facts)) for score, facts in zip(scores, tokens, strict=True)]
 
@@ -146,7 +146,7 @@ class RepetitionScored(Scored):
         """As the field says."""
         return self.gate
 
-    def select(self, scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h t"]]:
+    def select(self, scores: Sequence[Float[Tensor, "b h _"]], tokens: Sequence[Tokens]) -> list[Bool[Tensor, "b h _"]]:
         """The best of the model."""
         heads = sum(score.shape[1] for score in scores)
         return across(scores, tokens, self.quota(tokens[0]) * heads)
@@ -182,8 +182,8 @@ def highest(score: Float[Tensor, "b h t"], tokens: Tokens, quota: Int[Tensor, "b
 
 
 def across(
-    scores: Sequence[Float[Tensor, "b h t"]], tokens: Sequence[Tokens], quota: Tensor
-) -> list[Bool[Tensor, "b h t"]]:
+    scores: Sequence[Float[Tensor, "b h _"]], tokens: Sequence[Tokens], quota: Tensor
+) -> list[Bool[Tensor, "b h _"]]:
     """The highest scores of all the layers and heads given, so many for each sequence; of equal ones the first.
 
     Args:

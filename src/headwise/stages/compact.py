@@ -112,7 +112,7 @@ class Prompt:
             scores = self.observations.repetition_peaks
         asked = self.observations.asked
         if asked.there:
-            self._later.note(asked.query, columns[0, 0, -asked.query.shape[3] :], asked.options)
+            self._later.note(asked.query, columns[0, 0, columns.shape[2] - asked.query.shape[3] :], asked.options)
         bearable = self.observations.formats(keys, values)
         formats = bearable if planned.formats is None else planned.formats
         targets = None if cache.matching is None else self.observations.targets(keys, values)

@@ -108,7 +108,7 @@ class Observations:
         if config.gate is not None:
             self.repetition_peaks = config.gate.scores(keys, positions, length, config.rotation)
         newest, dims, dtype = (
-            slice(-query.shape[3], None),
+            slice(keys.shape[2] - query.shape[3], None),
             (keys.shape[-1], values.shape[-1]),
             cache.dtype or keys.dtype,
         )
