@@ -6,6 +6,8 @@ The checks take most of the time of models this small, so the package is instrum
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jaxtyping
 import pytest
 import torch
@@ -74,6 +76,16 @@ def some_steps(policy, kernel, model=None, columns=29):
 @pytest.mark.parametrize("policy", EVERY, ids=lambda policy: policy.name)
 def test_every_policy(policy):
     some_steps(policy, "cpu")
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [each for each in EVERY if each.again is not None],
+    ids=lambda policy: policy.name,
+)
+def test_every_policy_that_chooses_again(policy):
+    cache = some_steps(replace(policy, choose_every=3), "cpu")
+    assert cache.headwise_layers[0].core.evicted_at == cache.get_seq_length() - 1
 
 
 @pytest.mark.parametrize("kernel", ["reference", "cpu", "triton"])
