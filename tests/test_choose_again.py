@@ -194,6 +194,7 @@ ALIKE = [
     headwise.ExpectedAttention(0.3, choose_every=EVERY),
     headwise.KVzip(0.3, choose_every=EVERY),
     headwise.Auto(ratio=0.4, window=5, choose_every=EVERY),
+    headwise.Auto(recovery=0.95, window=5, choose_every=EVERY),
     headwise.Quantized(headwise.SnapKV(0.3, window=5, choose_every=EVERY), recent=4),
 ]
 

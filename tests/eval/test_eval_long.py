@@ -63,6 +63,13 @@ def test_the_full_cache_says_what_it_would_have(subject):
     assert found.metrics["kl"] < 1e-5 and found.metrics["top1"] == 1
 
 
+def test_few_steps_are_all_fed_one_by_one(subject):
+    few = Long(context=CONTEXT, steps=5, passages=1, last=1000)
+    item = few.items(subject.tokenizer)[0]
+    found = few.measure(subject, item, FULL_CACHE, few.reference(subject, item))
+    assert found.metrics["kl"] < 1e-5
+
+
 def test_it_takes_counts():
     with pytest.raises(ConfigurationError, match="last must be a count of 1 or more, got 0"):
         Long(last=0)

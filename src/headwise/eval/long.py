@@ -77,7 +77,8 @@ class Long(Fidelity):
         logits: list[Tensor] = []
         most, seconds, seen = 0.0, [], self.context
         timed = min(_TIMED, self._counted)
-        for fed in (*subject.passes(context.cache, ids[:, :-timed]), *ids[:, -timed:].split(1, dim=1)):
+        before = subject.passes(context.cache, ids[:, :-timed]) if timed < ids.shape[1] else ()
+        for fed in (*before, *ids[:, -timed:].split(1, dim=1)):
             started = time.perf_counter()
             logits.append(subject.feed(context.cache, fed))
             if fed.shape[1] == 1:

@@ -143,7 +143,9 @@ class Auto(RepetitionScored):
         # What is always kept is worth more than all attention.
         per_byte = torch.where(worth > 1, worth.double(), worth.double().clamp(min=0).square() / taken)
         if self.recovery is not None:
-            kept = per_byte >= (1 - self.recovery) ** 2 / float(taken[pool].min())
+            # Of its own rows: what a sequence keeps does not depend on others.
+            fewest = taken.masked_fill(~pool, torch.inf).amin(dim=(1, 2, 3), keepdim=True)
+            kept = per_byte >= (1 - self.recovery) ** 2 / fewest
         else:
             heads = sum(score.shape[1] for score in scores)
             budget = self._budget(layers[0].tokens, heads, kv_bytes[0], int(max(size.max() for size in sizes)))

@@ -33,9 +33,8 @@ class NewestQueries:
     def put(self, query: Float[Tensor, "b h g q d"], columns: Int[Tensor, " q"], options: LogitOptions) -> None:
         """Take in the queries of some columns, which follow one another."""
         self.options = options
-        query, columns = query[:, :, :, -self._size :], columns[-self._size :].long()
-        if self._size == 0:
-            columns = columns[:0]
+        first = max(0, query.shape[3] - self._size)
+        query, columns = query[:, :, :, first:], columns[first:].long()
         if self._query is None or self._columns is None:
             batch, heads, group, _, dim = query.shape
             self._query = query.new_zeros(batch, heads, group, self._size, dim)
