@@ -14,6 +14,8 @@ from captured_steps import traced
 from headwise.errors import CacheStateError, ConfigurationError
 from headwise.hosts.transformers.graph import DecodeGraph
 from headwise.less.state import EvictedState
+from headwise.stages.newest import NewestQueries
+from headwise.types import LogitOptions
 from less_caches import remembering
 from models import unchecked_shapes
 from oracle import rows_of
@@ -157,3 +159,19 @@ def test_words_for_it():
     for wrong in (0, -3, 2.5, True):
         with unchecked_shapes(), pytest.raises(ConfigurationError, match="choose_every must be a count of 1 or more"):
             headwise.Auto(ratio=0.5, choose_every=wrong)
+
+
+def test_a_query_that_was_overwritten_by_one_that_was_taken_back_is_not_there():
+    ring, options = NewestQueries(4), LogitOptions(1.0)
+    queries = torch.arange(10.0).view(1, 1, 1, 10, 1)
+    for columns in torch.arange(10).split([3, 1, 1, 5]):
+        ring.put(queries[:, :, :, columns], columns, options)
+    found, columns, there = ring.of(10)
+    assert (found.flatten().tolist(), columns.tolist(), there.tolist()) == ([6, 7, 8, 9], [6, 7, 8, 9], [True] * 4)
+    # Two were taken back, which lie where those of columns 4 and 5 were.
+    found, columns, there = ring.of(8)
+    assert (columns.tolist(), there.tolist()) == ([4, 5, 6, 7], [False, False, True, True])
+    assert found.flatten().tolist()[2:] == [6, 7]
+    ring.put(queries[:, :, :, 3:4] + 100, torch.tensor([8]), options)
+    found, _, there = ring.of(9)
+    assert (found.flatten().tolist()[1:], there.tolist()) == ([6, 7, 103], [False, True, True, True])
