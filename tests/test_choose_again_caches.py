@@ -75,7 +75,8 @@ def test_saved_copied_and_repeated_caches_choose_alike(policy, tmp_path):
             for other in others:
                 assert torch.equal(model()(input_ids=ids[:, end : end + 1], past_key_values=other).logits, expected)
             twice = model()(input_ids=ids[:, end : end + 1].expand(2, 1), past_key_values=double).logits
-            torch.testing.assert_close(twice, expected.expand(2, -1, -1), atol=1e-5, rtol=1e-5)
+            # A code may fall to the other side of where it is rounded.
+            torch.testing.assert_close(twice, expected.expand(2, -1, -1), atol=1e-4, rtol=1e-4)
     assert held(others[0]) == held(others[1]) == held(double) == held(cache)
     assert max(len(head) for layer in held(cache) for head in layer) < 60
 

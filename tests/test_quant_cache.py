@@ -48,7 +48,8 @@ def test_a_cache_of_codes_takes_the_bytes_it_says():
     report = cache.report()
     assert report.kept_ratio == 1
     assert report.format_counts == {"K4V4": heads} and report.to_dict()["formats"] == [[["K4V4"] * 2]] * 3
-    assert f"K4V4 {heads} of {heads} heads" in " ".join(str(report).split())
+    assert report.rows_by_format == {"exact": 10 * heads, "K4V4": 40 * heads}
+    assert f"K4V4 {40 * heads} of {50 * heads} rows" in " ".join(str(report).split())
     exact = headwise.HeadwiseCache(model, headwise.Full())
     model(ids, past_key_values=exact)
     assert "formats" not in exact.report().to_dict()

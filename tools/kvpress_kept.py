@@ -2,11 +2,13 @@
 
 Run by an interpreter that has torch, transformers and kvpress; nothing of headwise is imported here. The request:
 
-    {"model", "threads", "ids", "following", "folder", "runs": [{"name", "presses", "share"}, ...]}
+    {"model", "threads", "ids", "following", "last", "folder", "runs": [{"name", "presses", "share"}, ...]}
 
 `presses` are class names, the outermost first. Each run leaves `name`.safetensors in the folder, with two tensors over
 layers, heads and columns: `kept`, and the `scores` that it was decided by. Where there are `following` tokens, they are
-fed behind the prompt, and `predictions` has the log-probabilities after each. The answer on standard output: versions.
+fed behind the prompt, and `predictions` has the log-probabilities after each, or after the `last` of them. A run with
+`target` and `interval` in place of `share` keeps the prompt, and prunes to so many rows whenever so many tokens have
+come; it leaves `predictions`, and the `rows` of a head at the end. The answer on standard output: versions.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import deque
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -95,17 +98,37 @@ def run(model: Any, ids: Any, press: Any, following: Any = None) -> dict[str, An
     return found if following is None else {**found, "predictions": feed(model, cache, following, ids.shape[1])}
 
 
-def feed(model: Any, cache: Any, ids: Any, start: int) -> Any:
-    """Log-probabilities after each of the tokens, one at a time: layers that hold different numbers need that."""
+def run_decoding(model: Any, ids: Any, wanted: dict[str, Any], following: Any, last: int) -> dict[str, Any]:
+    """Read the prompt, and feed the rest under a press that works while tokens come."""
+    import torch
+    from transformers import DynamicCache
+
+    inner = make_press(wanted["presses"], 1.0)
+    press = import_module("kvpress").DecodingPress(
+        inner, compression_interval=wanted["interval"], target_size=wanted["target"]
+    )
+    cache = DynamicCache()
+    with torch.inference_mode(), press(model):
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        predictions = feed(model, cache, following, ids.shape[1], last)
+    rows = torch.tensor([layer.keys.shape[2] for layer in cache.layers])
+    return {"predictions": predictions, "rows": rows}
+
+
+def feed(model: Any, cache: Any, ids: Any, start: int, last: int | None = None) -> Any:
+    """Log-probabilities after each of the tokens, one at a time: layers that hold different numbers need that.
+
+    With `last` only those after so many of the last.
+    """
     import torch
 
-    rows = []
+    rows: deque[Any] = deque(maxlen=last)
     with torch.inference_mode():
         for number, token in enumerate(ids.split(1, dim=1)):
             # The cache is shorter than the text, so that positions taken from its length would be wrong.
             position = torch.tensor([[start + number]])
             rows.append(model(input_ids=token, past_key_values=cache, position_ids=position).logits[0])
-    return torch.cat(rows).float().log_softmax(dim=-1)
+    return torch.cat(list(rows)).float().log_softmax(dim=-1)
 
 
 def main() -> None:
@@ -126,7 +149,10 @@ def main() -> None:
     ids, following = torch.tensor(ask["ids"]), torch.tensor(ask["following"]) if "following" in ask else None
     for wanted in ask["runs"]:
         sys.stderr.write(f"kvpress: {wanted['name']}\n")
-        found = run(model, ids, make_press(wanted["presses"], wanted["share"]), following)
+        if "target" in wanted:
+            found = run_decoding(model, ids, wanted, following, ask["last"])
+        else:
+            found = run(model, ids, make_press(wanted["presses"], wanted["share"]), following)
         save_file(found, Path(ask["folder"]) / f"{wanted['name']}.safetensors")
     channel.write(json.dumps({name: metadata.version(name) for name in ("kvpress", "transformers", "torch")}))
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from headwise.policies.keydiff import KeyDiff
     from headwise.policies.keynorm import KeyNorm
     from headwise.policies.kvzip import KVzip
+    from headwise.policies.lazy_eviction import LazyEviction
     from headwise.policies.less import Less
     from headwise.policies.match import Match
     from headwise.policies.peak_attention import PeakAttention
@@ -49,6 +50,7 @@ HOMES = {
     "KeepMedia": "keep_media",
     "KeyDiff": "keydiff",
     "KeyNorm": "keynorm",
+    "LazyEviction": "lazy_eviction",
     "Less": "less",
     "Match": "match",
     "PeakAttention": "peak_attention",
@@ -87,6 +89,7 @@ __all__ = [
     "KeepMedia",
     "KeyDiff",
     "KeyNorm",
+    "LazyEviction",
     "Less",
     "Match",
     "PeakAttention",

@@ -8,21 +8,23 @@ from dataclasses import dataclass, replace
 import torch
 
 from headwise.errors import ConfigurationError
-from headwise.policies.byte_allocation import ByteAllocation
 from headwise.policies.checks import check_count, check_gate, check_size, check_target
 from headwise.policies.choice import Choice, FormatLoss, PromptSummary, first_rung
 from headwise.policies.evidence import Evidence
 from headwise.policies.peak_attention import PeakAttention
 from headwise.policies.registry import register
 from headwise.policies.rounding_loss import rounding_loss
-from headwise.policies.scored import Rechoosing, RepetitionScored, side_by_side
+from headwise.policies.row_allocation import RowAllocation, RowOptions
+from headwise.policies.scored import Rechoosing, RepetitionScored
 from headwise.policies.size import Size, whole
 from headwise.policies.tokens import Tokens
 from headwise.quant.formats import RECENT, SINKS, Precision, RowFormat
 from headwise.types import Float, Tensor
 
 _FORMATS = (RowFormat(8, 8), RowFormat(8, 4), RowFormat(4, 4))
-_LATER = {8: 0, 4: 2, None: None}
+_LATER = {8: 0, 4: 2}
+# Square of the attention that every row counts as having been paid.
+_NOTHING = 1e-12
 
 
 @register("auto")
@@ -59,7 +61,7 @@ class Auto(RepetitionScored):
     window: int = 64
     recent: int = RECENT
     sinks: int = SINKS
-    later_bits: int | None = None
+    later_bits: int = 8
     gate: bool | str = False
 
     def __post_init__(self) -> None:
@@ -78,13 +80,12 @@ class Auto(RepetitionScored):
         check_gate(self.gate)
         Rechoosing.__post_init__(self)
         if self.later_bits not in _LATER:
-            raise ConfigurationError(f"later_bits must be 8, 4 or None, got {self.later_bits!r}")
+            raise ConfigurationError(f"later_bits must be 8 or 4, got {self.later_bits!r}")
 
     @property
     def precision(self) -> Precision:
         """What a head may get."""
-        later = 8 if self.later_bits is None and self.of == "prompt" else self.later_bits
-        return Precision(_FORMATS, self.recent, self.sinks, _LATER[later])
+        return Precision(_FORMATS, self.recent, self.sinks, _LATER[self.later_bits])
 
     @property
     def query_rows(self) -> int:
@@ -100,63 +101,64 @@ class Auto(RepetitionScored):
         return replace(self, recovery=None, ratio=None, bytes=count)
 
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
-        """As `PeakAttention` has it."""
-        return self._peaks.score(evidence)
+        """As `PeakAttention` measures it."""
+        return self._peaks.largest(evidence)
 
     def score_again(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
-        """As `PeakAttention` has it."""
-        return self._peaks.score_again(evidence)
+        """What rows remember."""
+        assert evidence.remembered is not None
+        return evidence.remembered
 
     @property
     def _peaks(self) -> PeakAttention:
         return PeakAttention(recovery=1.0, window=self.window, sinks=self.sinks)
 
     def format_loss(self, evidence: Evidence) -> FormatLoss:
-        """What each format costs, exact rows first: the loss of each head, and bytes of a row."""
-        return rounding_loss(evidence, _FORMATS, self.window, sinks=self.sinks, recent=self.recent)
+        """What each format costs every row, exact numbers first, and bytes of a row."""
+        lost = rounding_loss(evidence, _FORMATS)
+        exact = torch.zeros_like(lost[:1])
+        return FormatLoss(torch.cat([exact, lost]), evidence.row_bytes, evidence.kv_bytes, evidence.stored)
 
     def choose(self, layers: Sequence[PromptSummary]) -> list[Choice]:
-        """Rows and formats of every head, at one price for a byte."""
-        scores = [layer.score for layer in layers if layer.score is not None]
+        """Rows, and the format of each, at one price for a byte; rows that are codes keep their bits, or lose some."""
         losses = [layer.format_loss for layer in layers if layer.format_loss is not None]
-        allocation = ByteAllocation(scores, [layer.tokens for layer in layers], losses, self.precision.exact)
+        first, tokens = losses[0], layers[0].tokens
+        # Levels count in bytes, formats in bits that are given up.
+        sizes = first.row_bytes[::-1]
+        options = [self._options(layer, loss) for layer, loss in zip(layers, losses, strict=True)]
+        allocation = RowAllocation(options, sizes)
         if self.recovery is not None:
             # A row at the fewest bits is worth its bytes from here on.
-            worth = (1 - self.recovery) ** 2 / min(losses[0].row_bytes)
-            price = torch.full((len(scores[0]),), worth, dtype=torch.float64, device="cpu")
+            worth = (1 - self.recovery) ** 2 / sizes[0]
+            price = torch.full((len(tokens.prompt),), worth, dtype=torch.float64, device=tokens.prompt.device)
         else:
-            heads = sum(loss.losses.shape[-1] for loss in losses)
-            price = allocation.price(self._budget(layers[0].tokens, heads, losses[0].kv_bytes, losses[0].row_bytes[0]))
-        tokens, formats = allocation.at(price.to(scores[0].device))
-        return [
-            Choice(first_rung(layer), tokens=kept, formats=format)
-            for layer, kept, format in zip(layers, tokens, formats, strict=True)
-        ]
+            heads = sum(loss.lost.shape[2] for loss in losses)
+            price = allocation.price(self._budget(tokens, heads, first.kv_bytes, first.row_bytes[0]))
+        choices = []
+        for layer, loss, level in zip(layers, losses, allocation.at(price), strict=True):
+            # What is kept for other reasons stays as it is.
+            other = 0 if loss.now is None else loss.now
+            formats = torch.where(level > 0, len(_FORMATS) - level, other)
+            choices.append(Choice(first_rung(layer), tokens=level > 0, formats=formats))
+        return choices
 
-    def choose_again(self, layers: Sequence[PromptSummary]) -> list[Choice]:
-        """The rows that are worth most for the bytes that they take as they are stored."""
-        scores = [layer.score for layer in layers if layer.score is not None]
-        sizes, kv_bytes = zip(*(layer.row_bytes for layer in layers if layer.row_bytes is not None), strict=True)
-        pool = side_by_side([layer.tokens.pool for layer in layers])
-        worth = side_by_side(scores)
-        taken = side_by_side([size.expand_as(score) for size, score in zip(sizes, scores, strict=True)]).double()
-        # What is always kept is worth more than all attention.
-        per_byte = torch.where(worth > 1, worth.double(), worth.double().clamp(min=0).square() / taken)
-        if self.recovery is not None:
-            # Of its own rows: what a sequence keeps does not depend on others.
-            fewest = taken.masked_fill(~pool, torch.inf).amin(dim=(1, 2, 3), keepdim=True)
-            kept = per_byte >= (1 - self.recovery) ** 2 / fewest
-        else:
-            heads = sum(score.shape[1] for score in scores)
-            budget = self._budget(layers[0].tokens, heads, kv_bytes[0], int(max(size.max() for size in sizes)))
-            order = per_byte.masked_fill(~pool, -1).flatten(1).argsort(dim=1, descending=True, stable=True)
-            spent = taken.where(pool, 0).flatten(1).gather(1, order).cumsum(dim=1)
-            kept = torch.zeros_like(pool.flatten(1)).scatter_(1, order, spent <= budget[:, None]).view_as(pool)
-        kept = kept & pool
-        return [
-            Choice(first_rung(layer), tokens=own[..., : score.shape[-1]])
-            for layer, own, score in zip(layers, kept.unbind(dim=1), scores, strict=True)
-        ]
+    def _options(self, layer: PromptSummary, loss: FormatLoss) -> RowOptions:
+        """What can become of the rows of a layer."""
+        tokens, exact = layer.tokens, len(_FORMATS) + 1
+        assert layer.score is not None
+        first = tokens.position < self.sinks
+        # Of rows that nobody asks for the newest are the last to go.
+        least_worth = _NOTHING * (1 + tokens.position / tokens.seen)
+        pinned, numbers = first | (tokens.age < self.window), first | (tokens.age < self.recent)
+        least = pinned.long().masked_fill(pinned & numbers, exact)
+        most = torch.full_like(least, exact) if loss.now is None else (len(_FORMATS) - loss.now).expand_as(least)
+        nothing = ~tokens.pool
+        return RowOptions(
+            layer.score.clamp(0, 1).square().maximum(least_worth),
+            torch.cat([loss.lost[1:].flip(0).masked_fill(numbers, 1), loss.lost[:1]]),
+            least.minimum(most).masked_fill(nothing, 0),
+            most.masked_fill(nothing, 0),
+        )
 
     def _budget(self, tokens: Tokens, heads: int, kv_bytes: int, row_bytes: int) -> Float[Tensor, " b"]:
         """Bytes of a sequence, for rows of all heads of the model."""

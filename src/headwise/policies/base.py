@@ -128,16 +128,16 @@ class Policy(ABC):
         """
         return cheapest_rungs(self.selection, layers)
 
-    def score_again(self, evidence: Evidence) -> Float[Tensor, "b h t"] | None:
-        """What each row is worth when it is chosen again."""
-        return self.assess(evidence)[0]
+    def remember(self, evidence: Evidence) -> Float[Tensor, "b h t"] | None:
+        """What each row is to carry to the next choice, where `again` says that rows do; asked at every choice."""
+        return None
+
+    def assess_again(self, evidence: Evidence) -> tuple[Float[Tensor, "b h t"] | None, FormatLoss | None]:
+        """What each row is worth when it is chosen again, and what it costs to store it in fewer bits."""
+        return self.assess(evidence)
 
     def choose_again(self, layers: Sequence[PromptSummary]) -> list[Choice]:
-        """Which of the rows that are held stay.
-
-        Args:
-            layers: as for `choose`; of rows, in place of the prompt's tokens.
-        """
+        """Which of the rows that are held stay; `layers` are of rows, in place of the prompt's tokens."""
         return self.choose(layers)
 
     def once(self) -> Policy:

@@ -35,17 +35,20 @@ class Selection:
 
 @dataclass(frozen=True)
 class FormatLoss:
-    """What it costs the heads of a layer to be stored in each of some formats, exact rows first.
+    """What it costs to store each row of a layer in each of some formats, exact numbers first.
 
     Attributes:
-        losses: of accuracy, in the unit of the scores.
-        row_bytes: of a row.
+        lost: share of what dropping the row would lose, from 0 to 1.
+        row_bytes: of a row, descending.
         kv_bytes: of the key and the value of an exact row, what a full cache holds of a token.
+        now: format that each row has, by index into the policy's precision, -1 for exact ones; None at the end of the
+            prompt, when it has none.
     """
 
-    losses: Float[Tensor, "formats b h"]
+    lost: Float[Tensor, "formats b h n"]
     row_bytes: tuple[int, ...]
     kv_bytes: int
+    now: Int[Tensor, " n"] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,12 @@ class Again:
     Attributes:
         every: tokens that come between two choices.
         queries: the newest, whose attention it looks at.
-        remembers: rows carry the largest attention that they got once, so that it counts in later choices too; of what
-            queries give from then on, what goes to rows that are so many tokens away, or more. None where rows carry
-            nothing.
+        remembers: rows carry what the policy's `remember` says of them to later choices.
     """
 
     every: int
     queries: int
-    remembers: int | None = None
+    remembers: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,9 @@ class PromptSummary:
     Attributes:
         tokens: the facts, as the last query row sees them.
         score: what each token is worth, where the policy scores them.
-        format_loss: of the formats a head may get, where the policy chooses them.
+        format_loss: of the formats a row may get, where the policy chooses them.
         recovered: mass each rung retains, folded over the group, and
         kept: tokens it keeps; both where a rung has to be chosen.
-        row_bytes: what every row takes as it is stored, and what its key and value take as numbers; None at the end of
-            the prompt.
     """
 
     tokens: Tokens
@@ -84,7 +83,6 @@ class PromptSummary:
     format_loss: FormatLoss | None = None
     recovered: Float[Tensor, "rungs b h"] | None = None
     kept: Int[Tensor, "rungs b h"] | None = None
-    row_bytes: tuple[Int[Tensor, " t"], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,15 +92,15 @@ class Choice:
     Attributes:
         rung: index of the rule among the policy's rungs.
         tokens: of the prompt that stay, where they were chosen by score.
-        formats: of the older rows, by index into the policy's precision, -1 for exact ones; None where no head has
-            another than the first.
+        formats: of every token that stays, by index into the policy's precision, -1 for exact ones; at a later choice
+            never one of more bits than it has. None where the policy leaves that to its precision.
         recovered: mass each rung retains; None where nothing had to be chosen.
         threshold: mass that was enough, infinite where only all of it was; None where nothing had to be chosen.
     """
 
     rung: Int[Tensor, "b h"]
     tokens: Bool[Tensor, "b h t"] | None = None
-    formats: Int[Tensor, "b h"] | None = None
+    formats: Int[Tensor, "b h t"] | None = None
     recovered: Float[Tensor, "rungs b h"] | None = None
     threshold: Float[Tensor, " b"] | None = None
 

@@ -24,17 +24,24 @@ class Evidence:
         length: real tokens seen, of which the newest has the position before.
         rotation: the layer's rotary embedding; None where it has none that is known.
         repetition_peaks: the largest attention that each token received while the model repeated the prompt, or what
-            a gate predicts of it, and later also what it got since; None where the policy did not ask for it.
-        row_bytes, kv_bytes: of a row that is stored exactly, and of its key and value alone.
+            a gate predicts of it; None where the policy did not ask for it, and at later choices.
+        remembered: what each row carries, as the policy's `remember` gave it; None at the end of the prompt. Rows that
+            came since the last choice have 0, or what a gate predicts of them.
+        read_values, read_spans: give `values` and `spans`.
+        value_dim: channels of a value.
+        row_bytes: of a row that is stored exactly, then of one in each format of the policy's precision.
+        kv_bytes: of the key and the value of an exact row alone.
+        stored: format that each row has, -1 for an exact one; None at the end of a prompt.
         ahead: gives the largest attention that each token gets from queries of the prompt that are asked behind it;
             None where what is dropped is not mended by such queries.
         ahead_counts: how many times as much that counts as attention of other queries.
-        scored, biased: whether rows carry a score, and have a bias, which take bytes.
     """
 
     query: Float[Tensor, "b h g q d"]
     keys: Float[Tensor, "b h t d"]
-    values: Float[Tensor, "b h t e"]
+    read_values: Callable[[], Float[Tensor, "b h t e"]]
+    read_spans: Callable[[], tuple[Float[Tensor, "b h t"], Float[Tensor, "b h t"]]]
+    value_dim: int
     asked: Bool[Tensor, "b q"]
     query_position: Int[Tensor, "b q"]
     mask: Bool[Tensor, "b q t"] | Bool[Tensor, "b h q t"] | None
@@ -44,12 +51,22 @@ class Evidence:
     length: Int[Tensor, "b 1 1"]
     rotation: Rotation | None
     repetition_peaks: Float[Tensor, "b h t"] | None
-    row_bytes: int = 0
+    remembered: Float[Tensor, "b h t"] | None = None
+    row_bytes: tuple[int, ...] = ()
     kv_bytes: int = 0
+    stored: Int[Tensor, " t"] | None = None
     ahead: Callable[[], Float[Tensor, "b h t"]] | None = None
     ahead_counts: float = 0.0
-    scored: bool = False
-    biased: bool = False
+
+    @property
+    def values(self) -> Float[Tensor, "b h t e"]:
+        """Of every column or row, as numbers; made when they are asked for."""
+        return self.read_values()
+
+    @property
+    def spans(self) -> tuple[Float[Tensor, "b h t"], Float[Tensor, "b h t"]]:
+        """How far the numbers of each key, and of each value, lie apart when they are rotated as codes are."""
+        return self.read_spans()
 
     @property
     def reconstruction(self) -> Float[Tensor, "b h t"] | None:
@@ -68,11 +85,16 @@ class Evidence:
         Args:
             rows: how many in all; there are fewer where the prompt is shorter.
         """
+        return (attention for _, attention in self.attention_by_query(rows))
+
+    def attention_by_query(self, rows: int) -> Iterator[tuple[Int[Tensor, "b r"], Float[Tensor, "b h g r t"]]]:
+        """As `attention`, and from which position; what that is of rows there are none of says nothing."""
         at, there = self._newest(rows)
         group, dim = self.query.shape[2], self.query.shape[-1]
         heads = self.keys.shape[1]
         index = at[:, None, None, :, None].expand(-1, heads, group, -1, dim)
         query, columns = self.query.gather(3, index), at + self.keys.shape[2] - self.query.shape[3]
+        positions = self.query_position.gather(1, at)
         for block in query_blocks(query, self.keys.shape[2]):
             weights = logits_of(query[:, :, :, block], self.keys, self.options)
             if self.mask is None:
@@ -81,7 +103,12 @@ class Evidence:
                 mask = self.mask if self.mask.dim() == 4 else self.mask[:, None]
                 visible = mask.gather(2, at[:, None, block, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
             visible = visible & there[:, None, block, None]
-            yield probabilities(weights, visible[:, :, None], self.options)
+            yield positions[:, block], probabilities(weights, visible[:, :, None], self.options)
+
+    def first_asked(self, rows: int) -> Int[Tensor, " b"]:
+        """Position of the first of the last real tokens, so many of them."""
+        at, there = self._newest(rows)
+        return self.query_position.gather(1, at).masked_fill(~there, torch.iinfo(torch.long).max).amin(dim=1)
 
     def mean_attention(self, rows: int) -> Float[Tensor, "b h g t"]:
         """The mean over the last real tokens, or over as many as there are."""

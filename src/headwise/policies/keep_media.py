@@ -65,9 +65,13 @@ class KeepMedia(Policy):
         """As the policy chooses where there is only text."""
         return self.policy.choose([_text(layer) for layer in layers])
 
-    def score_again(self, evidence: Evidence) -> Float[Tensor, "b h t"] | None:
+    def remember(self, evidence: Evidence) -> Float[Tensor, "b h t"] | None:
         """As the policy does."""
-        return self.policy.score_again(evidence)
+        return self.policy.remember(evidence)
+
+    def assess_again(self, evidence: Evidence) -> tuple[Float[Tensor, "b h t"] | None, FormatLoss | None]:
+        """As the policy does."""
+        return self.policy.assess_again(evidence)
 
     def choose_again(self, layers: Sequence[PromptSummary]) -> list[Choice]:
         """As the policy chooses where there is only text."""

@@ -63,18 +63,22 @@ class PeakAttention(RepetitionScored):
 
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """Largest attention from any query that counts; more than 1 for what is always kept."""
+        return self._always_kept(self.largest(evidence), evidence)
+
+    def largest(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
+        """Largest attention from any query that counts."""
         assert evidence.repetition_peaks is not None
         best = evidence.repetition_peaks
         for block in evidence.attention(self.window):
             best = best.maximum(block.amax(dim=(2, 3)))
         if evidence.ahead is not None:
             best = best.maximum(evidence.ahead_counts * evidence.ahead())
-        return self._always_kept(best, evidence)
+        return best
 
     def score_again(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """What rows remember."""
-        assert evidence.repetition_peaks is not None
-        return self._always_kept(evidence.repetition_peaks, evidence)
+        assert evidence.remembered is not None
+        return self._always_kept(evidence.remembered, evidence)
 
     def _always_kept(self, best: Float[Tensor, "b h t"], evidence: Evidence) -> Float[Tensor, "b h t"]:
         return torch.where(evidence.position < self.sinks, torch.inf, newest_first(best, evidence, self.window))

@@ -91,12 +91,16 @@ class Scored(Rechoosing):
         """What a token is worth to its KV head, in fp32; of padding columns it may be anything but NaN."""
 
     def format_loss(self, evidence: Evidence) -> FormatLoss | None:
-        """What formats cost, where the policy chooses among several for every head."""
+        """What formats cost, where the policy chooses among several for every row."""
         return None
 
     def assess(self, evidence: Evidence) -> tuple[Float[Tensor, "b h t"], FormatLoss | None]:
         """Score and loss."""
         return self.score(evidence).float(), self.format_loss(evidence)
+
+    def assess_again(self, evidence: Evidence) -> tuple[Float[Tensor, "b h t"], FormatLoss | None]:
+        """Score and loss."""
+        return self.score_again(evidence), self.format_loss(evidence)
 
     def score_again(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """As at the end of the prompt, by the newest queries."""
@@ -129,7 +133,22 @@ class RepetitionScored(Scored):
     @property
     def again(self) -> Again | None:
         """By the most that queries paid to a row, from so far away that it is no neighbour, since it came."""
-        return None if self.of == "prompt" else Again(self.choose_every, self.choose_every, remembers=_NEAR)
+        return None if self.of == "prompt" else Again(self.choose_every, self.choose_every, remembers=True)
+
+    def remember(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
+        """The most that a query paid to each row: what was found of the prompt, and what it got from afar since."""
+        if evidence.remembered is None:
+            assert evidence.repetition_peaks is not None
+            return evidence.repetition_peaks
+        most = evidence.remembered
+        for asked, attention in evidence.attention_by_query(self.choose_every):
+            far = asked[:, None, :, None] - evidence.position[:, :, None] >= _NEAR
+            most = most.maximum((attention.amax(dim=2) * far).amax(dim=2))
+        return most
+
+    def score_again(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
+        """As at the end of the prompt, by what rows remember."""
+        return self.score(replace(evidence, repetition_peaks=evidence.remembered)).float()
 
     @property
     def needs_all_layers(self) -> bool:
@@ -224,6 +243,6 @@ def newest_first(score: Float[Tensor, "b h t"], evidence: Evidence, rows: int) -
     """The scores, with the last `rows` real tokens above all others and the newest on top.
 
     Args:
-        score: at most 1.
+        score: below 2.
     """
     return torch.where((evidence.age < rows) & evidence.real, 2.0 + evidence.position, score)

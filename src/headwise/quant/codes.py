@@ -32,6 +32,13 @@ def hadamard(dim: int, device: torch.device) -> Float[Tensor, "dim dim"]:
     return matrix.float().to(device)
 
 
+def span(rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
+    """How far the numbers of each row lie apart once it is rotated, as far as its codes have to reach."""
+    low, high = (rows.float() @ hadamard(rows.shape[-1], rows.device)).aminmax(dim=-1)
+    apart: Tensor = high - low
+    return apart
+
+
 def encode(
     rows: Float[Tensor, "*n d"], bits: int, group: int
 ) -> tuple[UInt8[Tensor, "*n c"], Float[Tensor, "*n steps"]]:

@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from headwise.report.formats import Names, format_names, rows_by_format
 from headwise.report.words import mended_words, remembered_words
 from headwise.stages.layer import LayerCache
-from headwise.store.store import RowStore
 from headwise.types import Kind, Tensor
 from headwise.units import format_bytes, storage_bytes
-
-# An array of rule names, `[batch, KV heads]`.
-Names = np.ndarray[Any, np.dtype[Any]]
 
 _UNCHOSEN = "undecided"
 
@@ -33,7 +30,9 @@ class LayerReport:
         found: share of the mass that the budget let every head retain, `[batch]`; None where no budget was given.
         memory_bytes: what LESS holds of evicted rows; a part of the bytes used.
         weight_bytes: the kernels of LESS, which all caches share and none of the other numbers counts.
-        formats: of each head's older rows, such as "K8V4", an array of the same shape; None where all rows are exact.
+        formats: of each head's older rows, such as "K8V4" or "K8V8+K4V4", an array of the same shape; None where all
+            rows are exact.
+        rows_by_format: rows of all its heads by how they are stored; None or nothing where all are exact.
         kept_media: of the kept tokens, those that stand for images, videos and sounds, of the same shape; None where
             the policy does not look at what tokens are.
         matched: error of each head's outputs for reference queries before and after rows were refitted, as a share of
@@ -52,6 +51,7 @@ class LayerReport:
     memory_bytes: int = 0
     weight_bytes: int = 0
     formats: Names | None = None
+    rows_by_format: dict[str, int] | None = None
     kept_media: Tensor | None = None
     matched: Tensor | None = None
 
@@ -87,7 +87,8 @@ class LayerReport:
             found=plan.threshold.clamp(max=1).cpu() if plan and budgeted and plan.threshold is not None else None,
             memory_bytes=layer.evicted_bytes,
             weight_bytes=weight_bytes,
-            formats=None if layer.store is None else _format_names(layer.store),
+            formats=None if layer.store is None else format_names(layer.store),
+            rows_by_format={} if layer.store is None else rows_by_format(layer.store),
             kept_media=_kept_media(layer),
             matched=None if plan is None or plan.matched is None else plan.matched.cpu(),
         )
@@ -188,6 +189,14 @@ class Report:
         return [layer.formats for layer in self.layers]
 
     @property
+    def rows_by_format(self) -> dict[str, int]:
+        """Rows of all layers, heads and sequences by how they are stored; nothing where all are exact."""
+        found: Counter[str] = Counter()
+        for layer in self.layers:
+            found.update(layer.rows_by_format or {})
+        return dict(found)
+
+    @property
     def format_counts(self) -> dict[str, int]:
         """How many heads, over all layers and sequences, have each format; nothing where all rows are exact."""
         return dict(Counter(name for names in self.formats if names is not None for name in names.flatten().tolist()))
@@ -237,6 +246,7 @@ class Report:
             "found_recovery": self.found_recovery,
             "rule_counts": self.rule_counts,
             **({"format_counts": self.format_counts} if self.format_counts else {}),
+            **({"rows_by_format": self.rows_by_format} if self.format_counts else {}),
             "kept_tokens": [None if kept is None else kept.tolist() for kept in self.kept_tokens],
             "rules": [None if rules is None else rules.tolist() for rules in self.rules],
             **({"kept_media": [None if m is None else m.tolist() for m in self.kept_media]} if self._any_media else {}),
@@ -267,8 +277,9 @@ class Report:
             lines.append(("outputs off by", mended_words(*self.mean_error)))
         lines.append(("kernels", self.kernel))
         total = sum(self.rule_counts.values())
-        counts = [*self.rule_counts.items(), *sorted(self.format_counts.items())]
-        lines += [(f"  {name}", f"{count} of {total} heads") for name, count in counts]
+        lines += [(f"  {name}", f"{count} of {total} heads") for name, count in self.rule_counts.items()]
+        rows = sum(self.rows_by_format.values())
+        lines += [(f"  {name}", f"{count:,} of {rows:,} rows") for name, count in self.rows_by_format.items() if count]
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
@@ -286,12 +297,3 @@ def _share_of_media(report: Report) -> str:
     """Rows that stand for media, as a share of those kept."""
     pairs = [(m, k) for m, k in zip(report.kept_media, report.kept_tokens, strict=True) if m is not None]
     return f"{sum(int(m.sum()) for m, _ in pairs) / sum(int(k.sum()) for _, k in pairs if k is not None):.1%}"
-
-
-def _format_names(store: RowStore) -> Names | None:
-    """Format of each head's older rows; None where all rows are exact."""
-    if not store.coded:
-        return None
-    names: Names = np.array([*(str(part.format) for part in store.coded), "exact"])
-    chosen: Names = names[store.formats.cpu().numpy()]
-    return chosen

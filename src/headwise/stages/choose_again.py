@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 
 from headwise.contract import LayerShape
-from headwise.kernels.attention import logits_of, probabilities, query_blocks
 from headwise.less.state import EvictedState
 from headwise.policies.choice import Choice, PromptSummary
 from headwise.policies.evidence import Evidence
@@ -55,38 +54,46 @@ class LaterChoices:
             seen: columns that came in; the store has the rows of all.
             since: how many of them there were at the last choice.
         """
-        rows, cache = store.rows(), self._config.cache
+        rows, cache = store.rows("keys", "columns", "scores"), self._config.cache
         tokens = self._log.facts(
             rows.columns, rows.keep, rows.scores, seen, plan.prompt, self._config.index, cache.layers
         )
-        evidence = self._evidence(rows, tokens, seen)
-        if self._again is not None and self._again.remembers is not None:
-            known = self._predicted(rows, tokens, seen, since)
-            peaks = _raised(known, evidence, self._again.remembers)
-            store.replace_scores(peaks)
-            evidence = replace(evidence, repetition_peaks=peaks)
-        score = self._config.policy.score_again(evidence)
-        kv_bytes = LayerShape(1, rows.keys.shape[-1], rows.values.shape[-1]).token_bytes(
-            store.exact.pools["keys"].dtype
-        )
-        return PromptSummary(replace(tokens, score=None), score, row_bytes=(store.bytes_by_row(), kv_bytes))
+        evidence = self._evidence(rows, tokens, seen, store)
+        if self._config.remembers:
+            evidence = replace(evidence, remembered=self._predicted(rows, tokens, seen, since))
+            remembered = self._config.policy.remember(evidence)
+            assert remembered is not None
+            store.replace_scores(remembered)
+            evidence = replace(evidence, remembered=remembered)
+        return PromptSummary(replace(tokens, score=None), *self._config.policy.assess_again(evidence))
 
     def keep(
-        self, plan: Plan, store: RowStore, summary: PromptSummary, choice: Choice, evicted: EvictedState, spare: int
+        self,
+        plan: Plan,
+        store: RowStore,
+        summary: PromptSummary,
+        choice: Choice,
+        evicted: EvictedState,
+        seen: int,
+        spare: int,
     ) -> None:
         """Keep the rows that were chosen.
 
         Args:
             evicted: what the others are folded into.
+            seen: columns that came in.
             spare: rows per head that are going to be appended before the next choice.
         """
         keep = plan.keep(replace(summary.tokens, chosen=choice.tokens))
         if evicted.remembers:
             gone = store.gather(summary.tokens.valid & ~keep)
             evicted.fold(gone.keys, gone.values, gone.keep)
-        store.drop(keep, spare)
+        if choice.formats is None:
+            store.drop(keep, spare)
+        else:
+            store.recode(keep, choice.formats, seen, spare)
 
-    def _evidence(self, rows: Rows, tokens: Tokens, seen: int) -> Evidence:
+    def _evidence(self, rows: Rows, tokens: Tokens, seen: int, store: RowStore) -> Evidence:
         query, columns, there = self.newest.of(seen)
         assert self.newest.options is not None
         real, position = self._log.real_at(columns), self._log.positions(columns.expand(len(query), 1, -1))[:, 0]
@@ -94,7 +101,9 @@ class LaterChoices:
         return Evidence(
             query=query,
             keys=rows.keys,
-            values=rows.values,
+            read_values=lambda: store.rows("values").values,
+            read_spans=store.spans,
+            value_dim=store.value_dim,
             asked=there.expand(len(query), -1) if real is None else real & there,
             query_position=position,
             mask=mask,
@@ -104,6 +113,9 @@ class LaterChoices:
             length=tokens.seen,
             rotation=self._config.rotation,
             repetition_peaks=None,
+            row_bytes=store.row_bytes,
+            kv_bytes=LayerShape(1, *store.heads[2:]).token_bytes(store.exact.pools["keys"].dtype),
+            stored=store.row_formats(),
         )
 
     def _predicted(self, rows: Rows, tokens: Tokens, seen: int, since: int) -> Float[Tensor, "b h n"]:
@@ -120,15 +132,3 @@ class LaterChoices:
         positions = self._log.positions(columns)[:, 0]
         scores = gate.scores(keys[:, :, :count], positions, tokens.seen, self._config.rotation)
         return scores.gather(2, at.clamp(max=count - 1)).where(fresh, tokens.score)
-
-
-def _raised(known: Float[Tensor, "b h n"], evidence: Evidence, near: int) -> Float[Tensor, "b h n"]:
-    """The larger of what rows had and of what the newest queries give them that are so many tokens away, or more."""
-    assert evidence.mask is not None
-    mask = (evidence.mask & evidence.asked[:, None, :, None])[:, :, None]
-    far = evidence.query_position[:, None, :, None] - evidence.position[:, :, None] >= near
-    for block in query_blocks(evidence.query, evidence.keys.shape[2]):
-        logits = logits_of(evidence.query[:, :, :, block], evidence.keys, evidence.options)
-        given = probabilities(logits, mask[:, :, :, block], evidence.options) * far[:, :, None, block]
-        known = known.maximum(given.amax(dim=(2, 3)))
-    return known

@@ -12,7 +12,7 @@ import torch
 from headwise.kernels.interface import AttentionMap
 from headwise.less.state import EvictedState
 from headwise.policies.base import Policy
-from headwise.policies.choice import PromptSummary
+from headwise.policies.choice import FormatLoss, PromptSummary
 from headwise.stages.choose_again import LaterChoices
 from headwise.stages.config import LayerConfig
 from headwise.stages.match import match_rows
@@ -46,6 +46,8 @@ class Prompt:
         self.rows, self.observations = PromptRows(), Observations(config, log)
         self.profile_seconds = self.compact_seconds = 0.0
         self.complete = False
+        # What rows are to carry to later choices, from when that is known until they are there.
+        self._remembered: Float[Tensor, "b h t"] | None = None
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to."""
@@ -94,7 +96,11 @@ class Prompt:
         scores, everything = None if mass is None else mass.score, torch.ones_like(at, dtype=torch.bool)
         layers = self._config.cache.layers
         tokens = self._log.facts(at, everything, scores, keys.shape[2], None, self._config.index, layers)
-        assessed = policy.assess(self.observations.evidence(keys, values)) if policy.needs_evidence else (None, None)
+        assessed: tuple[Float[Tensor, "b h t"] | None, FormatLoss | None] = None, None
+        if policy.needs_evidence:
+            evidence = self.observations.evidence(keys, values)
+            assessed = policy.assess(evidence)
+            self._remembered = policy.remember(evidence) if self._config.remembers else None
         summary = summarise(policy, tokens, mass, assessed)
         self.profile_seconds += clock(keys.device) - started
         return summary
@@ -109,12 +115,11 @@ class Prompt:
             self._evicted.fold(keys, values, ~keep & self._log.real(columns[:, :1]))
         scores = mass.score if plan.scored and mass is not None else None
         if self._config.remembers:
-            scores = self.observations.repetition_peaks
+            scores, self._remembered = self._remembered, None
         asked = self.observations.asked
         if asked.there:
             self._later.note(asked.query, columns[0, 0, columns.shape[2] - asked.query.shape[3] :], asked.options)
         bearable = self.observations.formats(keys, values)
-        formats = bearable if planned.formats is None else planned.formats
         targets = None if cache.matching is None else self.observations.targets(keys, values)
         self.rows.held = None
         self.observations.clear()
@@ -126,9 +131,9 @@ class Prompt:
             scored=scores is not None,
             dtype=cache.dtype,
             precision=cache.precision,
-            formats=formats,
+            formats=bearable,
         )
-        store.fill(rows)
+        store.fill(rows, planned.formats)
         if targets is not None and cache.matching is not None:
             real = self.observations.positions(keys)[1]
             plan.matched = match_rows(store, targets, keys, values, real, cache.matching)

@@ -86,7 +86,7 @@ class LayerConfig:
     @property
     def remembers(self) -> bool:
         """Whether rows carry what they were worth."""
-        return self.again is not None and self.again.remembers is not None
+        return self.again is not None and self.again.remembers
 
     @property
     def asks_queries(self) -> bool:

@@ -95,12 +95,12 @@ class Planned:
 
     Attributes:
         keep: tokens of the prompt that stay.
-        formats: of the older rows of each head; None for the first that there is.
+        formats: of each of them, -1 for exact numbers; None for what the policy's precision says.
     """
 
     plan: Plan
     keep: Bool[Tensor, "b h t"]
-    formats: Int[Tensor, "b h"] | None
+    formats: Int[Tensor, "b h t"] | None
 
 
 def summarise(

@@ -14,6 +14,7 @@ from headwise.kernels.interface import AttentionMap
 from headwise.matching.references import References, sampled
 from headwise.matching.targets import Targets
 from headwise.policies.evidence import Evidence
+from headwise.quant.codes import span
 from headwise.stages.bearable import JUDGES, bearable_formats
 from headwise.stages.config import LayerConfig
 from headwise.stages.mass_profile import MassProfile, distinct_widths, profile_mass, row_weights
@@ -112,11 +113,15 @@ class Observations:
             (keys.shape[-1], values.shape[-1]),
             cache.dtype or keys.dtype,
         )
+        beside, precision = {"scored": config.remembers, "biased": cache.biased}, cache.precision
+        formats = (None, *(() if precision is None else precision.formats))
         counts = 0.0 if cache.matching is None else float(cache.matching.ahead)
         return Evidence(
             query=query,
             keys=keys,
-            values=values,
+            read_values=lambda: values,
+            read_spans=lambda: (span(keys), span(values)),
+            value_dim=values.shape[-1],
             asked=real[:, newest],
             query_position=positions[:, newest],
             mask=self.asked.mask,
@@ -126,12 +131,10 @@ class Observations:
             length=length,
             rotation=config.rotation,
             repetition_peaks=self.repetition_peaks,
-            row_bytes=row_bytes(row_parts(*dims, dtype, scored=config.remembers, biased=cache.biased)),
+            row_bytes=tuple(row_bytes(row_parts(*dims, dtype, format, **beside)) for format in formats),
             kv_bytes=LayerShape(1, *dims).token_bytes(dtype),
             ahead=partial(self._ahead, keys, values) if counts > 0 else None,
             ahead_counts=counts,
-            scored=config.remembers,
-            biased=cache.biased,
         )
 
     def targets(

@@ -68,7 +68,7 @@ class TakeIn(Holdings):
     def keep_chosen(self, summary: PromptSummary, choice: Choice, spare: int) -> None:
         """Keep what was chosen of them."""
         assert self.plan is not None and self.store is not None
-        self.later.keep(self.plan, self.store, summary, choice, self.evicted, spare)
+        self.later.keep(self.plan, self.store, summary, choice, self.evicted, self._taken_in, spare)
         self.evicted_at = self._taken_in
 
     @property

@@ -13,8 +13,10 @@ from headwise.quant.formats import Precision, RowFormat
 from headwise.store.narrow import within
 from headwise.store.pages import PagePool
 from headwise.store.row_parts import STEPS, row_parts
-from headwise.store.rows import Rows
+from headwise.store.rows import Rows, side_by_side
 from headwise.types import Bool, Float, Int, Tensor
+
+_STEPS_OF = dict(zip(("keys", "values"), STEPS, strict=True))
 
 # Rows that are encoded at a time: their numbers are rotated in fp32.
 _BLOCK = 1024
@@ -81,12 +83,27 @@ class CodedPages:
         return _encoded(values, self.format.value_bits, self.format.group_of(self.value_dim))
 
     def decode(self, rows: Rows) -> Rows:
-        """Codes as the numbers they stand for."""
-        key_steps, value_steps = (rows.parts[name] for name in STEPS)
-        device = rows.keys.device
-        keys = decode(rows.keys, key_steps, self.format.key_bits) @ hadamard(self.key_dim, device).T
-        values = decode(rows.values, value_steps, self.format.value_bits) @ hadamard(self.value_dim, device).T
-        return rows.without(*STEPS).replacing(keys=keys.to(self.dtype), values=values.to(self.dtype))
+        """Codes as the numbers they stand for; of keys and values those that the rows have."""
+        numbers = {}
+        for name, bits, dim in self._sides:
+            if name in rows.parts:
+                turned = decode(rows.parts[name], rows.parts[_STEPS_OF[name]], bits)
+                numbers[name] = (turned @ hadamard(dim, turned.device).T).to(self.dtype)
+        return rows.without(*STEPS).replacing(**numbers)
+
+    def spans(self) -> list[Float[Tensor, "b h n"]]:
+        """How far the numbers of each kept key, and of each value, lie apart, rotated."""
+        found = []
+        for name, bits, _ in self._sides:
+            steps = self.pool.kept(_STEPS_OF[name])
+            assert steps is not None
+            found.append((2**bits - 1) * steps.float().chunk(2, dim=-1)[0].amax(dim=-1))
+        return found
+
+    @property
+    def _sides(self) -> tuple[tuple[str, int, int], tuple[str, int, int]]:
+        """Name, bits and channels of keys, then of values."""
+        return ("keys", self.format.key_bits, self.key_dim), ("values", self.format.value_bits, self.value_dim)
 
 
 def old_rows(
@@ -101,35 +118,74 @@ def old_rows(
     return inside & (formats >= 0)[:, :, None]
 
 
-def encode_old(precision: Precision, formats: Int[Tensor, "b h"], exact: PagePool, coded: Sequence[CodedPages]) -> None:
-    """Write exact rows that have grown old down as codes."""
-    old = _old_in_pool(precision, formats, exact)
+def encode_old(
+    precision: Precision, formats: Int[Tensor, "b h"], exact: PagePool, coded: Sequence[CodedPages], decided: int
+) -> None:
+    """Write exact rows that have grown old down as codes.
+
+    Args:
+        decided: columns from the first on whose rows have been given their format, and keep it.
+    """
+    old = _old_in_pool(precision, formats, exact, decided)
     if not bool(old.any()):
         return
     rows = exact.gather(old)
-    named = by_format(rows.keep, formats, len(coded), precision.later)
-    for part, keep in zip(coded, named, strict=True):
+    if precision.later is not None:
+        formats = torch.full_like(formats, precision.later)
+    for part, keep in zip(coded, by_format(rows.keep, formats[:, :, None], len(coded)), strict=True):
         if bool(keep.any()):
             part.pool.commit(part.pool.occupied(), part.encode(rows).naming(keep))
     exact.drop(~old)
 
 
-def _old_in_pool(precision: Precision, formats: Int[Tensor, "b h"], exact: PagePool) -> Bool[Tensor, "b h n"]:
+def recode(
+    keep: Sequence[Bool[Tensor, "b h _"]],
+    formats: Sequence[Int[Tensor, "b h _"]],
+    exact: PagePool,
+    coded: Sequence[CodedPages],
+    spare: int,
+) -> None:
+    """Keep those rows, each in the format given: the one that it has, or one of fewer bits.
+
+    Args:
+        keep, formats: of the exact rows, then of those in each format; formats by index, -1 for exact.
+        spare: exact rows per head that are going to be appended.
+    """
+    stays = [own & (wanted == now) for now, (own, wanted) in enumerate(zip(keep, formats, strict=True), start=-1)]
+    falls = [own & ~same for own, same in zip(keep, stays, strict=True)]
+    coming: list[list[Rows]] = [[] for _ in coded]
+    for now, (gone, wanted) in enumerate(zip(falls, formats, strict=True), start=-1):
+        if not bool(gone.any()):
+            continue
+        rows = exact.gather(gone) if now < 0 else coded[now].decode(coded[now].pool.gather(gone))
+        # Listed head by head on both sides.
+        into = torch.full_like(rows.keep, -1, dtype=wanted.dtype)
+        into[rows.keep] = wanted[gone]
+        for part, own, arriving in zip(coded, by_format(rows.keep, into, len(coded)), coming, strict=True):
+            if bool(own.any()):
+                arriving.append(part.encode(rows).naming(own))
+    exact.drop(stays[0], spare)
+    for part, same, arriving in zip(coded, stays[1:], coming, strict=True):
+        if arriving:
+            part.pool.commit(same, side_by_side(arriving))
+        else:
+            part.pool.drop(same)
+
+
+def _old_in_pool(
+    precision: Precision, formats: Int[Tensor, "b h"], exact: PagePool, decided: int
+) -> Bool[Tensor, "b h n"]:
     """Rows among the exact ones that should be codes, by their columns."""
     occupied, columns = exact.occupied(), exact.kept("columns")
     assert columns is not None
     columns = columns.masked_fill(~occupied, torch.iinfo(torch.int32).max)
     rank = columns.argsort(dim=-1).argsort(dim=-1)
-    return old_rows(precision, formats, rank, exact.lengths[:, :, None]) & occupied
+    return old_rows(precision, formats, rank, exact.lengths[:, :, None]) & occupied & (columns >= decided)
 
 
-def by_format(
-    rows: Bool[Tensor, "b h n"], formats: Int[Tensor, "b h"], count: int, format: int | None = None
-) -> list[Bool[Tensor, "b h n"]]:
-    """Which of the rows go where: all into one of `count` formats, or each into that of its head."""
-    if format is not None:
-        return [rows if index == format else torch.zeros_like(rows) for index in range(count)]
-    return [rows & (formats == index)[:, :, None] for index in range(count)]
+def by_format(rows: Bool[Tensor, "b h n"], formats: Int[Tensor, "b h #n"], count: int) -> list[Bool[Tensor, "b h n"]]:
+    """Which of the rows go into each of so many formats: each into its own, or all of a head into one."""
+    return [rows & (formats == index) for index in range(count)]
 
 
 def _encoded(numbers: Float[Tensor, "b h n d"], bits: int, group: int) -> tuple[Tensor, Tensor]:

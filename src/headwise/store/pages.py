@@ -125,10 +125,11 @@ class PagePool:
         """True for the rows below each head's length, over as many as the longest head has."""
         return self.pages.occupied()
 
-    def rows(self) -> Rows:
-        """A copy of everything kept, side by side."""
+    def rows(self, *names: str) -> Rows:
+        """A copy of everything kept, side by side, or of those parts of it that there are."""
         at = self.pages.addresses(self.longest)
-        return Rows({name: pool.flatten(0, 1)[at] for name, pool in self.pools.items()}, self.occupied())
+        parts = {name: pool.flatten(0, 1)[at] for name, pool in self.pools.items() if not names or name in names}
+        return Rows(parts, self.occupied())
 
     def gather(self, named: Bool[Tensor, "b h n"]) -> Rows:
         """A copy of those rows side by side; what pads the shorter heads is 0."""

@@ -23,6 +23,7 @@ def save_store(store: RowStore) -> dict[str, Tensor]:
             state |= save_rows(f"{_CODED}{index}_", part.pool)
     if store.coded:
         state |= {"formats": store.formats, "unpacked": torch.tensor(store.not_encoded, device="cpu")}
+        state |= {"decided": torch.tensor(store.decided, device="cpu")}
     return state
 
 
@@ -39,7 +40,7 @@ def load_store(state: dict[str, Tensor], *, page_size: int, precision: Precision
     for index, part in enumerate(store.coded):
         if f"{_CODED}{index}_lengths" in state:
             part.pool.fill(load_rows(f"{_CODED}{index}_", state))
-    store.not_encoded = int(state.get("unpacked", 0))
+    store.not_encoded, store.decided = (int(state.get(name, 0)) for name in ("unpacked", "decided"))
     return store
 
 

@@ -1,27 +1,25 @@
 """4/7 store: kept rows of every (sequence, KV head) -> pages of exact rows, and pages of codes for the older ones.
 
-Every stage sees one run of rows per head: the exact ones, then those of each format, each part padded to its longest
-head. A row is written down as codes once, when enough newer ones have come, and stays so.
+A row becomes codes when enough newer ones have come, or when a choice says so; later choices may give it fewer bits,
+never more.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import torch
 
-from headwise.kernels.interface import AppendRequest, Kernels, PageView
+from headwise.kernels.interface import AppendRequest, Kernels
 from headwise.quant.formats import Precision
-from headwise.store.coded import CodedPages, by_format, encode_old, old_rows
+from headwise.store.coded import CodedPages, by_format, encode_old, old_rows, recode
+from headwise.store.held import HeldRows
 from headwise.store.narrow import narrow
 from headwise.store.pages import PagePool
 from headwise.store.row_parts import BIAS, row_parts
-from headwise.store.rows import Rows, side_by_side
+from headwise.store.rows import Rows
 from headwise.types import Bool, Float, Int, Tensor
 
 
-class RowStore:
+class RowStore(HeldRows):
     """Ragged rows of one layer.
 
     Args:
@@ -36,6 +34,7 @@ class RowStore:
         exact: rows as numbers.
         coded: older ones, by format.
         not_encoded: rows that have come since old ones were last written down as codes.
+        decided: columns from the first on whose rows were given their format one by one, and keep it.
     """
 
     def __init__(
@@ -60,60 +59,7 @@ class RowStore:
             for f in (() if precision is None else precision.formats)
         ]
         self.formats = self.exact.lengths.new_zeros(self.exact.lengths.shape) if formats is None else formats
-        self.not_encoded = 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where the rows are."""
-        return self.exact.device
-
-    @property
-    def frozen(self) -> bool:
-        """Whether a step over it is captured."""
-        return self.exact.pages.frozen
-
-    @property
-    def heads(self) -> tuple[int, int, int, int]:
-        """Sequences, KV heads, and channels of a key and of a value."""
-        batch, heads = self.exact.lengths.shape
-        return batch, heads, self.exact.pools["keys"].shape[-1], self.value_dim
-
-    @property
-    def value_dim(self) -> int:
-        """Head dimension of values."""
-        return self.exact.pools["values"].shape[-1]
-
-    @property
-    def lengths(self) -> Int[Tensor, "b h"]:
-        """Rows of every head."""
-        return self.exact.lengths + sum(part.pool.lengths for part in self.coded)
-
-    @property
-    def longest(self) -> int:
-        """Over how many rows a head's are spread, where those of all heads lie side by side."""
-        exact = self.exact.longest
-        return exact + sum(part.pool.longest for part in self.coded) if self.coded else exact
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the kept rows."""
-        return sum(pool.used_bytes for pool in self._pools)
-
-    def bytes_by_row(self) -> Int[Tensor, " n"]:
-        """What each row of a head takes."""
-        return _along([pool.lengths.new_full((pool.longest,), pool.row_bytes) for pool in self._pools])
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor it holds on to."""
-        return [tensor for pool in self._pools for tensor in pool.tensors()] + [self.formats]
-
-    def view(self) -> list[PageView]:
-        """What a kernel reads: the exact rows, then those of each format that has any.
-
-        While frozen, heads are taken to be as long as their pages have room: how long they are, only the device knows.
-        """
-        views = [self.exact.view(), *[part.view() for part in self.coded if part.pool.longest]]
-        return [replace(view, longest=view.capacity) for view in views] if self.frozen else views
+        self.not_encoded = self.decided = 0
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """New rows in the type that exact ones are stored in."""
@@ -122,30 +68,6 @@ class RowStore:
             return keys, values
         return narrow(keys, dtype, "keys", waits=waits), narrow(values, dtype, "values", waits=waits)
 
-    def kept_columns(self) -> Int[Tensor, "b h n"]:
-        """Column of every row; undefined where `occupied` is False."""
-        columns = self._kept("columns")
-        assert columns is not None
-        return columns
-
-    def kept_scores(self) -> Float[Tensor, "b h n"] | None:
-        """Score of every row; undefined where `occupied` is False."""
-        return self._kept("scores")
-
-    def occupied(self) -> Bool[Tensor, "b h n"]:
-        """True where there is a row."""
-        return _along([pool.occupied() for pool in self._pools])
-
-    def rows(self) -> Rows:
-        """A copy of everything kept, side by side, as numbers."""
-        return side_by_side([self.exact.rows(), *(part.decode(part.pool.rows()) for part in self.coded)])
-
-    def gather(self, named: Bool[Tensor, "b h n"]) -> Rows:
-        """A copy of those rows side by side, as numbers; what pads the shorter heads is 0."""
-        exact, *coded = self._cut(named)
-        gathered = [part.decode(part.pool.gather(own)) for part, own in zip(self.coded, coded, strict=True)]
-        return side_by_side([self.exact.gather(exact), *gathered])
-
     # How it changes.
 
     def add_scores(self, increments: Float[Tensor, "b h n"]) -> None:
@@ -153,17 +75,26 @@ class RowStore:
         for pool, own in zip(self._pools, self._cut(increments), strict=True):
             pool.add_scores(own)
 
-    def fill(self, rows: Rows) -> None:
-        """Take in the first rows, in the order of their columns."""
+    def fill(self, rows: Rows, formats: Int[Tensor, "b h n"] | None = None) -> None:
+        """Take in the first rows, in the order of their columns.
+
+        Args:
+            formats: of each, -1 for an exact one; None for what the precision says of rows of that age.
+        """
         keys, values = self.stored(rows.keys, rows.values)
         exact = rows.replacing(keys=keys, values=values)
         if self.precision is None:
             self.exact.fill(exact)
             return
         rank, lengths = rows.keep.cumsum(dim=-1) - 1, rows.keep.sum(dim=-1, keepdim=True)
-        old = old_rows(self.precision, self.formats, rank, lengths) & rows.keep
+        if formats is None:
+            formats = self.formats[:, :, None]
+            old = old_rows(self.precision, self.formats, rank, lengths) & rows.keep
+        else:
+            old = (formats >= 0) & rows.keep
+            self._decide(rows.keep.shape[-1])
         self.exact.fill(exact.naming(rows.keep & ~old))
-        for part, keep in zip(self.coded, by_format(old, self.formats, len(self.coded)), strict=True):
+        for part, keep in zip(self.coded, by_format(old, formats, len(self.coded)), strict=True):
             if bool(keep.any()):
                 part.pool.fill(part.encode(rows).naming(keep))
 
@@ -243,6 +174,17 @@ class RowStore:
         self.exact.drop(exact, spare)
         self._drop_coded(coded)
 
+    def recode(self, keep: Bool[Tensor, "b h n"], formats: Int[Tensor, "b h n"], columns: int, spare: int) -> None:
+        """Keep the rows named by `keep`, each in the format given: the one that it has, or one of fewer bits.
+
+        Args:
+            formats: by index, -1 for an exact row.
+            columns: that have come in so far.
+            spare: as for `commit`.
+        """
+        recode(self._cut(keep), self._cut(formats), self.exact, self.coded, spare)
+        self._decide(columns)
+
     def commit(self, keep: Bool[Tensor, "b h n"], new: Rows, spare: int = 0) -> None:
         """Keep the rows named by `keep`, drop the others, and take in the new ones that `new.keep` names.
 
@@ -263,7 +205,7 @@ class RowStore:
         if self.precision is None or self.frozen or self.not_encoded < self.page_size:
             return
         self.not_encoded = 0
-        encode_old(self.precision, self.formats, self.exact, self.coded)
+        encode_old(self.precision, self.formats, self.exact, self.coded, self.decided)
 
     def select(self, indices: Int[Tensor, " new"]) -> None:
         """Keep the sequences at `indices`, in that order; pages of one taken several times are copied."""
@@ -277,24 +219,11 @@ class RowStore:
             pool.to(device)
         self.formats = self.formats.to(device)
 
-    # Its parts.
-
-    @property
-    def _pools(self) -> list[PagePool]:
-        return [self.exact, *(part.pool for part in self.coded)]
-
-    def _kept(self, part: str) -> Tensor | None:
-        held = [rows for pool in self._pools if (rows := pool.kept(part)) is not None]
-        return _along(held) if held else None
-
-    def _cut(self, along: Tensor, dim: int = -1) -> list[Any]:
-        """A tensor over the rows of all parts, part by part."""
-        return list(along.split([pool.longest for pool in self._pools], dim=dim)) if self.coded else [along]
+    def _decide(self, columns: int) -> None:
+        """Take note that all of so many columns but the recent ones have the format that they are to have."""
+        assert self.precision is not None
+        self.decided = max(0, columns - self.precision.recent)
 
     def _drop_coded(self, keep: list[Tensor]) -> None:
         for part, own in zip(self.coded, keep, strict=True):
             part.pool.drop(own)
-
-
-def _along(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

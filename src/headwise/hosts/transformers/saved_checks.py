@@ -157,7 +157,8 @@ def _check_compressed(part: _Part, core: LayerCache, shape: LayerShape | None, c
     held = [_check_rows(part, "", parts_of(*dims, keys.dtype), (batch, heads), columns)]
     if precision is not None:
         part.within("formats", part.take("formats", (batch, heads), _COUNT), -1, len(precision.formats) - 1)
-        part.within("unpacked", part.take("unpacked", (), _COUNT), 0, columns)
+        for name in ("unpacked", *({"decided"} & part.left.keys())):
+            part.within(name, part.take(name, (), _COUNT), 0, columns)
         for index, format in enumerate(precision.formats):
             if f"packed{index}_lengths" not in part.left:
                 # Not a row in that format; what else there is of it is unknown, and found to be in the end.
