@@ -148,10 +148,11 @@ def heads_of(recording, layer, held, seen):
     return [Head(query[h], keys[h], values[h], recording.scaling, held[h], seen) for h in range(len(held))]
 
 
-def raised(peaks, head, window, near):
-    """What the columns had, or were given since by a query that is far enough away."""
-    for column, row in head.asked(window):
-        for c, weight in row.items():
-            if column - c >= near:
-                peaks[c] = max(peaks.get(c, 0.0), weight)
+def raised(peaks, head, asked, near):
+    """What the columns had, or were given since by one of these queries that is far enough away."""
+    for column in asked:
+        for row in (head.attention(group, column) for group in range(len(head.query))):
+            for c, weight in row.items():
+                if column - c >= near:
+                    peaks[c] = max(peaks.get(c, 0.0), weight)
     return {c: peaks.get(c, 0.0) for c in head.held}

@@ -60,10 +60,10 @@ def test_rows_remember_what_they_were_worth(kind, gate, tmp_path):
     gates = gates_for(model())
     save_gates(gates, tmp_path / "gates")
     policy = kind(keep=0.3, choose_every=EVERY, gate=str(tmp_path / "gates") if gate else False)
-    cache, expected, peaks, since, read = new(policy), [], [], PROMPT, PROMPT
+    cache, expected, peaks, since, read, last = new(policy), [], [], PROMPT, PROMPT, {}
 
     def compare(seen):
-        nonlocal expected, peaks, since, read
+        nonlocal expected, peaks, since, read, last
         if seen == PROMPT:
             expected = held(cache)
             stored = [layer.core.store for layer in cache.headwise_layers]
@@ -73,9 +73,12 @@ def test_rows_remember_what_they_were_worth(kind, gate, tmp_path):
             ]
             return
         expected = [[head | set(range(read, seen)) for head in layer] for layer in expected]
+        # Of four queries that follow one another the last is looked at.
+        last |= {column // 4: column for column in range(seen - 1, read - 1, -4)}
         read = seen
         if seen - since < EVERY:
             return
+        asked = [column for column in last.values() if column >= since]
         worth = {}
         for layer, each in enumerate(expected):
             heads = heads_of(record, layer, each, seen)
@@ -87,7 +90,7 @@ def test_rows_remember_what_they_were_worth(kind, gate, tmp_path):
                 for h, own in enumerate(peaks[layer]):
                     own |= dict(zip(range(since, seen), scores[h].tolist(), strict=True))
             for h, head in enumerate(heads):
-                peaks[layer][h] = rechoosing_oracle.raised(peaks[layer][h], head, EVERY, 64)
+                peaks[layer][h] = rechoosing_oracle.raised(peaks[layer][h], head, asked, 64)
                 best = dict(peaks[layer][h])
                 if kind is headwise.PeakAttention:
                     best = rechoosing_oracle.newest(best, head, policy.window)

@@ -132,12 +132,12 @@ def test_what_a_later_choice_drops_is_folded_in():
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
-        (headwise.SnapKV(0.25, window=5), "25.0% of all tokens seen, chosen again every 32 tokens"),
-        (headwise.KVzip(12, choose_every=7), "12 tokens of each head, chosen again every 7 tokens"),
+        (headwise.SnapKV(0.25, window=5), "25.0% of all tokens seen, chosen again every 32 tokens or more"),
+        (headwise.KVzip(12, choose_every=7), "12 tokens of each head, chosen again every 7 tokens or more"),
         (headwise.TOVA(0.5, of="prompt"), "50.0% of the prompt, chosen once"),
         (headwise.Match(headwise.SnapKV(0.5, window=5)), "50.0% of the prompt, chosen once"),
         (headwise.PeakAttention(0.9), "all that a query pays 0.1 of its attention, chosen again every 32 tokens"),
-        (headwise.Auto(ratio=0.3), "30.0% of the bytes of all tokens seen, chosen again every 32 tokens"),
+        (headwise.Auto(ratio=0.3), "30.0% of the bytes of all tokens seen, chosen again every 32 tokens or more"),
         (headwise.Auto(bytes=2**14), "16.0 KiB for each sequence, chosen again every 32 tokens"),
         (headwise.Random(0.5), "50.0% of all tokens seen"),
         (headwise.Full(), None),
@@ -171,8 +171,24 @@ def test_a_query_that_was_overwritten_by_one_that_was_taken_back_is_not_there():
     assert (found.flatten().tolist(), columns.tolist(), there.tolist()) == ([6, 7, 8, 9], [6, 7, 8, 9], [True] * 4)
     # Two were taken back, which lie where those of columns 4 and 5 were.
     found, columns, there = ring.of(8)
-    assert (columns.tolist(), there.tolist()) == ([4, 5, 6, 7], [False, False, True, True])
+    assert (columns.tolist(), there.tolist()) == ([0, 0, 6, 7], [False, False, True, True])
     assert found.flatten().tolist()[2:] == [6, 7]
     ring.put(queries[:, :, :, 3:4] + 100, torch.tensor([8]), options)
     found, _, there = ring.of(9)
     assert (found.flatten().tolist()[1:], there.tolist()) == ([6, 7, 103], [False, True, True, True])
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 2), (4, 4), (2, 5), (40, 3)])
+def test_of_queries_that_follow_one_another_one_is_held(size, stride):
+    """The newest of each stride, however they come, and none from before a column."""
+    ring, options, lies = NewestQueries(size, stride), LogitOptions(1.0), {}
+    queries = torch.arange(70.0).view(1, 1, 1, 70, 1)
+    for columns in torch.arange(70).split([11, 1, 1, 1, 7, 2, 1, 30, 1, 1, 1, 13]):
+        ring.put(queries[:, :, :, columns], columns, options)
+        first, seen = columns[0].item(), columns[-1].item() + 1
+        lies |= {column // stride: column for column in range(seen - 1, first - 1, -stride)}
+        for since in (0, seen - 1, max(0, seen - 9)):
+            found, at, there = ring.of(seen, since)
+            newest = [lies[each] for each in sorted(lies)[-size:]]
+            expected = [column for column in newest if column >= since]
+            assert at[there].tolist() == found.flatten()[there].tolist() == expected

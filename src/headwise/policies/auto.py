@@ -92,6 +92,11 @@ class Auto(RepetitionScored):
         """Those of the window."""
         return self.window
 
+    @property
+    def size(self) -> Size | None:
+        """As many rows as there would be if all were exact."""
+        return self.ratio
+
     def with_keep(self, keep: Size) -> Auto:
         """The bytes of so many exact rows instead of what was given."""
         return replace(self, recovery=None, ratio=keep, bytes=None)

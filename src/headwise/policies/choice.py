@@ -51,19 +51,36 @@ class FormatLoss:
     now: Int[Tensor, " n"] | None = None
 
 
+# Of a head's rows, by which it may grow between two choices.
+_SLACK = 0.05
+
+
 @dataclass(frozen=True)
 class Again:
     """How a policy chooses once more among the rows that are held, when more tokens have come.
 
     Attributes:
-        every: tokens that come between two choices.
+        every: tokens that come between two choices, at least.
         queries: the newest, whose attention it looks at.
-        remembers: rows carry what the policy's `remember` says of them to later choices.
+        remembers: rows carry what the policy's `remember` says of them to later choices, and only queries since the
+            last choice are looked at.
+        stride: of so many queries that follow one another, one is looked at.
+        size: rows of a head, a twentieth of which may come too before the next choice: what a choice costs grows with
+            them. None where only `every` counts.
     """
 
     every: int
     queries: int
     remembers: bool = False
+    stride: int = 1
+    size: Size | None = None
+
+    def interval(self, seen: int) -> int:
+        """Tokens that come until the next choice, after one when so many had been seen."""
+        if self.size is None:
+            return self.every
+        rows = self.size * seen if isinstance(self.size, float) else self.size
+        return max(self.every, int(rows * _SLACK))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from headwise.types import Bool, Float, Int, Tensor
 
 # Newest queries that a later choice looks at, where one at the end of the prompt looks at all.
 _NEWEST = 64
+# Queries, and of how many that follow one another one is taken, where every row remembers what they give it.
+_SAMPLED, _STRIDE = 32, 4
 # Tokens from which on attention is no longer that of neighbours, which every token gets when it is new.
 _NEAR = 64
 
@@ -31,12 +33,12 @@ _NEAR = 64
 class Rechoosing(Policy):
     """Chooses at the end of the prompt, and again among what is held whenever `choose_every` tokens have come.
 
-    A head then has at most so many rows more than its size.
+    A head then has at most so many rows more than its size, or a twentieth of it where that is more.
 
     Args:
         of: what a fraction is of: all tokens "seen" so far, so that it grows with them, or those of the "prompt",
             from which is then chosen once, and what comes later is kept.
-        choose_every: tokens between two choices.
+        choose_every: tokens between two choices, at least.
     """
 
     of: Of = "seen"
@@ -52,7 +54,12 @@ class Rechoosing(Policy):
         if self.of == "prompt":
             return None
         rows = self.query_rows
-        return Again(self.choose_every, _NEWEST if rows is None else rows)
+        return Again(self.choose_every, _NEWEST if rows is None else rows, size=self.size)
+
+    @property
+    def size(self) -> Size | None:
+        """Rows of a head, where they are what is asked for."""
+        return getattr(self, "keep", None)
 
     def once(self) -> Rechoosing:
         """Of the prompt."""
@@ -133,7 +140,9 @@ class RepetitionScored(Scored):
     @property
     def again(self) -> Again | None:
         """By the most that queries paid to a row, from so far away that it is no neighbour, since it came."""
-        return None if self.of == "prompt" else Again(self.choose_every, self.choose_every, remembers=True)
+        if self.of == "prompt":
+            return None
+        return Again(self.choose_every, _SAMPLED, remembers=True, stride=_STRIDE, size=self.size)
 
     def remember(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
         """The most that a query paid to each row: what was found of the prompt, and what it got from afar since."""
@@ -141,7 +150,7 @@ class RepetitionScored(Scored):
             assert evidence.repetition_peaks is not None
             return evidence.repetition_peaks
         most = evidence.remembered
-        for asked, attention in evidence.attention_by_query(self.choose_every):
+        for asked, attention in evidence.attention_by_query(evidence.query.shape[3]):
             far = asked[:, None, :, None] - evidence.position[:, :, None] >= _NEAR
             most = most.maximum((attention.amax(dim=2) * far).amax(dim=2))
         return most

@@ -194,7 +194,7 @@ class Report:
         found: Counter[str] = Counter()
         for layer in self.layers:
             found.update(layer.rows_by_format or {})
-        return dict(found)
+        return {name: rows for name, rows in found.items() if rows}
 
     @property
     def format_counts(self) -> dict[str, int]:
@@ -279,7 +279,7 @@ class Report:
         total = sum(self.rule_counts.values())
         lines += [(f"  {name}", f"{count} of {total} heads") for name, count in self.rule_counts.items()]
         rows = sum(self.rows_by_format.values())
-        lines += [(f"  {name}", f"{count:,} of {rows:,} rows") for name, count in self.rows_by_format.items() if count]
+        lines += [(f"  {name}", f"{count:,} of {rows:,} rows") for name, count in self.rows_by_format.items()]
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 

@@ -36,7 +36,7 @@ def asked_words(policy: Policy, again: Again | None) -> str | None:
     else:
         words = f"{size:,} tokens of each head{', or their bytes' if kind == 'ratio' else ''}"
     if again is not None:
-        words += f", chosen again every {again.every} tokens"
+        words += f", chosen again every {again.every} tokens{' or more' if again.size is not None else ''}"
     return f"{words}, chosen once" if once else words
 
 

@@ -36,7 +36,8 @@ class LaterChoices:
 
     def __init__(self, config: LayerConfig, log: TokenLog) -> None:
         self._config, self._log, self._again = config, log, config.again
-        self.newest = NewestQueries(0 if self._again is None else self._again.queries)
+        queries, stride = (0, 1) if self._again is None else (self._again.queries, self._again.stride)
+        self.newest = NewestQueries(queries, stride)
 
     def note(self, query: Float[Tensor, "b h g q d"], columns: Int[Tensor, " q"], options: LogitOptions) -> None:
         """Take in what tokens in those columns asked."""
@@ -45,7 +46,7 @@ class LaterChoices:
 
     def due(self, seen: int, since: int) -> bool:
         """Whether so many columns have come since there was last a choice that it is time for another."""
-        return self._again is not None and seen - since >= self._again.every
+        return self._again is not None and seen - since >= self._again.interval(since)
 
     def summary(self, plan: Plan, store: RowStore, seen: int, since: int) -> PromptSummary:
         """What is known of the rows, to choose by; what they remember is brought up to date.
@@ -58,7 +59,7 @@ class LaterChoices:
         tokens = self._log.facts(
             rows.columns, rows.keep, rows.scores, seen, plan.prompt, self._config.index, cache.layers
         )
-        evidence = self._evidence(rows, tokens, seen, store)
+        evidence = self._evidence(rows, tokens, seen, since if self._config.remembers else 0, store)
         if self._config.remembers:
             evidence = replace(evidence, remembered=self._predicted(rows, tokens, seen, since))
             remembered = self._config.policy.remember(evidence)
@@ -93,8 +94,8 @@ class LaterChoices:
         else:
             store.recode(keep, choice.formats, seen, spare)
 
-    def _evidence(self, rows: Rows, tokens: Tokens, seen: int, store: RowStore) -> Evidence:
-        query, columns, there = self.newest.of(seen)
+    def _evidence(self, rows: Rows, tokens: Tokens, seen: int, since: int, store: RowStore) -> Evidence:
+        query, columns, there = self.newest.of(seen, since)
         assert self.newest.options is not None
         real, position = self._log.real_at(columns), self._log.positions(columns.expand(len(query), 1, -1))[:, 0]
         mask = (tokens.position[:, :, None] <= position[:, None, :, None]) & tokens.valid[:, :, None]
@@ -126,9 +127,11 @@ class LaterChoices:
             return tokens.score
         fresh = tokens.valid & (rows.columns >= since)
         at = (rows.columns.long() - since).where(fresh, count)
-        keys = rows.keys.new_zeros(*at.shape[:2], count + 1, rows.keys.shape[-1])
-        keys.scatter_(2, at[..., None].expand_as(rows.keys), rows.keys)
+        # Where the row of each of these columns is.
+        place = at.new_zeros(*at.shape[:2], count + 1)
+        place.scatter_(2, at, torch.arange(at.shape[2], device=at.device).expand_as(at))
+        keys = rows.keys.gather(2, place[:, :, :count, None].expand(-1, -1, -1, rows.keys.shape[-1]))
         columns = torch.arange(since, seen, device=at.device).expand(len(at), 1, -1)
         positions = self._log.positions(columns)[:, 0]
-        scores = gate.scores(keys[:, :, :count], positions, tokens.seen, self._config.rotation)
+        scores = gate.scores(keys, positions, tokens.seen, self._config.rotation)
         return scores.gather(2, at.clamp(max=count - 1)).where(fresh, tokens.score)

@@ -8,19 +8,21 @@ from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 
 class NewestQueries:
-    """The newest queries of one layer; that of column c lies at c modulo the ring's size.
+    """The newest queries of one layer, or one of so many that follow one another.
 
-    The same memory is written in every step, so that a step can be captured.
+    Columns are counted in strides; the query of one lies at the number of its stride, modulo the ring's size. The same
+    memory is written in every step, so that a step can be captured.
 
     Args:
         size: queries of each head.
+        stride: columns of which the query of the last is held.
 
     Attributes:
         options: how the model makes logits of them; None before the first.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, stride: int = 1) -> None:
+        self._size, self._stride = size, stride
         self.reset()
 
     def reset(self) -> None:
@@ -33,23 +35,33 @@ class NewestQueries:
     def put(self, query: Float[Tensor, "b h g q d"], columns: Int[Tensor, " q"], options: LogitOptions) -> None:
         """Take in the queries of some columns, which follow one another."""
         self.options = options
-        first = max(0, query.shape[3] - self._size)
-        query, columns = query[:, :, :, first:], columns[first:].long()
+        # Backwards from the newest, so that no two lie at the same place.
+        count = query.shape[3]
+        first = max((count - 1) % self._stride, count - 1 - (self._size - 1) * self._stride)
+        taken = slice(first, None, self._stride)
+        query, columns = query[:, :, :, taken], columns[taken].long()
         if self._query is None or self._columns is None:
             batch, heads, group, _, dim = query.shape
             self._query = query.new_zeros(batch, heads, group, self._size, dim)
             self._columns = torch.full((self._size,), -1, dtype=torch.long, device=query.device)
         if self._size:
-            at = columns % self._size
+            at = columns // self._stride % self._size
             self._query.index_copy_(3, at, query.to(self._query.dtype))
             self._columns.index_copy_(0, at, columns)
 
-    def of(self, seen: int) -> tuple[Float[Tensor, "b h g s d"], Int[Tensor, " s"], Bool[Tensor, " s"]]:
-        """Queries of the newest of so many columns, in order, these columns, and whether the query of each is there."""
+    def of(self, seen: int, since: int = 0) -> tuple[Float[Tensor, "b h g s d"], Int[Tensor, " s"], Bool[Tensor, " s"]]:
+        """Queries of the newest of so many columns, in order, these columns, and whether the query of each is there.
+
+        Args:
+            since: columns before which no query is asked for.
+        """
         assert self._query is not None and self._columns is not None
-        wanted = torch.arange(seen - self._size, seen, device=self._columns.device)
+        last = -(-seen // self._stride)
+        wanted = torch.arange(max(last - self._size, since // self._stride), last, device=self._columns.device)
         at = wanted % max(1, self._size)
-        return self._query[:, :, :, at], wanted.clamp(min=0), (self._columns[at] == wanted) & (wanted >= 0)
+        columns = self._columns[at]
+        there = (columns // self._stride == wanted) & (columns >= since) & (columns < seen)
+        return self._query[:, :, :, at], columns.where(there, 0), there
 
     def select(self, indices: Int[Tensor, " new"]) -> None:
         """Keep the sequences at `indices`, in that order."""

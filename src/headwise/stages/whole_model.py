@@ -81,7 +81,8 @@ class WholeModel:
             summaries = [core.summarise_rows() for core in self._cores]
             choices = self._policy.choose_again(summaries)
             for core, summary, choice in zip(self._cores, summaries, choices, strict=True):
-                core.keep_chosen(summary, choice, self._policy.again.every if spare is None else spare)
+                due = self._policy.again.interval(core.seen)
+                core.keep_chosen(summary, choice, due if spare is None else spare)
 
     def _compact(self) -> None:
         cores = self._cores
