@@ -185,7 +185,7 @@ def test_numbers_that_are_none_are_no_gain():
     "policy", [H2O(heavy=9, recent=9), FastGen(0.9), StreamingLLM(window=9), Quantized(H2O(heavy=9, recent=9))], ids=str
 )
 def test_policies_that_go_on_evicting_are_refused(policy):
-    with pytest.raises(ConfigurationError, match=r"goes on evicting.*Match wraps policies that choose once"):
+    with pytest.raises(ConfigurationError, match=r"goes on evicting.*Match wraps policies that choose by scores"):
         Match(policy)
 
 
@@ -217,8 +217,8 @@ def test_numbers_out_of_range_are_refused(wrong):
 
 
 def test_it_is_written_as_python_would_build_it():
-    assert str(Match(SNAP)) == "Match(SnapKV(keep=20, window=4, of='prompt'))" == f"Match({SNAP.once()})"
-    assert str(Match(SNAP, ridge=0.3, bias=False)) == f"Match({SNAP.once()}, ridge=0.3, bias=False)"
+    assert str(Match(SNAP)) == f"Match({SNAP})" == "Match(SnapKV(keep=20, window=4))"
+    assert str(Match(SNAP, ridge=0.3, bias=False)) == f"Match({SNAP}, ridge=0.3, bias=False)"
     assert Match(SNAP).title == "snapkv, matched"
     assert json.loads(json.dumps(describe_policy(Match(SNAP))))["parameters"]["ridge"] == 0.01
     assert parse_policy("snapkv:keep=20,window=4+match") == Match(SNAP)
@@ -241,8 +241,8 @@ def test_it_is_written_as_python_would_build_it():
 def test_what_it_wraps_keeps_its_budget():
     assert Match(SNAP).with_keep(5) == Match(SnapKV(keep=5, window=4))
     assert Match(Auto(ratio=0.5)).with_bytes(1000) == Match(Auto(bytes=1000))
-    assert Match(KeepMedia(SNAP)).chooser == KeepMedia(SNAP.once())
-    assert Match(Quantized(SNAP)).policy == Quantized(SNAP.once()) and Match(SNAP).chooser.again is None
+    assert Match(KeepMedia(SNAP)).chooser == KeepMedia(SNAP)
+    assert Match(Quantized(SNAP)).policy == Quantized(SNAP) and Match(SNAP).chooser.again == SNAP.again
 
 
 def test_the_report_says_what_it_won():

@@ -24,7 +24,7 @@ BIASED = pytest.mark.parametrize("inner", [SNAP, Quantized(SNAP, recent=4)], ids
 
 
 def test_values_alone_take_no_byte():
-    plain, matched = read(replace(SNAP, of="prompt")).report(), read(Match(SNAP, bias=False)).report()
+    plain, matched = read(SNAP).report(), read(Match(SNAP, bias=False)).report()
     assert matched.used_bytes == plain.used_bytes
     # What is reported of it lies beside the rows.
     told = sum(errors.nbytes for errors in matched.matched)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -11,6 +13,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -34,6 +37,14 @@ def llama(layers: int = 3) -> PreTrainedModel:
     """The plainest of them."""
     model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**{**_SIZES, "num_hidden_layers": layers})).eval()
     return model
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word for every token of theirs."""
+    words = {f"w{token}": token for token in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")), pad_token=f"w{PAD}", unk_token="w3"
+    )
 
 
 def small_models(seed: int) -> list[PreTrainedModel]:

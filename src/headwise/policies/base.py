@@ -140,10 +140,6 @@ class Policy(ABC):
         """Which of the rows that are held stay; `layers` are of rows, in place of the prompt's tokens."""
         return self.choose(layers)
 
-    def once(self) -> Policy:
-        """The same policy where it chooses from the prompt alone, and keeps what comes later."""
-        return self
-
     def with_keep(self, keep: Size) -> Policy:
         """The same policy with room for so many tokens per KV head: a count, or a fraction of the prompt.
 

@@ -29,6 +29,7 @@ class Evidence:
             came since the last choice have 0, or what a gate predicts of them.
         read_values, read_spans: give `values` and `spans`.
         value_dim: channels of a value.
+        biases: what is added to the logits of each row; None where rows have none.
         row_bytes: of a row that is stored exactly, then of one in each format of the policy's precision.
         kv_bytes: of the key and the value of an exact row alone.
         stored: format that each row has, -1 for an exact one; None at the end of a prompt.
@@ -52,6 +53,7 @@ class Evidence:
     rotation: Rotation | None
     repetition_peaks: Float[Tensor, "b h t"] | None
     remembered: Float[Tensor, "b h t"] | None = None
+    biases: Float[Tensor, "b h t"] | None = None
     row_bytes: tuple[int, ...] = ()
     kv_bytes: int = 0
     stored: Int[Tensor, " t"] | None = None
@@ -97,6 +99,8 @@ class Evidence:
         positions = self.query_position.gather(1, at)
         for block in query_blocks(query, self.keys.shape[2]):
             weights = logits_of(query[:, :, :, block], self.keys, self.options)
+            if self.biases is not None:
+                weights = weights + self.biases[:, :, None, None]
             if self.mask is None:
                 visible = causal(columns[0, block], self.keys.shape[2])[None, None].expand(len(at), -1, -1, -1)
             else:

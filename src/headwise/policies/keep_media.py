@@ -81,10 +81,6 @@ class KeepMedia(Policy):
         """As the policy does."""
         return self.policy.assess(evidence)
 
-    def once(self) -> KeepMedia:
-        """As the policy does."""
-        return replace(self, policy=self.policy.once())
-
     def with_keep(self, keep: Size) -> KeepMedia:
         """With another budget for the text."""
         return replace(self, policy=self.policy.with_keep(keep))

@@ -24,8 +24,8 @@ class Match(Wrapper):
     of the prompt's own, turned to positions behind it; `PeakAttention` and `Auto` also choose by what these look at.
 
     Args:
-        policy: that chooses by scores, such as `Auto`, `KVzip` or `SnapKV`, also in fewer bits. It then chooses once,
-            from the prompt, and what comes later is kept: `of="prompt"`.
+        policy: that chooses by scores, such as `Auto`, `KVzip` or `SnapKV`, also in fewer bits. Where it chooses again
+            when more tokens have come, rows that stay keep their biases and values, and none are fitted anew.
         ridge: how much a change of values weighs against the error that it mends.
         queries: about how many reference queries each KV head has, over its group; it is fitted to some of them.
         bias: whether rows get a bias; without, only values are refitted, which takes no bytes.
@@ -45,8 +45,6 @@ class Match(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # What was fitted as a whole must stay a whole.
-        object.__setattr__(self, "policy", self.policy.once())
         ridge = self.ridge
         if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < inf:
             raise ConfigurationError(f"ridge must be a number above 0, got {ridge!r}")
@@ -59,7 +57,7 @@ class Match(Wrapper):
         if later:
             raise ConfigurationError(
                 f"{self.policy} goes on evicting, and values are fitted to the rows that stay as a whole; Match wraps "
-                "policies that choose once, such as Auto, PeakAttention, KVzip, SnapKV or AdaKV"
+                "policies that choose by scores, such as Auto, PeakAttention, KVzip, SnapKV or AdaKV"
             )
 
     def __str__(self) -> str:

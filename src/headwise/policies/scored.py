@@ -61,10 +61,6 @@ class Rechoosing(Policy):
         """Rows of a head, where they are what is asked for."""
         return getattr(self, "keep", None)
 
-    def once(self) -> Rechoosing:
-        """Of the prompt."""
-        return replace(self, of="prompt")
-
 
 class Scored(Rechoosing):
     """Keeps the tokens with the highest scores.

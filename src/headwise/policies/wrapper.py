@@ -46,10 +46,6 @@ class Wrapper(Policy):
         """Those of the policy. All else that is asked of a policy that chooses is asked of `chooser`."""
         return self.policy.rungs
 
-    def once(self) -> Policy:
-        """As the policy does."""
-        return replace(self, policy=self.policy.once())
-
     def with_keep(self, keep: Size) -> Policy:
         """With another budget for the rows.
 

@@ -55,7 +55,7 @@ class LaterChoices:
             seen: columns that came in; the store has the rows of all.
             since: how many of them there were at the last choice.
         """
-        rows, cache = store.rows("keys", "columns", "scores"), self._config.cache
+        rows, cache = store.rows("keys", "columns", "scores", "biases"), self._config.cache
         tokens = self._log.facts(
             rows.columns, rows.keep, rows.scores, seen, plan.prompt, self._config.index, cache.layers
         )
@@ -114,6 +114,7 @@ class LaterChoices:
             length=tokens.seen,
             rotation=self._config.rotation,
             repetition_peaks=None,
+            biases=None if rows.biases is None else rows.biases.float(),
             row_bytes=store.row_bytes,
             kv_bytes=LayerShape(1, *store.heads[2:]).token_bytes(store.exact.pools["keys"].dtype),
             stored=store.row_formats(),
