@@ -156,20 +156,28 @@ def test_a_sequence_is_judged_alone():
 
 
 @pytest.mark.parametrize(
-    ("size", "later_bits", "remedy"),
-    [(30, 4, "take later_bits=8"), (3000, 8, "take a policy that keeps rows exact"), (30, 8, None), (0, 4, None)],
+    ("size", "later_bits", "damaged"), [(30, 4, True), (3000, 8, True), (30, 8, False), (0, 4, False)]
 )
-def test_what_auto_cannot_know_of_later_rows_is_said(size, later_bits, remedy):
+def test_later_rows_stay_exact_where_auto_would_damage_them(size, later_bits, damaged):
     """It weighs the prompt's rows by what rounding does to them; of later ones it is told the bits."""
     model = biased(size)
-    policy = headwise.Auto(ratio=0.5, window=16, recent=4, later_bits=later_bits)
+    policy = headwise.Auto(ratio=0.5, window=16, recent=4, later_bits=later_bits, of="prompt")
     cache = headwise.HeadwiseCache(model, policy, tokenizer=tiny.tokenizer())
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         following(model, cache, IDS[:, :61])
     said = [str(each.message) for each in told if issubclass(each.category, headwise.HeadwiseWarning)]
-    assert bool(said) == (remedy is not None)
-    assert all(remedy in each and "rows that come after the prompt will suffer" in each for each in said)
+    assert bool(said) == damaged
+    assert all("rows that come after the prompt stay exact there" in each for each in said)
+    following(model, cache, IDS[:, 61:], 1)
+    exact = [
+        bool((rows.columns[0, h][rows.keep[0, h] & (formats == -1)] == 65).any())
+        for rows, formats in (
+            (s.rows(), s.row_formats()) for s in (layer.core.store for layer in cache.headwise_layers)
+        )
+        for h in range(rows.keep.shape[1])
+    ]
+    assert any(exact) == damaged
 
 
 def test_a_text_that_repeats_one_token_is_rounded_as_any_other():

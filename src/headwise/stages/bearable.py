@@ -26,8 +26,7 @@ _LOGITS, _VALUES = 0.8, 0.5
 _SAME = 1e-3
 
 _GIVEN = "they get as many bits as they need, and take more bytes; report().formats says which"
-_MORE = "rows that come after the prompt will suffer: take later_bits=8"
-_EXACT = "rows that come after the prompt will suffer: take a policy that keeps rows exact, such as PeakAttention"
+_LATER = "rows that come after the prompt stay exact there, and take more bytes"
 
 
 def bearable_formats(
@@ -41,8 +40,8 @@ def bearable_formats(
 ) -> Int[Tensor, "b h"]:
     """Index into the precision's formats, -1 for a head that bears none of them; a warning says if any needs more bits.
 
-    What holds numbers that are none, or a single row, is not judged. Where the policy has chosen by itself, it is only
-    seen whether all heads bear the format of later rows.
+    What holds numbers that are none, or a single row, is not judged. Where the policy has chosen by itself, heads are
+    only judged by the format of later rows.
 
     Args:
         query: of the newest columns.
@@ -73,7 +72,7 @@ def bearable_formats(
     for index, format in enumerate(offered):
         formats[(key_bits == format.key_bits) & (value_bits == format.value_bits)] = index
     if bool((formats != 0).any()):
-        remedy = _GIVEN if precision.later is None else _MORE if offered[0].key_bits == 4 else _EXACT
+        remedy = _GIVEN if precision.later is None else _LATER
         warnings.warn(
             f"rounded to {offered[0]}, some heads would answer otherwise: their keys or values have a large part in "
             f"common, as where a model has large biases; {remedy}",
