@@ -25,7 +25,8 @@ class Recording:
         own = LayerCache.attend
 
         def attend(core, query, keys, values, mask, options):
-            self.layers.setdefault(core.index, []).append([part[0].double() for part in (query, keys, values)])
+            if core.repetition_chunk is None:
+                self.layers.setdefault(core.index, []).append([part[0].double() for part in (query, keys, values)])
             self.scaling = options.scaling
             return own(core, query, keys, values, mask, options)
 

@@ -90,7 +90,7 @@ def test_rows_remember_what_they_were_worth(kind, gate, tmp_path):
                 for h, own in enumerate(peaks[layer]):
                     own |= dict(zip(range(since, seen), scores[h].tolist(), strict=True))
             for h, head in enumerate(heads):
-                peaks[layer][h] = rechoosing_oracle.raised(peaks[layer][h], head, asked, 64)
+                peaks[layer][h] = rechoosing_oracle.raised(peaks[layer][h], head, asked, 16)
                 best = dict(peaks[layer][h])
                 if kind is headwise.PeakAttention:
                     best = rechoosing_oracle.newest(best, head, policy.window)

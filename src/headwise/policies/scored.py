@@ -26,7 +26,7 @@ _NEWEST = 64
 # Queries, and of how many that follow one another one is taken, where every row remembers what they give it.
 _SAMPLED, _STRIDE = 32, 4
 # Tokens from which on attention is no longer that of neighbours, which every token gets when it is new.
-_NEAR = 64
+_NEAR = 16
 
 
 @dataclass(frozen=True, kw_only=True)
