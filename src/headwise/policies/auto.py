@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,6 +23,8 @@ from headwise.types import Float, Tensor
 
 _FORMATS = (RowFormat(8, 8), RowFormat(8, 4), RowFormat(4, 4))
 _LATER = {8: 0, 4: 2}
+# Rows in 8 bits that take what an exact one takes, about.
+_LATER_ROWS = 1.75
 # Square of the attention that every row counts as having been paid.
 _NOTHING = 1e-12
 
@@ -50,6 +52,7 @@ class Auto(RepetitionScored):
         later_bits: of rows that come after the prompt, when they are no longer recent: 8 or 4; None for those of the
             head's other rows, or for 8 with `of="prompt"`, where such rows are all kept whatever they are worth.
         gate: as for `PeakAttention`: whether scores are predicted, not found by a repetition.
+        choose_every: tokens between two choices, at least: as many as take, in 8 bits, what 32 exact rows take.
 
     Raises:
         ConfigurationError: unless exactly one of the first three is given, and all are in range.
@@ -63,6 +66,7 @@ class Auto(RepetitionScored):
     sinks: int = SINKS
     later_bits: int = 8
     gate: bool | str = False
+    choose_every: int = field(default=round(32 * _LATER_ROWS), kw_only=True)
 
     def __post_init__(self) -> None:
         given = {n: getattr(self, n) for n in ("recovery", "ratio", "bytes") if getattr(self, n) is not None}
@@ -94,8 +98,10 @@ class Auto(RepetitionScored):
 
     @property
     def size(self) -> Size | None:
-        """As many rows as there would be if all were exact."""
-        return self.ratio
+        """As many rows as there would be if all were coded in 8 bits, as those are that come."""
+        if self.ratio is None:
+            return None
+        return self.ratio * _LATER_ROWS if isinstance(self.ratio, float) else int(self.ratio * _LATER_ROWS)
 
     def with_keep(self, keep: Size) -> Auto:
         """The bytes of so many exact rows instead of what was given."""
