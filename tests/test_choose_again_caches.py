@@ -15,6 +15,7 @@ from headwise.errors import CacheStateError, ConfigurationError
 from headwise.hosts.transformers.graph import DecodeGraph
 from headwise.less.state import EvictedState
 from headwise.stages.newest import NewestQueries
+from headwise.store.store import RowStore
 from headwise.types import LogitOptions
 from less_caches import remembering
 from models import unchecked_shapes
@@ -89,6 +90,22 @@ def test_a_captured_step_chooses_as_a_plain_one(policy):
     with DecodeGraph(model(), graphed, room=11, capture=traced) as graph, torch.no_grad():
         for end in range(PROMPT + 2, 80):
             expected = model()(input_ids=ids[:, end : end + 1], past_key_values=plain).logits[:, -1]
+            torch.testing.assert_close(graph.step(ids[:, end : end + 1]), expected, atol=1e-5, rtol=1e-5)
+            assert held(graphed) == held(plain), end
+
+
+def test_no_row_loses_bits_while_a_step_is_captured(monkeypatch):
+    """What was captured reads rows where they were; so it is as if none became codes."""
+    policy, ids = headwise.Auto(ratio=0.4, window=5, recent=4, choose_every=EVERY), words(80, seed=4)
+    plain, graphed = (follow(new(policy, kernel="reference"), ids, [1, 1]) for _ in range(2))
+    with DecodeGraph(model(), graphed, room=40, capture=traced) as graph, torch.no_grad():
+        for end in range(PROMPT + 2, 80):
+            with monkeypatch.context() as patched:
+                patched.setattr(
+                    RowStore, "recode", lambda store, keep, formats, columns, spare: store.drop(keep, spare)
+                )
+                patched.setattr(RowStore, "encode_old", lambda store: None)
+                expected = model()(input_ids=ids[:, end : end + 1], past_key_values=plain).logits[:, -1]
             torch.testing.assert_close(graph.step(ids[:, end : end + 1]), expected, atol=1e-5, rtol=1e-5)
             assert held(graphed) == held(plain), end
 

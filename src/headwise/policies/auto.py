@@ -32,13 +32,13 @@ _NOTHING = 1e-12
 @register("auto")
 @dataclass(frozen=True)
 class Auto(RepetitionScored):
-    """Spends bytes where they save most: on more rows or on more bits, head by head.
+    """Spends bytes where they save most: on more rows or on more bits, row by row.
 
     Losses are squared errors of a head's output, relative to its values. A token that is dropped costs the square of
-    the most attention that any query paid to it, as `PeakAttention` measures it. A head in fewer bits costs the mean
-    error that rounding makes in what the newest queries get. Every head takes the format and the number of rows for
-    which loss and price together are least; the price of a byte is one for the whole model, so that no byte would save
-    more elsewhere (Lagrange multipliers as in Everett, Operations Research 1963).
+    the most attention that any query paid to it, as `PeakAttention` measures it; one that is stored in fewer bits costs
+    a share of that, as much as rounding is expected to. Every row takes what costs least together with the price of its
+    bytes, which is one for the whole model, so that no byte would save more elsewhere (Lagrange multipliers as in
+    Everett, Operations Research 1963). At later choices rows lose bits, or go, as others become worth more.
 
     Args:
         recovery: T, from 0 to 1: a token is worth its row at the fewest bits if some query gave it 1 - T of its
@@ -49,8 +49,8 @@ class Auto(RepetitionScored):
         window: newest tokens that are kept, and whose queries count.
         recent: newest rows of a head that stay exact.
         sinks: first tokens, which are kept, and stay exact.
-        later_bits: of rows that come after the prompt, when they are no longer recent: 8 or 4; None for those of the
-            head's other rows, or for 8 with `of="prompt"`, where such rows are all kept whatever they are worth.
+        later_bits: of rows that come after the prompt, when they are no longer recent: 8 or 4. With `of="prompt"` they
+            are all kept, and so, whatever they are worth.
         gate: as for `PeakAttention`: whether scores are predicted, not found by a repetition.
         choose_every: tokens between two choices, at least: as many as take, in 8 bits, what 32 exact rows take.
 

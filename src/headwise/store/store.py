@@ -177,11 +177,16 @@ class RowStore(HeldRows):
     def recode(self, keep: Bool[Tensor, "b h n"], formats: Int[Tensor, "b h n"], columns: int, spare: int) -> None:
         """Keep the rows named by `keep`, each in the format given: the one that it has, or one of fewer bits.
 
+        While frozen all stay in the one that they have.
+
         Args:
             formats: by index, -1 for an exact row.
             columns: that have come in so far.
             spare: as for `commit`.
         """
+        if self.frozen:
+            self.drop(keep, spare)
+            return
         recode(self._cut(keep), self._cut(formats), self.exact, self.coded, spare)
         self._decide(columns)
 
