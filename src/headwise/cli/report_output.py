@@ -106,6 +106,10 @@ def add_rules(table: Table, report: Report) -> None:
     lines = [f"{count:>{len(str(total))}} {name}" for name, count in report.rule_counts.items()]
     if lines:
         table.add_row(f"rules of {total} heads", "\n".join(lines))
+    rows = report.rows_by_format
+    if rows:
+        width = len(f"{max(rows.values()):,}")
+        table.add_row("rows", "\n".join(f"{count:>{width},} {name}" for name, count in rows.items()))
     stock = sum(kept is None for kept in report.kept_tokens)
     if stock:
         table.add_row("not compressed", f"{stock} of {len(report.layers)} layers, which keep transformers' own cache")
