@@ -157,3 +157,23 @@ def test_enough_attention_is_enough_later_too():
     )
     less = follow(new(headwise.PeakAttention(recovery=0.5, window=4, choose_every=9)), tiny.prompt(160, seed=8), PASSES)
     assert less.report().kept_ratio < 0.7 * cache.report().kept_ratio < 0.7
+
+
+def test_a_twentieth_of_the_size_may_come_between_two_choices():
+    assert headwise.SnapKV(0.25, choose_every=32).again.interval(6000) == 75
+    assert headwise.SnapKV(0.25, choose_every=32).again.interval(600) == 32
+    assert headwise.SnapKV(2000).again.interval(5) == 100
+    # Of rows in 8 bits there are more for the bytes; where only bytes are given, nobody knows how many.
+    assert headwise.Auto(ratio=0.25).again.interval(6000) == 131 and headwise.Auto(ratio=0.25).again.interval(0) == 56
+    assert (
+        headwise.Auto(bytes=2**30).again.interval(6000) == headwise.PeakAttention(0.9).again.interval(6000) + 24 == 56
+    )
+    # All queries in between count, and only so many are held.
+    assert headwise.LazyEviction(2000).again.interval(9000) == 32
+    cache, chosen = new(headwise.SnapKV(60, window=4, choose_every=2)), []
+
+    def note(seen):
+        chosen.append(cache.headwise_layers[0].core.evicted_at)
+
+    follow(cache, words(98, seed=5), [1] * 9, note)
+    assert chosen == [41, 41, 41, 44, 44, 44, 47, 47, 47, 50]
