@@ -28,7 +28,7 @@ class RowOptions:
     """
 
     worth: Float[Tensor, "b h n"]
-    lost: Float[Tensor, "levels b h"]
+    lost: Float[Tensor, "levels b h n"]
     least: Int[Tensor, "b h n"]
     most: Int[Tensor, "b h n"]
 
