@@ -193,10 +193,7 @@ def refuse_pickling(cache: Any, _: Any) -> NoReturn:
 
 def _as_before(policy: str) -> str:
     """A policy as it was written when all fractions were of the prompt, of which tokens were chosen once."""
-    once = r"of='prompt', choose_every=\d+, "
-    if re.search(once, policy):
-        policy = re.sub(once, "", policy).replace("later_bits=None", "later_bits=8")
-    policy = policy.replace(", of='prompt')", ")")
+    policy = re.sub(r"of='prompt', choose_every=\d+, ", "", policy).replace(", of='prompt')", ")")
     # A count is the same whatever a fraction would be of.
     return re.sub(r"\(([^()]*), of='seen'\)", lambda s: s[0] if re.search(r"=[01]\.\d", s[1]) else f"({s[1]})", policy)
 
