@@ -46,7 +46,7 @@ def test_a_former_name_of_a_policy_works_and_its_name_is_said(tmp_path):
 
 
 def test_what_may_be_none_can_be_said_so():
-    assert build_policy("auto", None, ["ratio=0.5", "later_bits=none"]).later_bits is None
-    assert build_policy("auto", None, ["ratio=0.5", "later_bits=4"]).later_bits == 4
+    assert build_policy("auto", None, ["ratio=0.5", "bytes=none"]).bytes is None
+    assert build_policy("auto", None, ["ratio=none", "bytes=4096"]).bytes == 4096
     with pytest.raises(ConfigurationError, match="expected a"):
         build_policy("auto", None, ["ratio=0.5", "window=none"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 # head and layer, and averages out; what is dropped is missed by just the queries that need it, in full. The weight was
 # found by trying, on other texts than those of the published figures (docs/quantization.md).
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import torch
 
@@ -43,5 +44,4 @@ def rounding_loss(evidence: Evidence, formats: Sequence[RowFormat]) -> Float[Ten
 
 def _normal_range(count: int) -> float:
     """How far so many normally distributed numbers lie apart (Blom 1958, the expected largest of them)."""
-    at = torch.tensor((count - 0.375) / (count + 0.25), dtype=torch.float64)
-    return float(2 * torch.special.ndtri(at))
+    return 2 * NormalDist().inv_cdf((count - 0.375) / (count + 0.25))

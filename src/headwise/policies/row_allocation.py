@@ -52,7 +52,7 @@ class RowAllocation:
     def price(self, budget: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """The lowest price of a byte at which no more than the budget is taken."""
         # The bits of numbers that are not negative order like the numbers, and are counted instead of being sorted.
-        bits = self._up_to.view(torch.int32)
+        bits = self._up_to.view(torch.int32).clamp(min=0)
         return torch.stack([self._lowest(own, most) for own, most in zip(bits.unbind(dim=1), budget, strict=True)])
 
     def at(self, price: Float[Tensor, " b"]) -> list[Int[Tensor, "b h n"]]:
@@ -94,6 +94,7 @@ def _prices(rows: RowOptions, sizes: Sequence[int]) -> Float[Tensor, "levels b n
             gains = [(lost[low] - lost[high]) / (taken[high] - taken[low]) for low in range(level)]
             edges.append(torch.stack(gains).amin(dim=0))
         edge = torch.stack(edges).amax(dim=0).clamp(min=0)
-        price = (rows.worth * edge).masked_fill(rows.least >= level, torch.inf)
+        # What is no number is worth nothing.
+        price = (rows.worth * edge).nan_to_num(nan=0.0).masked_fill(rows.least >= level, torch.inf)
         found.append(price.masked_fill(rows.most < level, 0).flatten(1))
     return torch.stack(found)
