@@ -74,7 +74,7 @@ def test_rows_remember_what_they_were_worth(kind, gate, tmp_path):
             return
         expected = [[head | set(range(read, seen)) for head in layer] for layer in expected]
         # Of four queries that follow one another the last is looked at.
-        last |= {column // 4: column for column in range(seen - 1, read - 1, -4)}
+        last |= {(column - PROMPT) // 4: column for column in range(seen - 1, read - 1, -4)}
         read = seen
         if seen - since < EVERY:
             return

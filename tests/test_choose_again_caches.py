@@ -38,12 +38,11 @@ ALIKE = [
 
 @pytest.mark.parametrize("policy", ALIKE, ids=str)
 def test_a_sequence_keeps_the_same_alone_and_in_a_padded_batch(policy):
-    # Where one query of four is looked at, columns count: padding of another width shifts which.
-    first, second = words(60, seed=1)[0], words(52, seed=2)[0]
+    first, second = words(60, seed=1)[0], words(51, seed=2)[0]
     alone = [new(policy) for _ in range(2)]
     together = new(policy)
-    ids, mask = tiny.left_padded(first[:PROMPT], second[: PROMPT - 8])
-    ids = torch.cat([ids, torch.stack([first[PROMPT:], second[PROMPT - 8 :]])], dim=1)
+    ids, mask = tiny.left_padded(first[:PROMPT], second[: PROMPT - 9])
+    ids = torch.cat([ids, torch.stack([first[PROMPT:], second[PROMPT - 9 :]])], dim=1)
     mask = torch.cat([mask, torch.ones(2, 19, dtype=torch.long)], dim=1)
     at = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
@@ -56,7 +55,7 @@ def test_a_sequence_keeps_the_same_alone_and_in_a_padded_batch(policy):
     for layers in zip(together.headwise_layers, *(cache.headwise_layers for cache in alone), strict=True):
         both, one, other = (rows_of(layer.core) for layer in layers)
         assert both[0] == one[0]
-        assert both[1] == [{column + 8 for column in head} for head in other[0]]
+        assert both[1] == [{column + 9 for column in head} for head in other[0]]
 
 
 @pytest.mark.parametrize("policy", ALIKE, ids=str)
@@ -203,11 +202,12 @@ def test_a_query_that_was_overwritten_by_one_that_was_taken_back_is_not_there():
 def test_of_queries_that_follow_one_another_one_is_held(size, stride):
     """The newest of each stride, however they come, and none from before a column."""
     ring, options, lies = NewestQueries(size, stride), LogitOptions(1.0), {}
+    ring.begin_behind(11)
     queries = torch.arange(70.0).view(1, 1, 1, 70, 1)
     for columns in torch.arange(70).split([11, 1, 1, 1, 7, 2, 1, 30, 1, 1, 1, 13]):
         ring.put(queries[:, :, :, columns], columns, options)
         first, seen = columns[0].item(), columns[-1].item() + 1
-        lies |= {column // stride: column for column in range(seen - 1, first - 1, -stride)}
+        lies |= {(column - 11) // stride: column for column in range(seen - 1, first - 1, -stride)}
         for since in (0, seen - 1, max(0, seen - 9)):
             found, at, there = ring.of(seen, since)
             newest = [lies[each] for each in sorted(lies)[-size:]]

@@ -28,8 +28,9 @@ class LazyEviction(Scored):
     them. A token is active when a query of its group gives it `threshold` of its attention or more. Of each is known
     when it last was, and the longest interval between two such times. A token that has been away for long, measured by
     that interval, is worth little; one that comes back often is worth a little more. Nothing is dropped in between:
-    once in `choose_every` tokens all queries since then are looked at, and the newest tokens are kept. At the end of
-    the prompt its last queries are looked at as though they had been generated.
+    once in `choose_every` tokens all queries since then are looked at (of a further prompt as many of the newest), and
+    the newest tokens are kept. At the end of the prompt its last queries are looked at as though they had been
+    generated.
 
     Args:
         keep: tokens per KV head: a count (int), or a fraction (float).

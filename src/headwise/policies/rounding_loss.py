@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-# What a rounding error counts, beside an error as large from dropping a token. Rounding is different for each query,
-# head and layer, and averages out; what is dropped is missed by just the queries that need it, in full. The weight was
-# found by trying, on other texts than those of the published figures (docs/quantization.md).
 from collections.abc import Sequence
 from statistics import NormalDist
 
@@ -14,6 +11,9 @@ from headwise.policies.evidence import Evidence
 from headwise.quant.formats import RowFormat
 from headwise.types import Float, Tensor
 
+# What a rounding error counts, beside an error as large from dropping a token. Rounding is different for each query,
+# head and layer, and averages out; what is dropped is missed by just the queries that need it, in full. The weight was
+# found by trying, on other texts than those of the published figures (docs/quantization.md).
 _ROUNDING = 0.005
 
 

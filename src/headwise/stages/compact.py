@@ -117,6 +117,7 @@ class Prompt:
         if self._config.remembers:
             scores, self._remembered = self._remembered, None
         asked = self.observations.asked
+        self._later.newest.begin_behind(columns.shape[2])
         if asked.there:
             self._later.note(asked.query, columns[0, 0, columns.shape[2] - asked.query.shape[3] :], asked.options)
         bearable = self.observations.formats(keys, values)

@@ -10,8 +10,9 @@ from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 class NewestQueries:
     """The newest queries of one layer, or one of so many that follow one another.
 
-    Columns are counted in strides; the query of one lies at the number of its stride, modulo the ring's size. The same
-    memory is written in every step, so that a step can be captured.
+    Columns are counted in strides, one of which begins behind the prompt, so that padding in it changes nothing; the
+    query of one lies at the number of its stride, modulo the ring's size. The same memory is written in every step, so
+    that a step can be captured.
 
     Args:
         size: queries of each head.
@@ -19,6 +20,7 @@ class NewestQueries:
 
     Attributes:
         options: how the model makes logits of them; None before the first.
+        before: columns that the stride of the first one is short of.
     """
 
     def __init__(self, size: int, stride: int = 1) -> None:
@@ -28,9 +30,14 @@ class NewestQueries:
     def reset(self) -> None:
         """Forget all."""
         self.options: LogitOptions | None = None
+        self.before = 0
         self._query: Float[Tensor, "b h g s d"] | None = None
         # Which column's query lies where; -1 for none.
         self._columns: Int[Tensor, " s"] | None = None
+
+    def begin_behind(self, prompt: int) -> None:
+        """Let a stride begin behind so many columns."""
+        self.before = -prompt % self._stride
 
     def put(self, query: Float[Tensor, "b h g q d"], columns: Int[Tensor, " q"], options: LogitOptions) -> None:
         """Take in the queries of some columns, which follow one another."""
@@ -45,7 +52,7 @@ class NewestQueries:
             self._query = query.new_zeros(batch, heads, group, self._size, dim)
             self._columns = torch.full((self._size,), -1, dtype=torch.long, device=query.device)
         if self._size:
-            at = columns // self._stride % self._size
+            at = (columns + self.before) // self._stride % self._size
             self._query.index_copy_(3, at, query.to(self._query.dtype))
             self._columns.index_copy_(0, at, columns)
 
@@ -56,11 +63,11 @@ class NewestQueries:
             since: columns before which no query is asked for.
         """
         assert self._query is not None and self._columns is not None
-        last = -(-seen // self._stride)
-        wanted = torch.arange(max(last - self._size, since // self._stride), last, device=self._columns.device)
+        first, last = (since + self.before) // self._stride, -(-(seen + self.before) // self._stride)
+        wanted = torch.arange(max(last - self._size, first), last, device=self._columns.device)
         at = wanted % max(1, self._size)
         columns = self._columns[at]
-        there = (columns // self._stride == wanted) & (columns >= since) & (columns < seen)
+        there = ((columns + self.before) // self._stride == wanted) & (columns >= since) & (columns < seen)
         return self._query[:, :, :, at], columns.where(there, 0), there
 
     def select(self, indices: Int[Tensor, " new"]) -> None:
@@ -79,6 +86,7 @@ class NewestQueries:
             return {}
         return {"newest_queries": self._query, "newest_columns": self._columns}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave; `options` come with the next pass."""
+    def restore(self, state: dict[str, Tensor], before: int) -> None:
+        """Take back what `state` gave, and `before`; `options` come with the next pass."""
         self._query, self._columns = state.get("newest_queries"), state.get("newest_columns")
+        self.before = before

@@ -27,6 +27,8 @@ def save_layer(layer: LayerCache) -> dict[str, Tensor]:
         return {}
     counters = torch.tensor([layer.seen, layer.evicted_at, layer.prompt.observations.rows_read], device="cpu")
     own = layer.plan.state() | {"counters": counters} | layer.later.newest.state()
+    if layer.config.again is not None:
+        own["newest_before"] = torch.tensor(layer.later.newest.before, device="cpu")
     return own | save_store(layer.store) | layer.evicted.state()
 
 
@@ -37,6 +39,6 @@ def load_layer(layer: LayerCache, state: dict[str, Tensor]) -> None:
     layer.seen, layer.evicted_at, layer.prompt.observations.rows_read = state["counters"].tolist()
     layer.full_row_bytes = LayerShape(1, keys.shape[-1], values.shape[-1]).token_bytes(keys.dtype)
     layer.evicted.restore(state)
-    layer.later.newest.restore(state)
+    layer.later.newest.restore(state, int(state.get("newest_before", 0)))
     layer.plan = Plan.restore(layer.config.policy.rungs, state)
     layer.store = load_store(state, page_size=cache.page_size, precision=cache.precision)

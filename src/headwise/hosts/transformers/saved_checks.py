@@ -147,6 +147,8 @@ def _check_compressed(part: _Part, core: LayerCache, shape: LayerShape | None, c
         dim = None if shape is None else shape.key_dim
         part.take("newest_queries", (batch, heads, None, again.queries, dim), *_FLOATS)
         part.within("newest_columns", part.take("newest_columns", (again.queries,), _COUNT), -1, columns - 1)
+        if "newest_before" in part.left:
+            part.within("newest_before", part.take("newest_before", (), _COUNT), 0, again.stride - 1)
     scored = any("score" in config.policy.rungs[index].reads for index in choice.unique().tolist())
     parts_of = partial(row_parts, scored=scored or "scores" in part.left, biased="biases" in part.left)
     keys, values = part.left.get("keys"), part.left.get("values")
