@@ -263,3 +263,23 @@ def test_later_rows_get_eight_bits_or_as_many_as_are_asked_for():
     for bits in (16, None):
         with pytest.raises(ConfigurationError, match=f"later_bits must be 8 or 4, got {bits}"):
             headwise.Auto(ratio=0.5, later_bits=bits)
+
+
+def test_rows_that_were_chosen_to_be_numbers_stay_numbers_while_others_come():
+    model, ids = tiny.llama(layers=4, heads=8, kv_heads=4), tiny.prompt(160, seed=3)
+    cache = headwise.HeadwiseCache(
+        model, headwise.Auto(ratio=0.8, window=8, recent=4, of="prompt"), tokenizer=tiny.tokenizer()
+    )
+
+    def exact():
+        rows = [layer.core.store.rows() for layer in cache.headwise_layers]
+        formats = [layer.core.store.row_formats() for layer in cache.headwise_layers]
+        return [r.columns[0, h][r.keep[0, h] & (f == -1)] for r, f in zip(rows, formats, strict=True) for h in range(4)]
+
+    with torch.no_grad():
+        model(input_ids=ids[:, :120], past_key_values=cache)
+        before = [{c for c in head.tolist() if c < 116} for head in exact()]
+        for end in range(120, 160):
+            model(input_ids=ids[:, end : end + 1], past_key_values=cache)
+    assert sum(map(len, before)) > 500
+    assert [{c for c in head.tolist() if c < 116} for head in exact()] == before

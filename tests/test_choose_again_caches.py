@@ -67,6 +67,8 @@ def test_saved_copied_and_repeated_caches_choose_alike(policy, tmp_path):
         copy.deepcopy(cache),
         headwise.HeadwiseCache.load(tmp_path / "cache", model(), policy, tokenizer=tiny.tokenizer()),
     ]
+    alignments = {each.headwise_layers[0].core.later.newest.before for each in (cache, *others)}
+    assert alignments == ({3} if cache.policy.chooser.again.stride == 4 else {0})
     double = copy.deepcopy(cache)
     double.batch_repeat_interleave(2)
     double.reorder_cache(torch.tensor([1, 0]))
