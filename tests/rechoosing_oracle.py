@@ -16,17 +16,24 @@ from headwise.stages.layer import LayerCache
 
 
 class Recording:
-    """Queries, keys and values of every layer, by column, as a cache is given them."""
+    """Queries, keys and values of every layer, by column, as a cache is given them.
+
+    Attributes:
+        repeated: the same of the last repetition, by layer, of tokens that are in no column.
+    """
 
     def __init__(self):
-        self.layers = {}
+        self.layers, self.repeated = {}, {}
 
     def __enter__(self):
         own = LayerCache.attend
 
         def attend(core, query, keys, values, mask, options):
+            given = [part[0].double() for part in (query, keys, values)]
             if core.repetition_chunk is None:
-                self.layers.setdefault(core.index, []).append([part[0].double() for part in (query, keys, values)])
+                self.layers.setdefault(core.index, []).append(given)
+            else:
+                self.repeated[core.index] = given
             self.scaling = options.scaling
             return own(core, query, keys, values, mask, options)
 
@@ -157,3 +164,20 @@ def raised(peaks, head, asked, near):
                 if column - c >= near:
                     peaks[c] = max(peaks.get(c, 0.0), weight)
     return {c: peaks.get(c, 0.0) for c in head.held}
+
+
+def repeated(peaks, head, query, keys, chunk):
+    """What the columns had, or those of a chunk were given by a query that repeats it, of one KV head.
+
+    Args:
+        query: `[g, q, d]`, of the tokens that repeat.
+        keys: `[q, d]`, of the same.
+    """
+    chunk = [c for c in head.held if c in chunk]
+    counted = [c for c in head.held if c < 4 and c not in chunk] + chunk
+    for row, asked in [(row, asked) for group in query for row, asked in enumerate(group)]:
+        seen = torch.cat([head.keys[counted], keys[: row + 1]])
+        weights = dict(zip(counted, (seen @ asked * head.scaling).softmax(0).tolist()[: len(counted)], strict=True))
+        for c in chunk:
+            peaks[c] = max(peaks.get(c, 0.0), weights[c])
+    return peaks

@@ -56,10 +56,13 @@ def test_what_stays_is_what_the_formulas_name(policy):
 @pytest.mark.parametrize("gate", [False, True], ids=["found", "predicted"])
 @pytest.mark.parametrize("kind", [headwise.KVzip, headwise.PeakAttention])
 def test_rows_remember_what_they_were_worth(kind, gate, tmp_path):
-    """Over all layers; new rows begin with nothing, or with what a gate predicts, and queries far away raise it."""
+    """Over all layers; queries far away raise it.
+
+    New rows begin with what a gate predicts, or what a repetition of them finds where they came together, or nothing.
+    """
     gates = gates_for(model())
     save_gates(gates, tmp_path / "gates")
-    policy = kind(keep=0.3, choose_every=EVERY, gate=str(tmp_path / "gates") if gate else False)
+    policy = kind(keep=0.3, choose_every=EVERY, window=5, gate=str(tmp_path / "gates") if gate else False)
     cache, expected, peaks, since, read, last = new(policy), [], [], PROMPT, PROMPT, {}
 
     def compare(seen):
@@ -75,6 +78,11 @@ def test_rows_remember_what_they_were_worth(kind, gate, tmp_path):
         expected = [[head | set(range(read, seen)) for head in layer] for layer in expected]
         # Of four queries that follow one another the last is looked at.
         last |= {(column - PROMPT) // 4: column for column in range(seen - 1, read - 1, -4)}
+        if seen - read >= EVERY and not gate:
+            for layer, each in enumerate(expected):
+                query, keys, _ = record.repeated[layer]
+                for h, head in enumerate(heads_of(record, layer, each, seen)):
+                    rechoosing_oracle.repeated(peaks[layer][h], head, query[h], keys[h], range(read, seen))
         read = seen
         if seen - since < EVERY:
             return
@@ -92,8 +100,7 @@ def test_rows_remember_what_they_were_worth(kind, gate, tmp_path):
             for h, head in enumerate(heads):
                 peaks[layer][h] = rechoosing_oracle.raised(peaks[layer][h], head, asked, 16)
                 best = dict(peaks[layer][h])
-                if kind is headwise.PeakAttention:
-                    best = rechoosing_oracle.newest(best, head, policy.window)
+                best = rechoosing_oracle.newest(best, head, policy.window)
                 worth |= {(layer, h, c): 9999.0 if c < policy.sinks else s for c, s in best.items()}
         since = seen
         kept = sorted(worth, key=lambda at: -worth[at])[: count_of(0.3, seen) * len(expected) * len(expected[0])]

@@ -22,7 +22,7 @@ KERNELS = choose("reference", torch.device("cpu"))
 class Repeater:
     """Stands for the host's model, which a policy that looks at keys alone does not ask."""
 
-    def repeat(self, ids):
+    def repeat(self, ids, first):
         raise AssertionError("nothing is to be repeated")
 
 

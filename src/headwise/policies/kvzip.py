@@ -9,7 +9,7 @@ import torch
 from headwise.policies.checks import check_count, check_gate
 from headwise.policies.evidence import Evidence
 from headwise.policies.registry import register
-from headwise.policies.scored import RepetitionScored
+from headwise.policies.scored import RepetitionScored, newest_first
 from headwise.policies.size import Size
 from headwise.types import Float, Tensor
 
@@ -28,15 +28,18 @@ class KVzip(RepetitionScored):
         sinks: first tokens, which are kept.
         gate: True for scores that are predicted by gates trained for the model, so that it need not repeat anything:
             those that come with headwise, which are for its default model; or the folder of others.
+        window: newest tokens that are kept at later choices, because hardly a query could look at them from afar.
     """
 
     keep: Size
     sinks: int = 4
     gate: bool | str = False
+    window: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("sinks", self.sinks, 0)
+        check_count("window", self.window, 0)
         check_gate(self.gate)
 
     def score(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
@@ -44,3 +47,7 @@ class KVzip(RepetitionScored):
         assert evidence.repetition_peaks is not None
         sinks = evidence.position < self.sinks
         return torch.where(sinks, torch.inf, evidence.repetition_peaks)
+
+    def score_again(self, evidence: Evidence) -> Float[Tensor, "b h t"]:
+        """What rows remember, but for the newest."""
+        return newest_first(super().score_again(evidence), evidence, self.window)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from headwise.contract import LayerShape
+from headwise.kernels.interface import AttentionMap
 from headwise.less.state import EvictedState
 from headwise.policies.choice import Choice, PromptSummary
 from headwise.policies.evidence import Evidence
@@ -17,6 +18,7 @@ from headwise.policies.tokens import Tokens
 from headwise.stages.config import LayerConfig
 from headwise.stages.newest import NewestQueries
 from headwise.stages.plan import Plan
+from headwise.stages.repetition import attend_repetition_over_rows
 from headwise.stages.token_log import TokenLog
 from headwise.store.rows import Rows
 from headwise.store.store import RowStore
@@ -43,6 +45,22 @@ class LaterChoices:
         """Take in what tokens in those columns asked."""
         if self._again is not None:
             self.newest.put(query, columns, options)
+
+    def repeat(
+        self, map: AttentionMap, values: Float[Tensor, "b h q e"], store: RowStore, chunk: slice
+    ) -> Float[Tensor, "b h g q e"]:
+        """Attend with tokens that repeat a part of what came behind the prompt, and note only what they look at.
+
+        Args:
+            map: of these tokens, over their own keys.
+            chunk: columns that are repeated.
+        """
+        rows = store.rows("keys", "values", "columns", "scores", "biases")
+        assert rows.scores is not None
+        positions = self._log.positions(rows.columns.masked_fill(~rows.keep, 0))
+        output, found = attend_repetition_over_rows(map, values, rows, positions, chunk, self._config.cache.kernels)
+        store.replace_scores(rows.scores.maximum(found))
+        return output
 
     def due(self, seen: int, since: int) -> bool:
         """Whether so many columns have come since there was last a choice that it is time for another."""

@@ -9,6 +9,7 @@ import torch
 
 from headwise.contract import LayerShape
 from headwise.errors import CacheStateError
+from headwise.kernels.interface import AttentionMap
 from headwise.less.state import EvictedState
 from headwise.stages.admit import check_heads, check_mask
 from headwise.stages.ambient import methods_alone
@@ -34,7 +35,7 @@ class LayerCache(TakeIn):
 
     Attributes:
         full_row_bytes: bytes of a key and its value, what a full cache holds per token and head.
-        repetition_chunk: columns of the prompt that the model is repeating, while it does.
+        repetition_chunk: columns that the model is repeating, while it does.
         captured_column: of the new token, while a step is captured and replayed (`stages/capture.py`).
         readers_left: layers of the model that are still to read, in this pass, what this one keeps.
     """
@@ -93,7 +94,7 @@ class LayerCache(TakeIn):
             self.later.note(query, self.captured_column, options)
             return output
         if self.repetition_chunk is not None:
-            return self.prompt.repeat(query, keys, values, mask, options, self.repetition_chunk)
+            return self._repeat(query, keys, values, mask, options)
         if self.prompt.complete:
             raise CacheStateError(
                 "the prompt is complete, and what to keep of it was not chosen: where a policy decides over all "
@@ -140,7 +141,7 @@ class LayerCache(TakeIn):
             CacheStateError: when there was no such pass, or it had all its readers.
         """
         if self.repetition_chunk is not None:
-            return self.prompt.repeat(query, keys, values, mask, options, self.repetition_chunk)
+            return self._repeat(query, keys, values, mask, options)
         first = self._pending
         if first is None or not self.readers_left:
             raise CacheStateError(
@@ -251,6 +252,21 @@ class LayerCache(TakeIn):
             self.store.to(device)
         self.evicted.to(device)
         self.later.newest.to(device)
+
+    def _repeat(
+        self,
+        query: Float[Tensor, "b h g q d"],
+        keys: Float[Tensor, "b h q d"],
+        values: Float[Tensor, "b h q e"],
+        mask: Bool[Tensor, "b q t"] | None,
+        options: LogitOptions,
+    ) -> Float[Tensor, "b h g q e"]:
+        assert self.repetition_chunk is not None
+        if self.store is None:
+            return self.prompt.repeat(query, keys, values, mask, options, self.repetition_chunk)
+        # Without padding a mask says nothing but that the repetition is causal.
+        own = None if mask is None or self.log.all_real() is None else mask[:, :, self.seen :]
+        return self.later.repeat(AttentionMap(query, keys, own, options), values, self.store, self.repetition_chunk)
 
     def _decode(self, current: Pass) -> Float[Tensor, "b h g q e"]:
         assert self.store is not None and self.plan is not None

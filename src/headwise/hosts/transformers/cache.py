@@ -294,7 +294,7 @@ class HeadwiseCache(Cache):
     def _owner(self) -> Owner:
         return Owner(self.model, self.model_name, self.policy, self.kind_table)
 
-    def _repeat_prompt(self, ids: Int[Tensor, "b t"]) -> None:
+    def _repeat_prompt(self, ids: Int[Tensor, "b t"], first: int) -> None:
         assert self._tokenizer is not None
-        parts = self._parts
-        repeat_prompt(self.model, self, parts.cores, parts.states, self.token_log, ids, self._tokenizer)
+        parts, log = self._parts, self.token_log
+        repeat_prompt(self.model, self, parts.cores, parts.states, log, ids, first, self._tokenizer)

@@ -1,7 +1,8 @@
-"""Repetition: a prompt in a full cache -> the model asked to repeat it, and what it looked at while it did.
+"""Repetition: a prompt in a cache -> the model asked to repeat it, and what it looked at while it did.
 
 KVzip (Kim et al., NeurIPS 2025, section 3.2), chunk by chunk; nothing of the repetition stays in the cache. Chunks are
 cut by column: a padded sequence of several chunks is cut elsewhere than it would be alone, and may score otherwise.
+A further prompt is repeated by itself, over what is left of everything before it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _CHUNK = 2048
 _CUE = 8
 
 _FIRST = "\n\nRepeat the previous context exactly."
+_LAST = "\n\nRepeat the last part of the previous context exactly."
 _NEXT = "\n\nRepeat the part of the previous context exactly, starting with"
 
 
@@ -37,27 +39,31 @@ def repeat_prompt(
     states: Sequence[dict[Any, Any]],
     log: TokenLog,
     ids: Int[Tensor, "b t"],
+    first: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Let the model repeat its prompt; every layer then knows the largest attention that each column got.
 
     Args:
-        cache: with the whole prompt in it, uncompressed.
+        cache: with the whole prompt in it, uncompressed; or with a further one behind what was chosen.
         cores: its compressed layers.
         states: what passes change beside them.
         ids: the prompt, padding included.
+        first: column of the first of them.
     """
     decoder, device = decoder_of(model), ids.device
-    columns = torch.arange(ids.shape[1], device=device).expand(len(ids), 1, -1)
-    real = log.real(columns)[:, 0]
+    seen = first + ids.shape[1]
+    real = log.real(torch.arange(seen, device=device).expand(len(ids), 1, -1))[:, 0]
     opening = _answer_opening(tokenizer)
     for start in range(0, ids.shape[1], _CHUNK):
         chunk = slice(start, min(start + _CHUNK, ids.shape[1]))
-        asked, counted = _request(tokenizer, ids, real, start, opening)
+        columns = slice(first + chunk.start, first + chunk.stop)
+        request = _NEXT if start else _LAST if first else _FIRST
+        asked, counted = _request(tokenizer, request, ids, real[:, first:], start, opening)
         repetition = torch.cat([asked, ids[:, chunk]], dim=1)
-        mask = torch.cat([real, counted, real[:, chunk]], dim=1)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, ids.shape[1] :]
-        with _repeating(cores, chunk), unchanged(states), steady_embeddings(decoder), torch.no_grad():
+        mask = torch.cat([real, counted, real[:, columns]], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, seen:]
+        with _repeating(cores, columns), unchanged(states), steady_embeddings(decoder), torch.no_grad():
             decoder(
                 input_ids=repetition,
                 attention_mask=None if bool(mask.all()) else mask.long(),
@@ -81,6 +87,7 @@ def _repeating(cores: Sequence[LayerCache], chunk: slice) -> Iterator[None]:
 
 def _request(
     tokenizer: PreTrainedTokenizerBase,
+    request: str,
     ids: Int[Tensor, "b t"],
     real: Bool[Tensor, "b t"],
     start: int,
@@ -92,7 +99,7 @@ def _request(
         words = torch.tensor(tokens, dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
         return words, torch.ones_like(words, dtype=torch.bool)
 
-    text = tokenizer(_NEXT if start else _FIRST, add_special_tokens=False).input_ids
+    text = tokenizer(request, add_special_tokens=False).input_ids
     before = slice(max(0, start - _CUE), start)
     parts = [row(text), (ids[:, before], real[:, before]), row(opening)]
     return torch.cat([words for words, _ in parts], dim=1), torch.cat([counted for _, counted in parts], dim=1)
