@@ -16,6 +16,7 @@ class OracleCore:
 
     def __init__(self, core):
         self.index, self.policy, self.log = core.index, core.config.policy, core.log
+        self.steering = core.config.steering
         self.evict_every = core.config.cache.evict_every
         self.seen = 0
         self.recording = False
@@ -50,6 +51,7 @@ class OracleCore:
             for j in range(h):
                 for head in range(g):
                     logits = query[i, j, head].double() @ self.keys[i, j].double().T * options.scaling
+                    logits = logits + self._added(i, j, head)
                     p = logits.masked_fill(~visible[i, j], float("-inf")).softmax(-1).nan_to_num(0)
                     weights[i, j, head] = p.float()
                     out[i, j, head] = (p @ self.values[i, j].double()).float()
@@ -70,8 +72,17 @@ class OracleCore:
         for index, rung in enumerate(self.policy.rungs):
             kept = rung.keep(self._tokens(valid, self.real.sum(1)[:, None, None] - 1))
             last = last | kept & (self.choice == index)[:, :, None]
+        if self.log.marks.pinned is not None:
+            last[:, :, : self.log.marks.pinned.shape[1]] |= self.log.marks.pinned[:, None]
         self.alive = last & valid
         return out
+
+    def _added(self, sequence, head, member):
+        """What steering adds to the logits of every column."""
+        added, marks = torch.zeros(self.seen, dtype=torch.float64), self.log.marks.values
+        if self.steering is not None and marks is not None:
+            added[: marks.shape[1]] = marks[sequence].double() * float(self.steering.gates[head, member])
+        return added
 
     def _tokens(self, valid, newest):
         b, h, n = valid.shape

@@ -166,18 +166,21 @@ def raised(peaks, head, asked, near):
     return {c: peaks.get(c, 0.0) for c in head.held}
 
 
-def repeated(peaks, head, query, keys, chunk):
+def repeated(peaks, head, query, keys, chunk, added=lambda column: 0.0):
     """What the columns had, or those of a chunk were given by a query that repeats it, of one KV head.
 
     Args:
         query: `[g, q, d]`, of the tokens that repeat.
         keys: `[q, d]`, of the same.
+        added: to the logits of a column.
     """
     chunk = [c for c in head.held if c in chunk]
     counted = [c for c in head.held if c < 4 and c not in chunk] + chunk
     for row, asked in [(row, asked) for group in query for row, asked in enumerate(group)]:
         seen = torch.cat([head.keys[counted], keys[: row + 1]])
-        weights = dict(zip(counted, (seen @ asked * head.scaling).softmax(0).tolist()[: len(counted)], strict=True))
+        logits = seen @ asked * head.scaling
+        logits = logits + torch.tensor([*map(added, counted), *[0.0] * (row + 1)])
+        weights = dict(zip(counted, logits.softmax(0).tolist()[: len(counted)], strict=True))
         for c in chunk:
             peaks[c] = max(peaks.get(c, 0.0), weights[c])
     return peaks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from cases import EVERYTHING, pairwise
+from headwise.kernels.interface import DecodeRequest
 from headwise.stages.decode import decode
 from headwise.store.rows import Rows
 from headwise.store.store import RowStore
@@ -58,7 +59,7 @@ def test_decode_equals_attention_by_hand(group, queries, masked, kind, dtype, ke
         mask = torch.rand(B, queries, seen) < 0.7
         mask[:, :, -fresh:] &= torch.ones(queries, fresh, dtype=torch.bool).tril(2)
         mask[:, torch.arange(queries), seen - queries + torch.arange(queries)] = True
-    result = decode(query, store, fresh_keys, fresh_values, mask, options, with_mass=True, kernels=kernels)
+    result = decode(DecodeRequest(query, store.view(), fresh_keys, fresh_values, mask, options, True), kernels)
 
     assert result.output.dtype == dtype
     for b in range(B):
@@ -96,7 +97,9 @@ def test_blocks_of_queries_give_what_one_block_gives(monkeypatch, kernels):
     query, fresh_keys, fresh_values = torch.randn(B, H, 2, 9, D), torch.randn(B, H, 9, D), torch.randn(B, H, 9, E)
 
     def run():
-        return decode(query, store, fresh_keys, fresh_values, None, LogitOptions(0.3), with_mass=True, kernels=kernels)
+        return decode(
+            DecodeRequest(query, store.view(), fresh_keys, fresh_values, None, LogitOptions(0.3), True), kernels
+        )
 
     whole = run()
     monkeypatch.setattr("headwise.kernels.attention._BLOCK_LOGITS", 700)
@@ -111,6 +114,6 @@ def test_an_empty_store_leaves_the_fresh_rows(kernels):
     store, *_ = filled(lengths=torch.zeros(B, H, dtype=torch.long))
     value = torch.randn(B, H, 1, E)
     query, key = torch.randn(B, H, 2, 1, D), torch.randn(B, H, 1, D)
-    result = decode(query, store, key, value, None, LogitOptions(1.0), with_mass=False, kernels=kernels)
+    result = decode(DecodeRequest(query, store.view(), key, value, None, LogitOptions(1.0)), kernels)
     torch.testing.assert_close(result.output, value[:, :, None].expand(B, H, 2, 1, E))
     assert result.on_kept is None

@@ -14,7 +14,7 @@ from headwise.hosts.transformers import repetition
 from headwise.hosts.transformers.decoder import decoder_of
 from headwise.kernels.backends import choose
 from headwise.kernels.interface import AttentionMap
-from headwise.stages.repetition import attend_repetition_over_rows
+from headwise.stages.repetition import RowFacts, attend_repetition_over_rows
 from headwise.store.rows import Rows
 from headwise.types import LogitOptions
 from rechoosing import EVERY, PROMPT, follow, new
@@ -75,7 +75,7 @@ def test_what_rows_of_a_store_get(kernel, extra):
         mask = torch.ones(QUERIES, QUERIES, dtype=torch.bool).tril() & ~padding[:, None]
     kernels = choose(kernel, torch.device("cpu"))
     map = AttentionMap(query, keys, mask, options)
-    output, found = attend_repetition_over_rows(map, values, held, columns, CHUNK, kernels)
+    output, found = attend_repetition_over_rows(map, values, held, RowFacts(columns), CHUNK, kernels)
     for b in range(BATCH):
         for h in range(HEADS):
             own = Rows({name: part[b, h] for name, part in held.parts.items()}, keep[b, h])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from headwise.hosts.transformers.cache import HeadwiseCache
     from headwise.hosts.transformers.graph import DecodeGraph
+    from headwise.hosts.transformers.marked import encode_marked
     from headwise.hosts.transformers.models import load_default_model, load_model
     from headwise.less.checkpoint import load_kernels
     from headwise.less.features import LessKernels
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
         register,
     )
     from headwise.report.report import Report
+    from headwise.steer.spans import Marked, Span, TokenRange
+    from headwise.steer.steering import Boost, Steering, TargetShare
 
 __all__ = [
     "H2O",
@@ -68,6 +71,7 @@ __all__ = [
     "TOVA",
     "AdaKV",
     "Auto",
+    "Boost",
     "CacheStateError",
     "ConfigurationError",
     "DecodeGraph",
@@ -86,6 +90,7 @@ __all__ = [
     "LazyEviction",
     "Less",
     "LessKernels",
+    "Marked",
     "Match",
     "MismatchError",
     "ModelNotFoundError",
@@ -99,12 +104,17 @@ __all__ = [
     "Scissorhands",
     "Scored",
     "SnapKV",
+    "Span",
+    "Steering",
     "StreamingLLM",
+    "TargetShare",
+    "TokenRange",
     "UnknownPolicyError",
     "UnsupportedModelError",
     "Window",
     "__version__",
     "create_policy",
+    "encode_marked",
     "list_policies",
     "load_default_model",
     "load_kernels",
@@ -114,6 +124,7 @@ __all__ = [
 
 # Where each public name is defined; what is not listed here is a policy.
 _HOMES = {
+    "Boost": "headwise.steer.steering",
     "CacheStateError": "headwise.errors",
     "ConfigurationError": "headwise.errors",
     "DecodeGraph": "headwise.hosts.transformers.graph",
@@ -122,11 +133,17 @@ _HOMES = {
     "HeadwiseWarning": "headwise.errors",
     "InputError": "headwise.errors",
     "LessKernels": "headwise.less.features",
+    "Marked": "headwise.steer.spans",
     "MismatchError": "headwise.errors",
     "ModelNotFoundError": "headwise.errors",
     "Report": "headwise.report.report",
+    "Span": "headwise.steer.spans",
+    "Steering": "headwise.steer.steering",
+    "TargetShare": "headwise.steer.steering",
+    "TokenRange": "headwise.steer.spans",
     "UnknownPolicyError": "headwise.errors",
     "UnsupportedModelError": "headwise.errors",
+    "encode_marked": "headwise.hosts.transformers.marked",
     "load_default_model": "headwise.hosts.transformers.models",
     "load_kernels": "headwise.less.checkpoint",
     "load_model": "headwise.hosts.transformers.models",

@@ -53,6 +53,7 @@ class LayerFacts:
         rotation: its rotary embedding; None where it has none that is known.
         obstacle: why a layer of full attention is not compressed; None where it is one that is, or none.
         readers: layers of the model that read its keys and values, itself included.
+        query_heads: of its attention; 0 where they cannot be told.
     """
 
     compressed: bool
@@ -60,6 +61,7 @@ class LayerFacts:
     rotation: Rotation | None = None
     obstacle: str | None = None
     readers: int = 1
+    query_heads: int = 0
 
 
 @dataclass(frozen=True)

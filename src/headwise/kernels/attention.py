@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from headwise.kernels.interface import AttentionMap
+from headwise.kernels.interface import AttentionMap, Marks
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 # Logits in flight at a time: in fp32 they take 4 MiB, which bounds the memory and stays near the processor.
@@ -18,6 +18,9 @@ _BLOCK_LOGITS = 2**20
 
 # Query rows at a time where fused attention takes a mask on a CPU, which keeps the mask near the processor.
 _MASKED_ROWS = 256
+
+# The same where columns have marks, which are numbers; on a CPU, and elsewhere.
+_MARKED_ROWS = 64, 512
 
 # What a masked logit is set to: unlike minus infinity it leaves no NaN in a row that sees nothing.
 HIDDEN = torch.finfo(torch.float32).min
@@ -39,6 +42,11 @@ def logits_of(
     if options.softcap is not None:
         logits = torch.tanh(logits / options.softcap) * options.softcap
     return logits
+
+
+def add_marks(logits: Float[Tensor, "b h g q t"], gates: Float[Tensor, "b h g q"], marks: Float[Tensor, "b t"]) -> None:
+    """Add to logits what their columns have beside."""
+    logits += gates[..., None] * marks[:, None, None, None]
 
 
 def softmax(logits: Float[Tensor, "b h g q t"], options: LogitOptions) -> Float[Tensor, "b h g q t"]:
@@ -73,15 +81,49 @@ def dense_attention(map: AttentionMap, values: Float[Tensor, "b h t e"]) -> Floa
     """Attention of the newest q tokens over all t."""
     query, keys, mask, options = map.query, map.keys, map.mask, map.options
     if options.softcap is None and options.sinks is None:
-        return _fused_attention(query, keys, values, mask, options.scaling)
+        if map.marks is None:
+            return _fused_attention(query, keys, values, mask, options.scaling)
+        return _marked_attention(map, map.marks, values)
     batch, heads, group, rows, _ = query.shape
     columns = map.own_columns()
     output = torch.empty(batch, heads, group, rows, values.shape[-1], dtype=values.dtype, device=values.device)
     for block in query_blocks(query, keys.shape[2]):
         visible = causal(columns[block], keys.shape[2])[None] if mask is None else mask[:, block]
         visible = visible[:, None, None].expand(batch, 1, 1, -1, -1)
-        weights = probabilities(logits_of(query[:, :, :, block], keys, options), visible, options)
+        logits = logits_of(query[:, :, :, block], keys, options)
+        if map.marks is not None:
+            add_marks(logits, map.marks.gates[..., block], map.marks.columns)
+        weights = probabilities(logits, visible, options)
         output[:, :, :, block] = torch.einsum("bhgqt,bhte->bhgqe", weights, values.float()).to(output.dtype)
+    return output
+
+
+def _marked_attention(map: AttentionMap, marks: Marks, values: Float[Tensor, "b h t e"]) -> Float[Tensor, "b h g q e"]:
+    """Torch's fused attention, and once more with the marks for those heads that have a gate.
+
+    Heads without one are computed as though nothing were marked. Of the others the marks and what is visible are made
+    for a few query rows of one head at a time: all at once they would take more than the keys.
+    """
+    query, keys, mask = map.query, map.keys, map.mask
+    gated = (marks.gates != 0).any(dim=3).any(dim=0)
+    rows, total, columns = query.shape[3], keys.shape[2], map.own_columns()
+    # Other devices take no numbers of another type.
+    step, dtype = (_MARKED_ROWS[0], torch.float32) if query.device.type == "cpu" else (_MARKED_ROWS[1], query.dtype)
+    if bool(gated.all()):
+        output = query.new_empty(*query.shape[:4], values.shape[-1])
+    else:
+        output = _fused_attention(query, keys, values, mask, map.options.scaling)
+    for h, g in gated.nonzero().tolist():
+        for start in range(0, rows, step):
+            block = slice(start, min(start + step, rows))
+            # Under causality no row of the block sees further than its last row.
+            seen = total if mask is not None else total - rows + block.stop
+            visible = causal(columns[block], seen)[None] if mask is None else mask[:, block]
+            added = marks.gates[:, h, g, block, None] * marks.columns[:, None, :seen]
+            added = added.masked_fill(~visible, -torch.inf).to(dtype)[:, None]
+            asked, own = query[:, h, g, None, block], (keys[:, h, None, :seen], values[:, h, None, :seen])
+            attended = functional.scaled_dot_product_attention(asked, *own, attn_mask=added, scale=map.options.scaling)
+            output[:, h, g, block] = attended[:, 0]
     return output
 
 

@@ -17,6 +17,7 @@ from headwise.kernels.interface import (
     AppendRequest,
     AttentionMap,
     DecodeRequest,
+    Marks,
     MassRequest,
     PageView,
     PeaksRequest,
@@ -49,14 +50,16 @@ def check_decode(request: DecodeRequest) -> None:
             and (mask is None or _is_mask(mask, batch, queries, fresh))
             and (sinks is None or sinks.shape == (heads, group))
         )
+        if fits and request.marks is not None:
+            _check_marks(request.marks, query, None, fresh)
     if not fits:
         expected = "query [b, h, g, q, d], keys [b, h, f, d], values [b, h, f, e], all numbers; where there are any, "
         expected += "a mask [b, q, t] of bool with t >= f, and sinks [h, g]; pages; all on one device"
         raise _refused("decode", expected, query=query, keys=keys, values=values, mask=mask, sinks=sinks)
     for index, view in enumerate(pages):
         _check_view(view, query, batch, heads, (key_dim, value_dim), coded=index > 0)
-        if mask is not None and view.columns is None:
-            raise InputError("a mask was given, and the pages say no columns to look it up by")
+        if view.columns is None and (mask is not None or request.marks is not None):
+            raise InputError("a mask or marks were given, and the pages say no columns to look them up by")
 
 
 def check_append(request: AppendRequest) -> None:
@@ -163,6 +166,26 @@ def _check_map(map: AttentionMap) -> None:
         expected = "query [b, h, g, q, d], keys [b, h, t, d], all numbers; where there are any, a mask [b, q, t] of "
         expected += "bool, columns [q] of integers below t that never fall, and sinks [h, g]; all on one device"
         raise _refused("attention map", expected, query=query, keys=keys, mask=mask, columns=columns, sinks=sinks)
+    if map.marks is not None:
+        _check_marks(map.marks, query, keys.shape[2], None)
+
+
+def _check_marks(marks: Marks, query: Tensor, total: int | None, fresh: int | None) -> None:
+    """That marks are of so many columns, where it is said, and of so many fresh rows, where there are any."""
+    gates, columns, of_fresh = marks.gates, marks.columns, marks.fresh
+    fits = (
+        gates.shape == query.shape[:4]
+        and columns.dim() == 2
+        and len(columns) == len(query)
+        and (total is None or columns.shape[1] == total)
+        and (of_fresh is None or of_fresh.shape == (len(query), fresh))
+        and all(each.dtype is torch.float32 for each in (gates, columns, of_fresh) if each is not None)
+        and _together(query, gates, columns, of_fresh)
+    )
+    if not fits:
+        expected = "gates [b, h, g, q] and columns [b, m], of a map of all its columns; where there are any, fresh "
+        expected += "[b, f]; all in fp32 on the device of the queries"
+        raise _refused("marks", expected, gates=gates, columns=columns, fresh=of_fresh)
 
 
 def _check_view(

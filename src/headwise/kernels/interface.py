@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -103,6 +103,27 @@ class PageView:
 
 
 @dataclass(frozen=True)
+class Marks:
+    """What is added to logits by column: the query's gate times the column's mark, behind a soft cap.
+
+    Attributes:
+        gates: fp32; 0 leaves the logits of a query as they are. Dimensions may be expanded.
+        columns: fp32, of the first m columns; 0 leaves a column's logits as they are, as those of all later columns.
+            Of an attention map, whose t columns are all there, m is t.
+        fresh: fp32, of the fresh rows of a decode step; None where all are 0.
+    """
+
+    gates: Float[Tensor, "b h g q"]
+    columns: Float[Tensor, "b m"]
+    fresh: Float[Tensor, "b f"] | None = None
+
+    def cut(self, queries: slice, fresh: int) -> Marks:
+        """For some of the queries, and the first fresh rows."""
+        own = None if self.fresh is None else self.fresh[:, :fresh]
+        return replace(self, gates=self.gates[..., queries], fresh=own)
+
+
+@dataclass(frozen=True)
 class DecodeRequest:
     """A few query rows over each KV head's own pages and over fresh rows, in one softmax.
 
@@ -115,6 +136,7 @@ class DecodeRequest:
             all kept rows and the fresh rows up to its own.
         options: how the model makes logits.
         with_mass: whether to return the probabilities; they take q x (n + f) numbers per KV head.
+        marks: what columns have beside; None where nothing is marked.
     """
 
     query: Float[Tensor, "b h g q d"]
@@ -124,6 +146,7 @@ class DecodeRequest:
     mask: Bool[Tensor, "b q t"] | None
     options: LogitOptions
     with_mass: bool = False
+    marks: Marks | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +209,7 @@ class AttentionMap:
         columns: each query row's own column, ascending; None for the newest q of the t columns.
         mask: True where a query may see a key; None means causal.
         options: how the model makes logits.
+        marks: what columns have beside; None where nothing is marked.
     """
 
     query: Float[Tensor, "b h g q d"]
@@ -193,6 +217,7 @@ class AttentionMap:
     mask: Bool[Tensor, "b q t"] | None
     options: LogitOptions
     columns: Int[Tensor, " q"] | None = None
+    marks: Marks | None = None
 
     def own_columns(self) -> Int[Tensor, " q"]:
         """Each query row's own column."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
 from headwise.kernels.attention import (
     HIDDEN,
+    add_marks,
     causal,
     dense_attention,
     logits_of,
@@ -21,6 +23,7 @@ from headwise.kernels.interface import (
     Decoded,
     DecodeRequest,
     Kernels,
+    Marks,
     MassRequest,
     PageView,
     PeaksRequest,
@@ -51,7 +54,12 @@ def ragged_decode(request: DecodeRequest) -> Decoded:
         sees_fresh = mask[:, :, mask.shape[-1] - fresh :]
     sees = torch.cat([sees, sees_fresh[:, None].expand(-1, heads, -1, -1)], dim=-1)
     on_kept = logits_of(query, keys, options) + biases[:, :, None, None]
-    logits = torch.cat([on_kept, logits_of(query, request.fresh_keys, options)], dim=-1)
+    on_fresh = logits_of(query, request.fresh_keys, options)
+    if request.marks is not None:
+        on_kept += request.marks.gates[..., None] * _marks_of(request.marks, columns.long())[:, :, None, None]
+        if request.marks.fresh is not None:
+            add_marks(on_fresh, request.marks.gates, request.marks.fresh)
+    logits = torch.cat([on_kept, on_fresh], dim=-1)
     lse = _log_sum_exp(logits, sees[:, :, None], options)
     weights = probabilities(logits, sees[:, :, None], options)
     output = torch.einsum("bhgqn,bhne->bhgqe", weights[..., :gathered], values.float())
@@ -133,8 +141,10 @@ def attend_and_gather(
     chosen = torch.cat([everything[part] for part in request.counted])
     # How far each row sees among the chosen keys.
     columns = torch.searchsorted(chosen, map.own_columns(), right=True) - 1
-    mask = None if map.mask is None else map.mask[..., chosen]
-    found = largest(AttentionMap(map.query, map.keys[:, :, chosen], mask, map.options, columns))
+    mask, marks = None if map.mask is None else map.mask[..., chosen], map.marks
+    if marks is not None:
+        marks = replace(marks, columns=marks.columns[:, chosen])
+    found = largest(AttentionMap(map.query, map.keys[:, :, chosen], mask, map.options, columns, marks))
     peaks = found.new_zeros(*found.shape[:2], total).index_copy_(2, chosen, found)
     return dense_attention(map, request.values), peaks
 
@@ -157,6 +167,8 @@ def _map_blocks(map: AttentionMap) -> Iterator[tuple[slice, Float[Tensor, "b h g
         # Under causality no row of the block sees further than its last row, and all see up to the first.
         seen = total if map.mask is not None else last + 1
         logits = logits_of(map.query[:, :, :, block], map.keys[:, :, :seen], map.options)
+        if map.marks is not None:
+            add_marks(logits, map.marks.gates[..., block], map.marks.columns[:, :seen])
         if map.mask is None:
             logits[..., first:].masked_fill_(~causal(own, seen)[:, first:], HIDDEN)
             yield block, softmax(logits, map.options)
@@ -197,6 +209,15 @@ def _gathered(view: PageView) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     biases = torch.zeros_like(occupied, dtype=torch.float32) if view.biases is None else rows(view.biases).float()
     values, columns = values.masked_fill(~occupied[..., None], 0), columns.masked_fill(~occupied, 0)
     return keys, values, columns, occupied, biases.masked_fill(~occupied, 0)
+
+
+def _marks_of(marks: Marks, columns: Int[Tensor, "b h n"]) -> Float[Tensor, "b h n"]:
+    """The marks of the columns that each head kept."""
+    count, (batch, heads, rows) = marks.columns.shape[1], columns.shape
+    if not count:
+        return torch.zeros_like(columns, dtype=torch.float32)
+    found = marks.columns.gather(1, columns.clamp(max=count - 1).reshape(batch, heads * rows))
+    return found.view(columns.shape).masked_fill(columns >= count, 0)
 
 
 def _at_columns(mask: Bool[Tensor, "b q t"], columns: Int[Tensor, "b h n"]) -> Bool[Tensor, "b h q n"]:

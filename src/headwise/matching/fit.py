@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headwise.matching.targets import HeadRows, Targets, logits_of
+from headwise.matching.targets import HeadRows, Targets
 from headwise.types import Float, Tensor
 
 # The least and the most that a row may count for.
@@ -117,7 +117,7 @@ def _mixture(targets: Targets, rows: HeadRows, *, whole: bool) -> _Mixture:
 
 def _given(targets: Targets, rows: HeadRows, *, whole: bool) -> Float[Tensor, "r n"]:
     """What the references give rows, as a share of what they give the whole prompt, or these rows."""
-    logits = logits_of(targets.query, rows, targets.options)
+    logits = targets.logits(slice(None), rows)
     given = logits.sub_(targets.mass[:, None]).exp_() if whole else logits.softmax(dim=-1)
     return given.mul_(targets.share[:, None])
 

@@ -49,6 +49,8 @@ class References:
         values: Float[Tensor, "b h t e"],
         positions: Int[Tensor, "b t"],
         real: Bool[Tensor, "b t"],
+        gates: Float[Tensor, "h g"] | None = None,
+        marks: Float[Tensor, "b t"] | None = None,
     ) -> dict[tuple[int, int], Targets]:
         """What the whole prompt gives them behind it, by sequence and KV head.
 
@@ -56,14 +58,17 @@ class References:
             rotation: the layer's rotary embedding.
             keys, values: of the whole prompt.
             positions, real: of every column, the latter False for padding.
+            gates, marks: what is added to the logits where attention is steered, of query heads and of columns.
         """
         query, found = self.behind(rotation, positions, real.sum(dim=1)), {}
         for b, h in product(range(keys.shape[0]), range(keys.shape[1])):
             asked = query[b, h][:, self.counted[b]]
             sinks = self.options.sinks
             sink = None if sinks is None else sinks[h].float()[:, None].expand(asked.shape[:2]).flatten()
-            rows = HeadRows(keys[b, h][real[b]].float(), values[b, h][real[b]].float())
-            found[b, h] = targets_of(asked.flatten(0, 1), sink, rows, self.options).at_most(_HELD)
+            own = None if marks is None else marks[b][real[b]]
+            rows = HeadRows(keys[b, h][real[b]].float(), values[b, h][real[b]].float(), marks=own)
+            gate = None if gates is None else gates[h][:, None].expand(asked.shape[:2]).flatten()
+            found[b, h] = targets_of(asked.flatten(0, 1), sink, rows, self.options, gate).at_most(_HELD)
         return found
 
     def __add__(self, later: References) -> References:

@@ -30,6 +30,8 @@ class Evidence:
         read_values, read_spans: give `values` and `spans`.
         value_dim: channels of a value.
         biases: what is added to the logits of each row; None where rows have none.
+        gates, marks: where attention is steered, what their product adds to the logits: of the query heads, and of each
+            column or row; None where it is not.
         row_bytes: of a row that is stored exactly, then of one in each format of the policy's precision.
         kv_bytes: of the key and the value of an exact row alone.
         stored: format that each row has, -1 for an exact one; None at the end of a prompt.
@@ -54,6 +56,8 @@ class Evidence:
     repetition_peaks: Float[Tensor, "b h t"] | None
     remembered: Float[Tensor, "b h t"] | None = None
     biases: Float[Tensor, "b h t"] | None = None
+    gates: Float[Tensor, "h g"] | None = None
+    marks: Float[Tensor, "b k t"] | None = None
     row_bytes: tuple[int, ...] = ()
     kv_bytes: int = 0
     stored: Int[Tensor, " t"] | None = None
@@ -69,6 +73,13 @@ class Evidence:
     def spans(self) -> tuple[Float[Tensor, "b h t"], Float[Tensor, "b h t"]]:
         """How far the numbers of each key, and of each value, lie apart when they are rotated as codes are."""
         return self.read_spans()
+
+    @property
+    def added(self) -> Float[Tensor, "b h g t"] | None:
+        """What is added to the logits of each column or row where attention is steered; None where it is not."""
+        if self.gates is None or self.marks is None:
+            return None
+        return self.gates[None, :, :, None] * self.marks[:, :, None]
 
     @property
     def reconstruction(self) -> Float[Tensor, "b h t"] | None:
@@ -96,11 +107,13 @@ class Evidence:
         heads = self.keys.shape[1]
         index = at[:, None, None, :, None].expand(-1, heads, group, -1, dim)
         query, columns = self.query.gather(3, index), at + self.keys.shape[2] - self.query.shape[3]
-        positions = self.query_position.gather(1, at)
+        positions, added = self.query_position.gather(1, at), self.added
         for block in query_blocks(query, self.keys.shape[2]):
             weights = logits_of(query[:, :, :, block], self.keys, self.options)
             if self.biases is not None:
                 weights = weights + self.biases[:, :, None, None]
+            if added is not None:
+                weights = weights + added[:, :, :, None]
             if self.mask is None:
                 visible = causal(columns[0, block], self.keys.shape[2])[None, None].expand(len(at), -1, -1, -1)
             else:

@@ -63,6 +63,8 @@ class ExpectedAttention(Scored):
         keys, scale = evidence.keys.float()[:, :, None], evidence.options.scaling
         logits = (mean[:, :, :, None] * keys).sum(dim=-1) * scale
         logits = logits + (keys @ covariance * keys).sum(dim=-1) * scale**2 / 2
+        if evidence.added is not None:
+            logits = logits + evidence.added
         hidden = ~(evidence.real & (evidence.position >= self.sinks))[:, :, None]
         expected = logits.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(dim=-1).mean(dim=2)
         score: Tensor = (expected + self.epsilon) * torch.linalg.vector_norm(evidence.values.float(), dim=-1)

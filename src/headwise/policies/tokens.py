@@ -26,6 +26,7 @@ class Tokens:
         layer: index of the layer.
         layers: how many the model has.
         chosen: tokens of the prompt that a policy has chosen by its own scores; None while generating.
+        pinned: what the user marked, and no policy evicts; None where nothing is.
         memo: what rules have already answered, so that the rungs of a ladder share their common parts.
     """
 
@@ -40,6 +41,7 @@ class Tokens:
     layer: int
     layers: int = 1
     chosen: Bool[Tensor, "b h n"] | None = None
+    pinned: Bool[Tensor, "b h n"] | None = None
     memo: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def among(self, pool: Bool[Tensor, "b h n"]) -> Tokens:

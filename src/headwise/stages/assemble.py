@@ -22,6 +22,7 @@ from headwise.policies.less import Less
 from headwise.policies.match import Match
 from headwise.policies.wrapper import Wrapper, wrappers
 from headwise.stages.config import CacheConfig, LayerConfig
+from headwise.steer.steering import BaseSteering, LayerSteering
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Assembly:
     Attributes:
         policy: with everything read that it names.
         layers: by index, of the compressed ones.
+        steering: None where nothing is steered.
     """
 
     policy: Policy
     kernels: Kernels
     layers: Mapping[int, LayerConfig]
+    steering: BaseSteering | None = None
 
     @property
     def asks_all_queries(self) -> bool:
@@ -52,11 +55,13 @@ def assemble(
     prompt_columns: int | None,
     evict_every: int,
     dtype: torch.dtype | None,
+    steering: BaseSteering | None = None,
 ) -> Assembly:
     """The configuration of every layer.
 
     Raises:
-        ConfigurationError: when an option is out of range, or both LESS and Match stand around the policy.
+        ConfigurationError: when an option is out of range, or both LESS and Match stand around the policy, or steering
+            does not go with it.
         InputError: when there are no trained weights where the policy names some.
         MismatchError: when they are of another model.
         UnsupportedModelError: when the policy looks through a rotary embedding that is not known, or LESS would be for
@@ -74,15 +79,50 @@ def assemble(
     cache = CacheConfig(
         kernels, page_size, prompt_columns, evict_every, len(facts.layers), dtype, policy.precision, matching
     )
+    steered = {} if steering is None else _steered(steering, policy, matching, facts)
     layers = {
         index: LayerConfig(
-            index, policy.chooser, cache, layer.rotation, gates.get(index), features.get(index), layer.readers
+            index,
+            policy.chooser,
+            cache,
+            layer.rotation,
+            gates.get(index),
+            features.get(index),
+            layer.readers,
+            steered.get(index),
         )
         for index, layer in enumerate(facts.layers)
         if layer.compressed
     }
     _check_rotations(policy.chooser, matching, layers, facts.name)
-    return Assembly(policy, kernels, layers)
+    return Assembly(policy, kernels, layers, steering)
+
+
+def _steered(
+    steering: BaseSteering, policy: Policy, matching: Match | None, facts: ModelFacts
+) -> Mapping[int, LayerSteering]:
+    """How every layer is steered that is.
+
+    Raises:
+        ConfigurationError: when the policy does not go with it, or heads are named that there are not.
+    """
+    if any(isinstance(wrapper, Less) for wrapper in wrappers(policy)):
+        raise ConfigurationError(
+            f"{policy}: LESS folds rows into one state, and steering weighs them one by one; steer without LESS"
+        )
+    if matching is not None and steering.target is not None:
+        raise ConfigurationError(
+            f"{policy}: rows are refitted to attention that is known before, and {type(steering).__name__} depends on "
+            f"each query; take {matching.policy} without it, or another way of steering"
+        )
+    shapes = {
+        index: (layer.shape.heads, layer.query_heads // layer.shape.heads)
+        for index, layer in enumerate(facts.layers)
+        # A layer whose keys others read has heads of each of them.
+        if layer.compressed and layer.shape is not None and layer.query_heads and layer.readers == 1
+    }
+    heads = steering.layers(shapes, facts.name)
+    return {index: steering.layer(own, shapes[index][1], facts.device) for index, own in heads.items()}
 
 
 def _check_rotations(chooser: Policy, matching: Match | None, layers: Mapping[int, LayerConfig], name: str) -> None:

@@ -17,8 +17,9 @@ from headwise.policies.evidence import Evidence
 from headwise.policies.tokens import Tokens
 from headwise.stages.config import LayerConfig
 from headwise.stages.newest import NewestQueries
-from headwise.stages.plan import Plan
-from headwise.stages.repetition import attend_repetition_over_rows
+from headwise.stages.plan import Plan, pinned_first
+from headwise.stages.repetition import RowFacts, attend_repetition_over_rows
+from headwise.stages.steered import LayerMarks
 from headwise.stages.token_log import TokenLog
 from headwise.store.rows import Rows
 from headwise.store.store import RowStore
@@ -40,6 +41,7 @@ class LaterChoices:
         self._config, self._log, self._again = config, log, config.again
         queries, stride = (0, 1) if self._again is None else (self._again.queries, self._again.stride)
         self.newest = NewestQueries(queries, stride)
+        self._marks = LayerMarks(config.steering, log.marks)
 
     def note(self, query: Float[Tensor, "b h g q d"], columns: Int[Tensor, " q"], options: LogitOptions) -> None:
         """Take in what tokens in those columns asked."""
@@ -57,8 +59,10 @@ class LaterChoices:
         """
         rows = store.rows("keys", "values", "columns", "scores", "biases")
         assert rows.scores is not None
-        positions = self._log.positions(rows.columns.masked_fill(~rows.keep, 0))
-        output, found = attend_repetition_over_rows(map, values, rows, positions, chunk, self._config.cache.kernels)
+        columns = rows.columns.masked_fill(~rows.keep, 0)
+        gates, marks = self._marks.evidence(columns)
+        facts = RowFacts(self._log.positions(columns), gates, marks)
+        output, found = attend_repetition_over_rows(map, values, rows, facts, chunk, self._config.cache.kernels)
         store.replace_scores(rows.scores.maximum(found))
         return output
 
@@ -84,7 +88,8 @@ class LaterChoices:
             assert remembered is not None
             store.replace_scores(remembered)
             evidence = replace(evidence, remembered=remembered)
-        return PromptSummary(replace(tokens, score=None), *self._config.policy.assess_again(evidence))
+        score, loss = self._config.policy.assess_again(evidence)
+        return PromptSummary(replace(tokens, score=None), pinned_first(score, tokens), loss)
 
     def keep(
         self,
@@ -116,6 +121,7 @@ class LaterChoices:
         query, columns, there = self.newest.of(seen, since)
         assert self.newest.options is not None
         real, position = self._log.real_at(columns), self._log.positions(columns.expand(len(query), 1, -1))[:, 0]
+        gates, marks = self._marks.evidence(rows.columns.masked_fill(~rows.keep, 0))
         mask = (tokens.position[:, :, None] <= position[:, None, :, None]) & tokens.valid[:, :, None]
         return Evidence(
             query=query,
@@ -133,6 +139,8 @@ class LaterChoices:
             rotation=self._config.rotation,
             repetition_peaks=None,
             biases=None if rows.biases is None else rows.biases.float(),
+            gates=gates,
+            marks=marks,
             row_bytes=store.row_bytes,
             kv_bytes=LayerShape(1, *store.heads[2:]).token_bytes(store.exact.pools["keys"].dtype),
             stored=store.row_formats(),

@@ -19,6 +19,7 @@ from headwise.stages.match import match_rows
 from headwise.stages.plan import Plan, Planned, make_plans, summarise
 from headwise.stages.prefill import PromptRows
 from headwise.stages.profile import Observations
+from headwise.stages.steered import LayerMarks
 from headwise.stages.token_log import TokenLog
 from headwise.store.rows import Rows
 from headwise.store.store import RowStore
@@ -43,7 +44,8 @@ class Prompt:
 
     def __init__(self, config: LayerConfig, log: TokenLog, evicted: EvictedState, later: LaterChoices) -> None:
         self._config, self._log, self._evicted, self._later = config, log, evicted, later
-        self.rows, self.observations = PromptRows(), Observations(config, log)
+        self._marks = LayerMarks(config.steering, log.marks)
+        self.rows, self.observations = PromptRows(self._marks), Observations(config, log)
         self.profile_seconds = self.compact_seconds = 0.0
         self.complete = False
         # What rows are to carry to later choices, from when that is known until they are there.
@@ -65,7 +67,7 @@ class Prompt:
         self.rows.add(keys, values)
         keys, _ = self.rows.rows
         started = clock(keys.device)
-        self.observations.observe(AttentionMap(query, keys, mask, options))
+        self.observations.observe(self._marks.profiled(AttentionMap(query, keys, mask, options)))
         self.profile_seconds += clock(keys.device) - started
         expected = self._config.cache.prompt_columns
         self.complete = expected is None or keys.shape[2] >= expected
@@ -85,7 +87,8 @@ class Prompt:
             # Without padding it says nothing but that the repetition is causal, which is faster without it.
             mask = None
         keys, values = self.rows.with_earlier(keys, values)
-        return self.observations.repeat(AttentionMap(query, keys, mask, options), values, prompt, chunk)
+        map = self._marks.profiled(AttentionMap(query, keys, mask, options))
+        return self.observations.repeat(map, values, prompt, chunk)
 
     def summary(self) -> PromptSummary:
         """What there is to choose by, once the prompt is complete."""
@@ -137,7 +140,9 @@ class Prompt:
         store.fill(rows, planned.formats)
         if targets is not None and cache.matching is not None:
             real = self.observations.positions(keys)[1]
-            plan.matched = match_rows(store, targets, keys, values, real, cache.matching)
+            marks = self._marks.added(columns[:, :1])[1]
+            beside = None if marks is None else marks[:, 0]
+            plan.matched = match_rows(store, targets, keys, values, real, cache.matching, beside)
         self.compact_seconds += clock(keys.device) - started
         return store
 

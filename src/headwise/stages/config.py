@@ -15,6 +15,7 @@ from headwise.policies.checks import check_count
 from headwise.policies.choice import Again
 from headwise.policies.match import Match
 from headwise.quant.formats import Precision
+from headwise.steer.steering import LayerSteering
 from headwise.types import Rotation
 
 
@@ -68,6 +69,7 @@ class LayerConfig:
         gate: of the layer, where scores are predicted.
         features: of LESS, where what is evicted is remembered.
         readers: layers of the model that read what this one keeps, itself included.
+        steering: of the layer; None where none of its heads is steered.
     """
 
     index: int
@@ -77,6 +79,7 @@ class LayerConfig:
     gate: LayerGate | None = None
     features: LayerFeatures | None = None
     readers: int = 1
+    steering: LayerSteering | None = None
 
     @property
     def again(self) -> Again | None:

@@ -10,6 +10,7 @@ from headwise.errors import CacheStateError
 from headwise.kernels.attention import query_blocks
 from headwise.kernels.interface import Decoded, DecodeRequest, Kernels
 from headwise.less.state import EvictedState
+from headwise.stages.steered import LayerMarks
 from headwise.store.rows import Rows
 from headwise.store.store import RowStore
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
@@ -21,6 +22,7 @@ class Pass:
 
     Attributes:
         mask: True where a query may see a column; None means causal and no padding.
+        marks: of its columns, where attention is steered.
         mass: on the kept rows and on one another, where a rule ranks by it and they were decoded over a store.
     """
 
@@ -29,6 +31,7 @@ class Pass:
     values: Float[Tensor, "b h q e"]
     mask: Bool[Tensor, "b q t"] | None
     options: LogitOptions
+    marks: Float[Tensor, "b q"] | None = None
     mass: tuple[Float[Tensor, "b h q n"], Float[Tensor, "b h q f"]] | None = None
 
     def cut(self, kept: int) -> None:
@@ -68,7 +71,7 @@ class Pass:
 
 
 def decode_pass(
-    current: Pass, store: RowStore, evicted: EvictedState, *, with_mass: bool, kernels: Kernels
+    current: Pass, store: RowStore, evicted: EvictedState, *, with_mass: bool, kernels: Kernels, marks: LayerMarks
 ) -> Float[Tensor, "b h g q e"]:
     """Attend with new tokens over the store, what is remembered of evicted rows, and themselves.
 
@@ -76,7 +79,8 @@ def decode_pass(
     """
     current.keys, current.values = store.stored(current.keys, current.values)
     rows = current.keys, current.values
-    decoded = decode(current.query, store, *rows, current.mask, current.options, with_mass=with_mass, kernels=kernels)
+    request = DecodeRequest(current.query, store.view(), *rows, current.mask, current.options, with_mass)
+    decoded = decode(marks.decode(request, kernels, current.marks), kernels)
     if decoded.on_kept is not None and decoded.on_fresh is not None:
         current.mass = decoded.on_kept, decoded.on_fresh
     return evicted.merge(current.query, decoded.output.to(current.query.dtype), decoded.lse)
@@ -105,26 +109,14 @@ def fresh_rows(current: Pass, columns: Int[Tensor, " q"], real: Bool[Tensor, "b 
     return Rows.of(current.keys, current.values, spread, scores, written)
 
 
-def decode(
-    query: Float[Tensor, "b h g q d"],
-    store: RowStore,
-    fresh_keys: Float[Tensor, "b h f d"],
-    fresh_values: Float[Tensor, "b h f e"],
-    mask: Bool[Tensor, "b q t"] | None,
-    options: LogitOptions,
-    *,
-    with_mass: bool,
-    kernels: Kernels,
-) -> Decoded:
-    """Attend with the newest q tokens over the store and over the fresh rows, whose last q are their own.
+def decode(request: DecodeRequest, kernels: Kernels) -> Decoded:
+    """Attend with a few queries, or with many of them a few at a time.
 
-    Args:
-        mask: True where a query may see a column; its last f columns are the fresh ones. None means causal.
-        with_mass: whether to return the probabilities; they take q x (n + f) numbers per KV head.
+    Without a mask the last q of the fresh rows are the queries' own.
     """
-    queries, fresh = query.shape[3], fresh_keys.shape[2]
-    request = DecodeRequest(query, store.view(), fresh_keys, fresh_values, mask, options, with_mass)
-    blocks = [slice(1)] if queries == 1 else list(query_blocks(query, store.longest + fresh))
+    queries, fresh, mask, marks = request.query.shape[3], request.fresh_keys.shape[2], request.mask, request.marks
+    held = sum(view.longest for view in request.pages)
+    blocks = [slice(1)] if queries == 1 else list(query_blocks(request.query, held + fresh))
     if len(blocks) == 1:
         return kernels.ragged_decode(request)
     parts = []
@@ -133,10 +125,11 @@ def decode(
         upto = fresh if mask is not None else fresh - queries + block.stop
         part = replace(
             request,
-            query=query[:, :, :, block],
-            fresh_keys=fresh_keys[:, :, :upto],
-            fresh_values=fresh_values[:, :, :upto],
+            query=request.query[:, :, :, block],
+            fresh_keys=request.fresh_keys[:, :, :upto],
+            fresh_values=request.fresh_values[:, :, :upto],
             mask=None if mask is None else mask[:, block],
+            marks=None if marks is None else marks.cut(block, upto),
         )
         parts.append(kernels.ragged_decode(part))
     return _joined(parts, fresh)

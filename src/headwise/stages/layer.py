@@ -18,6 +18,7 @@ from headwise.stages.compact import Prompt, compact
 from headwise.stages.config import LayerConfig
 from headwise.stages.decode import Pass, append_pass, decode_pass
 from headwise.stages.plan import Plan
+from headwise.stages.steered import LayerMarks
 from headwise.stages.take_back import check_last_pass, check_taken_in
 from headwise.stages.take_in import TakeIn
 from headwise.stages.token_log import TokenLog
@@ -41,7 +42,7 @@ class LayerCache(TakeIn):
     """
 
     def __init__(self, config: LayerConfig, log: TokenLog) -> None:
-        self.config, self.log = config, log
+        self.config, self.log, self._marks = config, log, LayerMarks(config.steering, log.marks)
         self.evicted = EvictedState(config.features)
         self.later = LaterChoices(config, log)
         self.recording = False
@@ -112,7 +113,8 @@ class LayerCache(TakeIn):
             real = None if mask is None else mask.diagonal(self.seen, -2, -1)
             self.log.extend(batch, count, real, keys.device)
         self.seen += count
-        current = Pass(query.detach(), keys.detach(), values.detach(), mask, options)
+        marks = self._marks.fresh(self.seen - count, self.seen)
+        current = Pass(query.detach(), keys.detach(), values.detach(), mask, options, marks)
         if self.store is None:
             output = self.prompt.rows.attend(query, current.keys, current.values, mask, options)
         else:
@@ -147,7 +149,7 @@ class LayerCache(TakeIn):
             raise CacheStateError(
                 f"layer {self.index} is read more often in this pass than it was in the model's trial"
             )
-        again = Pass(query.detach(), first.keys, first.values, mask, options)
+        again = Pass(query.detach(), first.keys, first.values, mask, options, first.marks)
         if self.store is None:
             output = self.prompt.rows.attend(query, first.keys, first.values, mask, options)
         else:
@@ -270,5 +272,5 @@ class LayerCache(TakeIn):
 
     def _decode(self, current: Pass) -> Float[Tensor, "b h g q e"]:
         assert self.store is not None and self.plan is not None
-        kernels = self.config.cache.kernels
-        return decode_pass(current, self.store, self.evicted, with_mass=self.plan.scored, kernels=kernels)
+        kernels, marks = self.config.cache.kernels, self._marks
+        return decode_pass(current, self.store, self.evicted, with_mass=self.plan.scored, kernels=kernels, marks=marks)

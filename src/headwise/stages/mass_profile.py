@@ -101,12 +101,13 @@ def profile_mass(
 
     def sums(counts: Float[Tensor, "b q"], bands: list[Tensor]) -> tuple[Tensor, Tensor]:
         read = (counts > 0).any(dim=0).nonzero().flatten()
-        query, mask = map.query, map.mask
+        query, mask, marks = map.query, map.mask, map.marks
         if len(read) < counts.shape[1]:
             # Only rows that count; the others are not even multiplied.
             query, counts = query[:, :, :, read], counts[:, read]
             mask = None if mask is None else mask[:, read]
-        asked = replace(map, query=query, mask=mask, columns=read + first)
+            marks = None if marks is None else replace(marks, gates=marks.gates[..., read])
+        asked = replace(map, query=query, mask=mask, columns=read + first, marks=marks)
         bounds = torch.stack(bands) if bands else positions.new_zeros(0, len(positions))
         return kernels.column_mass(MassRequest(asked, counts, positions, bounds))
 

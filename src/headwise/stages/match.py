@@ -27,6 +27,7 @@ def match_rows(
     values: Float[Tensor, "b h t e"],
     real: Bool[Tensor, "b t"],
     match: Match,
+    marks: Float[Tensor, "b t"] | None = None,
 ) -> Float[Tensor, "2 b h"]:
     """Refit the values and biases of every head that lost something and gains by it, in place.
 
@@ -35,6 +36,7 @@ def match_rows(
         keys, values: of the whole prompt.
         real: of every column, False for padding.
         match: what may be refitted, and how far.
+        marks: of every column, where attention is steered.
 
     Returns:
         the error of the outputs for queries that were not fitted to, before and after, as a share of the outputs' size
@@ -43,12 +45,14 @@ def match_rows(
     stored = store.rows()
     at = stored.columns.long().masked_fill(~stored.keep, 0)
     own_keys, own = (rows.gather(2, at[..., None].expand(*at.shape, rows.shape[-1])) for rows in (keys, values))
+    of_rows = None if marks is None else marks[:, None].expand(-1, at.shape[1], -1).gather(2, at)
     new, tests = own.to(torch.float32, copy=True), {}
     biases = new.new_zeros(at.shape)
     for head in _lossy(store, stored, real):
         keep = stored.keep[head]
         fitted_to, tests[head] = targets[head].at_most(_enough(int(keep.sum()))).split()
-        rows = HeadRows(stored.keys[head][keep].float(), own[head][keep].float())
+        marked = None if of_rows is None else of_rows[head][keep]
+        rows = HeadRows(stored.keys[head][keep].float(), own[head][keep].float(), marks=marked)
         mended = fitted(fitted_to, rows, own_keys[head][keep].float(), float(match.ridge), match.weight_ridge)
         new[head][keep] = mended.values
         if mended.biases is not None:
@@ -57,7 +61,10 @@ def match_rows(
     after, errors = store.rows(), torch.zeros(2, *at.shape[:2], dtype=torch.float32, device=keys.device)
     for head, test in tests.items():
         squares = torch.stack(
-            [squared_error(test, _of_head(stored, head)), squared_error(test, _of_head(after, head, biases))]
+            [
+                squared_error(test, _of_head(stored, head, None, of_rows)),
+                squared_error(test, _of_head(after, head, biases, of_rows)),
+            ]
         )
         errors[(slice(None), *head)] = (squares / test.size.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
     # NaN, as of a model that computes them, is no gain.
@@ -83,7 +90,9 @@ def _lossy(store: RowStore, stored: Rows, real: Bool[Tensor, "b t"]) -> list[tup
     return [(b, h) for b, h in (lossy & (kept > 0)).nonzero().tolist()]
 
 
-def _of_head(rows: Rows, head: tuple[int, int], biases: Float[Tensor, "b h n"] | None = None) -> HeadRows:
+def _of_head(
+    rows: Rows, head: tuple[int, int], biases: Float[Tensor, "b h n"] | None, marks: Float[Tensor, "b h n"] | None
+) -> HeadRows:
     keep = rows.keep[head]
-    found = HeadRows(rows.keys[head][keep].float(), rows.values[head][keep].float())
-    return found if biases is None else HeadRows(found.keys, found.values, biases[head][keep])
+    beside = (None if each is None else each[head][keep] for each in (biases, marks))
+    return HeadRows(rows.keys[head][keep].float(), rows.values[head][keep].float(), *beside)

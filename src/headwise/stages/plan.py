@@ -52,6 +52,8 @@ class Plan:
         kept = torch.zeros_like(tokens.valid)
         for index, rule in self.chosen:
             kept = kept | (rule.keep(tokens) & (self.choice == index)[:, :, None])
+        if tokens.pinned is not None:
+            kept = kept | tokens.pinned
         return kept & tokens.valid
 
     def select(self, indices: Int[Tensor, " new"]) -> None:
@@ -115,7 +117,7 @@ def summarise(
         mass: None where the policy has nothing to choose by it.
         assessed: scores and losses, as the policy assessed the evidence.
     """
-    score, loss = assessed
+    score, loss = pinned_first(assessed[0], tokens), assessed[1]
     selection = policy.selection
     if selection is None or mass is None:
         return PromptSummary(tokens, score, loss)
@@ -127,6 +129,11 @@ def summarise(
             recovered[index] = torch.inf
     kept = torch.stack([(rung.keep(tokens) & tokens.valid).sum(dim=-1) for rung in policy.rungs])
     return PromptSummary(tokens, score, loss, recovered, kept)
+
+
+def pinned_first(score: Float[Tensor, "b h n"] | None, tokens: Tokens) -> Float[Tensor, "b h n"] | None:
+    """Scores by which what is pinned comes first, so that it is within the size that was asked for."""
+    return score if score is None or tokens.pinned is None else score.masked_fill(tokens.pinned, torch.inf)
 
 
 def make_plans(policy: Policy, layers: Sequence[PromptSummary]) -> list[Planned]:

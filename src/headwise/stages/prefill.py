@@ -6,17 +6,22 @@ import torch
 
 from headwise.kernels.attention import dense_attention
 from headwise.kernels.interface import AttentionMap
+from headwise.stages.steered import LayerMarks
 from headwise.types import Bool, Float, LogitOptions, Tensor
 
 
 class PromptRows:
     """Keys and values of a prompt that has not come to its end.
 
+    Args:
+        marks: of the layer.
+
     Attributes:
         held: of every column so far; None before the first pass, and once they are in a store.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, marks: LayerMarks) -> None:
+        self._marks = marks
         self.held: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -51,8 +56,8 @@ class PromptRows:
         """Attention of new columns over all that have come in and themselves; nothing is taken in yet."""
         keys, values = self.with_earlier(keys, values)
         # Under autocast, parts of a prompt may come in types of their own.
-        output = dense_attention(AttentionMap(query.to(keys.dtype), keys, mask, options), values)
-        return output.to(query.dtype)
+        map = self._marks.attended(AttentionMap(query.to(keys.dtype), keys, mask, options))
+        return dense_attention(map, values).to(query.dtype)
 
     def add(self, keys: Float[Tensor, "b h q d"], values: Float[Tensor, "b h q e"]) -> None:
         """Take in the newest columns."""

@@ -20,6 +20,7 @@ from headwise.stages.config import LayerConfig
 from headwise.stages.mass_profile import MassProfile, distinct_widths, profile_mass, row_weights
 from headwise.stages.prompt_queries import PromptQueries
 from headwise.stages.repetition import attend_repetition
+from headwise.stages.steered import LayerMarks
 from headwise.stages.token_log import TokenLog
 from headwise.store.row_parts import row_bytes, row_parts
 from headwise.types import Bool, Float, Int, Tensor
@@ -42,7 +43,7 @@ class Observations:
     """
 
     def __init__(self, config: LayerConfig, log: TokenLog) -> None:
-        self._config, self._log = config, log
+        self._config, self._log, self._marks = config, log, LayerMarks(config.steering, log.marks)
         self.rows_read = 0
         self.clear()
 
@@ -114,6 +115,7 @@ class Observations:
             cache.dtype or keys.dtype,
         )
         beside, precision = {"scored": config.remembers, "biased": cache.biased}, cache.precision
+        gates, marks = self._marks.evidence(self._columns(keys))
         formats = (None, *(() if precision is None else precision.formats))
         counts = 0.0 if cache.matching is None else float(cache.matching.ahead)
         return Evidence(
@@ -131,6 +133,8 @@ class Observations:
             length=length,
             rotation=config.rotation,
             repetition_peaks=self.repetition_peaks,
+            gates=gates,
+            marks=marks,
             row_bytes=tuple(row_bytes(row_parts(*dims, dtype, format, **beside)) for format in formats),
             kv_bytes=LayerShape(1, *dims).token_bytes(dtype),
             ahead=partial(self._ahead, keys, values) if counts > 0 else None,
@@ -142,7 +146,10 @@ class Observations:
     ) -> dict[tuple[int, int], Targets] | None:
         """What the prompt gives the references, of every sequence and KV head; None where there are none."""
         if self._targets is None and self.references is not None and self._config.rotation is not None:
-            self._targets = self.references.targets(self._config.rotation, keys, values, *self.positions(keys))
+            gates, marks = self._marks.added(self._columns(keys))
+            steered = gates, None if marks is None else marks[:, 0]
+            at = self.positions(keys)
+            self._targets = self.references.targets(self._config.rotation, keys, values, *at, *steered)
             self.references = None
         return self._targets
 
@@ -165,8 +172,11 @@ class Observations:
 
     def positions(self, keys: Float[Tensor, "b h t d"]) -> tuple[Int[Tensor, "b t"], Bool[Tensor, "b t"]]:
         """Position of every column, and whether it holds a real token."""
-        columns = torch.arange(keys.shape[2], device=keys.device).expand(len(keys), 1, -1)
+        columns = self._columns(keys)
         return self._log.positions(columns)[:, 0], self._log.real(columns)[:, 0]
+
+    def _columns(self, keys: Float[Tensor, "b h t d"]) -> Int[Tensor, "b 1 t"]:
+        return torch.arange(keys.shape[2], device=keys.device).expand(len(keys), 1, -1)
 
     def _mass_of(self, map: AttentionMap) -> MassProfile:
         count, seen = map.query.shape[3], map.keys.shape[2]

@@ -5,13 +5,13 @@ Beside their own attention (KVzip, arXiv 2505.23416, section 3.2).
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 from torch.nn import functional
 
-from headwise.kernels.interface import AttentionMap, Kernels, PeaksRequest
+from headwise.kernels.interface import AttentionMap, Kernels, Marks, PeaksRequest
 from headwise.store.rows import Rows
 from headwise.types import Bool, Float, Int, Tensor
 
@@ -40,11 +40,24 @@ def attend_repetition(
     return output, peaks[..., chunk]
 
 
+@dataclass(frozen=True)
+class RowFacts:
+    """What is known of rows beside what they hold.
+
+    Attributes:
+        gates, marks: what is added to their logits where attention is steered, as in `Evidence`.
+    """
+
+    positions: Int[Tensor, "b h n"]
+    gates: Float[Tensor, "h g"] | None = None
+    marks: Float[Tensor, "b h n"] | None = None
+
+
 def attend_repetition_over_rows(
     map: AttentionMap,
     values: Float[Tensor, "b h q e"],
     held: Rows,
-    positions: Int[Tensor, "b h n"],
+    facts: RowFacts,
     chunk: slice,
     kernels: Kernels,
 ) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h n"]]:
@@ -53,11 +66,12 @@ def attend_repetition_over_rows(
     Args:
         map: of the q tokens that repeat, over their own keys.
         held: the rows, whose biases, where there are any, a soft cap is put on with the logits.
-        positions: of the rows.
+        facts: of the rows.
 
     Returns:
         the output, and of every row the largest attention; 0 for those outside of the chunk.
     """
+    positions = facts.positions
     found = torch.zeros_like(positions, dtype=torch.float32)
     output = map.query.new_empty(*map.query.shape[:4], values.shape[-1])
     chunked = held.keep & (held.columns >= chunk.start) & (held.columns < chunk.stop)
@@ -68,7 +82,7 @@ def attend_repetition_over_rows(
         # Behind one another, so that what counts is one range.
         order = torch.cat([rest, sinks, asked])
         request = PeaksRequest(
-            _over(map, held, order, b, h),
+            _over(map, held, facts, order, b, h),
             torch.cat([held.values[b, h, order].to(values.dtype), values[b, h]])[None, None],
             [slice(len(rest), len(order) + values.shape[2])],
         )
@@ -78,7 +92,7 @@ def attend_repetition_over_rows(
     return output, found
 
 
-def _over(map: AttentionMap, held: Rows, order: Int[Tensor, " k"], b: int, h: int) -> AttentionMap:
+def _over(map: AttentionMap, held: Rows, facts: RowFacts, order: Int[Tensor, " k"], b: int, h: int) -> AttentionMap:
     """The map of one head, over those rows of the store and the queries' own."""
     query, own, options = map.query[b, h], map.keys[b, h], map.options
     keys = held.keys[b, h, order].to(own.dtype)
@@ -94,7 +108,11 @@ def _over(map: AttentionMap, held: Rows, order: Int[Tensor, " k"], b: int, h: in
         mask = torch.cat([visible.diagonal(0, -2, -1)[:, None].expand(-1, len(order)), visible], dim=1)[None]
     sinks = None if options.sinks is None else options.sinks[h : h + 1]
     everything = torch.cat([keys, own])[None, None]
-    return AttentionMap(query[None, None], everything, mask, replace(options, sinks=sinks))
+    marks = None
+    if facts.gates is not None and facts.marks is not None:
+        gates = facts.gates[None, h : h + 1, :, None].expand(-1, -1, -1, query.shape[1])
+        marks = Marks(gates, functional.pad(facts.marks[b, h, order], (0, len(own)))[None])
+    return AttentionMap(query[None, None], everything, mask, replace(options, sinks=sinks), marks=marks)
 
 
 def _joined(ranges: list[slice]) -> list[slice]:

@@ -9,7 +9,9 @@ import torch
 
 from headwise.errors import InputError
 from headwise.policies.tokens import Tokens
+from headwise.stages.marks import ColumnMarks
 from headwise.stages.told_positions import ToldPositions
+from headwise.steer.steering import BaseSteering
 from headwise.types import Bool, Float, Int, Tensor, UInt8
 
 
@@ -18,10 +20,11 @@ class TokenLog:
 
     Args:
         needs_kinds: whether the policy looks at the kind of a token.
+        steering: by which marks are made of what a user marks; None where nothing is ever marked.
     """
 
-    def __init__(self, needs_kinds: bool) -> None:
-        self.needs_kinds = needs_kinds
+    def __init__(self, needs_kinds: bool, steering: BaseSteering | None = None) -> None:
+        self.needs_kinds, self.marks = needs_kinds, ColumnMarks(steering)
         self.columns = 0
         self._announced: UInt8[Tensor, "b q"] | None = None
         self._kinds: UInt8[Tensor, "b t"] | None = None
@@ -56,10 +59,12 @@ class TokenLog:
             new = torch.ones(batch, count, dtype=torch.bool, device=device) if real is None else real.to(device)
             self._set_real(torch.cat([self._real, new], dim=1))
         self.columns += count
-        if self.told.waiting:
+        if self.told.waiting or self.marks.announced:
             columns = torch.arange(self.columns - count, self.columns, device=device).expand(batch, 1, -1)
-            first = self.columns == count
-            self.told.count(self.positions(columns)[:, 0], self.real(columns)[:, 0], first=first)
+            positions, counted = self.positions(columns)[:, 0], self.real(columns)[:, 0]
+            if self.told.waiting:
+                self.told.count(positions, counted, first=self.columns == count)
+            self.marks.extend(positions, counted, self.columns)
 
     def mark(self, marked: Bool[Tensor, "b recent"], kind: int) -> None:
         """Add bits to the kinds of the newest tokens: those just announced, and older ones if there are more."""
@@ -83,6 +88,7 @@ class TokenLog:
             # The next prompt may have another number of sequences.
             self._kinds = self._real = self._positions = self._announced = None
             self.told = ToldPositions()
+        self.marks.truncate(columns)
         if self._kinds is not None:
             self._kinds = self._kinds[:, :columns].clone()
         if self._real is not None:
@@ -91,6 +97,7 @@ class TokenLog:
     def select(self, indices: Int[Tensor, " new"]) -> None:
         """Keep the sequences at `indices`, in that order; one may be taken several times."""
         self.told.select(indices)
+        self.marks.select(indices)
         if self._kinds is not None:
             self._kinds = self._kinds[indices.to(self._kinds.device)]
         if self._real is not None:
@@ -156,12 +163,13 @@ class TokenLog:
             score=None if scores is None else scores.masked_fill(~valid, 0),
             layer=layer,
             layers=layers,
+            pinned=self.marks.pinned_at(columns),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything it holds, by name."""
         held = {"kinds": self._kinds, "real": self._real, "positions": self._positions, "shift": self.told.shift}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
+        return {name: tensor for name, tensor in held.items() if tensor is not None} | self.marks.tensors()
 
     def restore(self, columns: int, tensors: dict[str, Tensor]) -> None:
         """Take back what `tensors` gave, over that many columns."""
@@ -170,6 +178,7 @@ class TokenLog:
         self._real = tensors.get("real")
         self._positions = tensors.get("positions")
         self.told.shift = tensors.get("shift")
+        self.marks.restore(tensors)
 
     def _keep_real(self, real: Bool[Tensor, "b t"]) -> None:
         """What is left of the columns, after some went; the padding may have gone with them."""

@@ -19,7 +19,7 @@ from headwise.hosts.transformers.hybrid_layer import layer_kind
 from headwise.hosts.transformers.kinds import KindTable, kind_table
 from headwise.hosts.transformers.layer import HeadwiseLayer, held_tensors
 from headwise.hosts.transformers.model_facts import read_facts
-from headwise.hosts.transformers.parts import CacheParts
+from headwise.hosts.transformers.parts import CacheParts, OfParts
 from headwise.hosts.transformers.passes import check_pass, chunk_doubt, methods_whole
 from headwise.hosts.transformers.persistence import Owner, collect, fill, load, refuse_pickling, save
 from headwise.hosts.transformers.placeholders import check_repeatable
@@ -36,13 +36,15 @@ from headwise.stages.config import LayerConfig
 from headwise.stages.layer import LayerCache
 from headwise.stages.token_log import TokenLog
 from headwise.stages.whole_model import WholeModel
+from headwise.steer.spans import Marked
+from headwise.steer.steering import BaseSteering
 from headwise.types import Int, Tensor
 
 
 @methods_whole("crop", "reorder_cache", "batch_select_indices", "batch_repeat_interleave", "save", "__deepcopy__")
 @methods_alone("begin_pass", "end_pass", "announce", "crop", "reorder_cache", "__deepcopy__")
 @methods_alone("batch_select_indices", "batch_repeat_interleave")
-class HeadwiseCache(Cache):
+class HeadwiseCache(OfParts, Cache):
     """A KV cache that keeps, for every KV head of every sequence, only what its rule names, and frees the rest.
 
     Pass it to `model.generate(past_key_values=cache, ...)` or to a forward pass. Full-attention layers are
@@ -68,6 +70,7 @@ class HeadwiseCache(Cache):
             of the prompt (float), or bytes of kept rows as text, such as "64MiB". FastGen then finds the recovery
             that fits it. `report()` has what was achieved.
         cache_dtype: of exact rows; None for that of the model. Half precision halves the cache of a model in fp32.
+        steering: how attention is drawn to what is marked, and in which heads; `mark` says what that is.
 
     Raises:
         ConfigurationError: when the policy needs a tokenizer and there is none, an option is out of range, or the
@@ -91,6 +94,7 @@ class HeadwiseCache(Cache):
         evict_every: int = 16,
         budget: int | float | str | None = None,
         cache_dtype: torch.dtype | None = None,
+        steering: BaseSteering | None = None,
     ) -> None:
         facts, stock = read_facts(model)
         dtype = cache_dtype or model.dtype
@@ -105,6 +109,7 @@ class HeadwiseCache(Cache):
             prompt_columns=prompt_tokens,
             evict_every=evict_every,
             dtype=cache_dtype,
+            steering=steering,
         )
         check_model(facts, policy, [type(layer).__name__ for layer in stock])
         check_served(model, HeadwiseCache)
@@ -122,7 +127,7 @@ class HeadwiseCache(Cache):
     ) -> None:
         """Everything but what is checked of options, which a copy has in common with what it is made of."""
         self.policy, self.kernel, self._assembly = assembly.policy, assembly.kernels.name, assembly
-        self.token_log, self.kind_table = TokenLog(self.policy.chooser.reads_kinds), kinds
+        self.token_log, self.kind_table = TokenLog(self.policy.chooser.reads_kinds, assembly.steering), kinds
         self.model_name, self._model, self._tokenizer = type(model).__name__, weakref.ref(model), tokenizer
         self.passes, self.broken = 0, False
         # Set while a step of it is captured: its bookkeeping is then done between the passes, not in them.
@@ -145,25 +150,6 @@ class HeadwiseCache(Cache):
         return LayerCache(config, self.token_log)
 
     @property
-    def headwise_layers(self) -> list[HeadwiseLayer]:
-        """The compressed layers, in the order of the model."""
-        return self._parts.compressed
-
-    @property
-    def newest(self) -> Int[Tensor, " b"] | None:
-        """The last token of every sequence, where it is known."""
-        return self._parts.newest
-
-    @newest.setter
-    def newest(self, ids: Int[Tensor, " b"] | None) -> None:
-        self._parts.newest = ids
-
-    @property
-    def awaits_attention(self) -> bool:
-        """Whether a layer has new keys that no attention has been computed for."""
-        return any(layer.awaits_attention for layer in self.headwise_layers)
-
-    @property
     def model(self) -> PreTrainedModel:
         """The model it was made for.
 
@@ -174,6 +160,15 @@ class HeadwiseCache(Cache):
         if model is None:
             raise MismatchError(f"the {self.model_name} this cache was made for is gone")
         return model
+
+    def mark(self, marked: Marked) -> None:
+        """Say what is marked in the prompt, or in a further one, before it is read; `encode_marked` finds it.
+
+        Raises:
+            InputError: when it was read before.
+            ConfigurationError: when the cache was made without steering.
+        """
+        self.token_log.marks.announce(marked, self.token_log.columns)
 
     def begin_pass(self, input_ids: Int[Tensor, "b q"] | None) -> None:
         """Called before every forward pass that uses this cache.
@@ -292,7 +287,7 @@ class HeadwiseCache(Cache):
 
     @property
     def _owner(self) -> Owner:
-        return Owner(self.model, self.model_name, self.policy, self.kind_table)
+        return Owner(self.model, self.model_name, self.policy, self.kind_table, self._assembly.steering)
 
     def _repeat_prompt(self, ids: Int[Tensor, "b t"], first: int) -> None:
         assert self._tokenizer is not None

@@ -59,7 +59,8 @@ def _layer_facts(layer: CacheLayerMixin, trial: LayerTrial, rotations: Sequence[
     full = type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
     obstacle = trial.obstacle if full else None
     rotation = next((each for each in rotations if same_but_for_position(trial, each)), None)
-    return LayerFacts(full and obstacle is None, trial.shape, rotation, obstacle, max(1, len(trial.readers)))
+    readers = max(1, len(trial.readers))
+    return LayerFacts(full and obstacle is None, trial.shape, rotation, obstacle, readers, trial.query_heads)
 
 
 def output_projections(model: PreTrainedModel) -> dict[int, Float[Tensor, "hidden inner"]]:

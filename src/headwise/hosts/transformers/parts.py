@@ -147,3 +147,28 @@ class CacheParts:
         self.log.select(indices)
         if self.kinds is not None:
             self.kinds.select(indices)
+
+
+class OfParts:
+    """What a cache has of its parts."""
+
+    _parts: CacheParts
+
+    @property
+    def headwise_layers(self) -> list[HeadwiseLayer]:
+        """The compressed layers, in the order of the model."""
+        return self._parts.compressed
+
+    @property
+    def newest(self) -> Int[Tensor, " b"] | None:
+        """The last token of every sequence, where it is known."""
+        return self._parts.newest
+
+    @newest.setter
+    def newest(self, ids: Int[Tensor, " b"] | None) -> None:
+        self._parts.newest = ids
+
+    @property
+    def awaits_attention(self) -> bool:
+        """Whether a layer has new keys that no attention has been computed for."""
+        return any(layer.awaits_attention for layer in self.headwise_layers)

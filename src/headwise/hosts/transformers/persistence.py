@@ -25,6 +25,7 @@ from headwise.hosts.transformers.saved_checks import check_saved, checksum
 from headwise.hosts.transformers.stock_layers import restore_stock, stock_state
 from headwise.policies import FORMER_CLASSES
 from headwise.policies.base import Policy
+from headwise.steer.steering import BaseSteering
 from headwise.types import Tensor
 from headwise.weights import fingerprint
 
@@ -46,12 +47,14 @@ class Owner:
     Attributes:
         model: that it was made for, and its name.
         kinds: what it takes tokens for, where the policy asks.
+        steering: None where nothing is steered.
     """
 
     model: PreTrainedModel
     model_name: str
     policy: Policy
     kinds: KindTable | None
+    steering: BaseSteering | None
 
     def metadata(self) -> dict[str, str]:
         """As a file has it."""
@@ -61,6 +64,7 @@ class Owner:
             "policy": repr(self.policy),
             "adapters": active_adapters(self.model),
             "kinds": "" if self.kinds is None else self.kinds.fingerprint,
+            "steering": "" if self.steering is None else repr(self.steering),
         }
 
     def check(self, found: dict[str, str]) -> None:
@@ -75,6 +79,10 @@ class Owner:
             raise MismatchError(f"the cache was saved with {found.get('policy')}{hint}, not with {self.policy!r}")
         if found.get("kinds") != own["kinds"]:
             raise MismatchError("the cache was saved with another tokenizer or other markers")
+        if (steering := found.get("steering", "")) != own["steering"]:
+            raise MismatchError(
+                f"the cache was saved with {steering or 'no'} steering, not with {own['steering'] or 'none'}"
+            )
         # Files written before this was noted say nothing of it.
         if found.get("adapters", own["adapters"]) != own["adapters"]:
             raise MismatchError(

@@ -227,6 +227,11 @@ def _check_tokens(parts: CacheParts, log: _Part, batch: int, columns: int) -> No
         log.take("kinds", (batch, columns), torch.uint8)
     if "shift" in log.left:
         log.take("shift", (batch,), torch.int64)
+    if "marks" in log.left:
+        marks = log.take("marks", (batch, None), torch.float32)
+        pinned = log.take("pinned", (batch, None), torch.bool)
+        fits = marks.shape == pinned.shape and marks.shape[1] <= columns and bool(marks.isfinite().all())
+        log.check(fits and parts.log.marks.steers, "marks")
     if "real" in log.left:
         real = log.take("real", (batch, columns), torch.bool)
         positions = log.take("positions", (batch, columns), torch.int32)

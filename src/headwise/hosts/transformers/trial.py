@@ -44,6 +44,7 @@ class LayerTrial:
         readers: modules whose attention took its keys as the cache returned them, in order.
         obstacles: why its attention cannot be computed from kept rows.
         keys, values: of the first token of every sequence, as the cache was given them.
+        query_heads: of the attention that last read them.
     """
 
     updates: int = 0
@@ -51,6 +52,7 @@ class LayerTrial:
     obstacles: list[str] = field(default_factory=list)
     keys: Float[Tensor, "b h 1 d"] | None = None
     values: Float[Tensor, "b h 1 e"] | None = None
+    query_heads: int = 0
 
     @property
     def shape(self) -> LayerShape | None:
@@ -154,6 +156,7 @@ def _note(
     if seen is None or owner is None:
         return
     index, layer = getattr(module, "layer_idx", None), seen[owner]
+    layer.query_heads = query.shape[1]
     layer.readers.append(f"layer {index}" if isinstance(index, int) else type(module).__name__)
     layer.obstacles += _obstacles(query, key, value, mask, owner, options)
 

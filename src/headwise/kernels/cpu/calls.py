@@ -14,6 +14,7 @@ from headwise.kernels.cpu.structs import (
     DecodeStruct,
     PagesStruct,
     fresh_struct,
+    marks_struct,
     pages_struct,
 )
 from headwise.kernels.interface import AppendRequest, Decoded, DecodeRequest, PageView
@@ -41,6 +42,7 @@ def ragged_decode(request: DecodeRequest) -> Decoded:
     on_fresh = torch.empty(batch, heads, queries, fresh, **FLOAT) if request.with_mass else None
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
     held, rows = fresh_struct(request.fresh_keys, request.fresh_values, dtype)
+    kept_marks, marks = marks_struct(request.marks)
     arguments = DecodeStruct(
         (PagesStruct * len(pages))(*map(pages_struct, pages)),
         len(pages),
@@ -62,12 +64,13 @@ def ragged_decode(request: DecodeRequest) -> Decoded:
         query.stride(),
         0 if mask is None else mask.shape[-1],
         (0, 0, 0) if mask is None else mask.stride(),
+        marks,
         options.scaling,
         options.softcap or 0.0,
         parallel_for,
     )
     _check(library.headwise_decode(ctypes.byref(arguments)))
-    del held
+    del held, kept_marks
     return Decoded(output if dtype is torch.float32 else output.to(dtype), lse, on_kept, on_fresh)
 
 

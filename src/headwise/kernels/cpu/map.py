@@ -21,7 +21,7 @@ from headwise.types import Float, Tensor
 
 class _Block(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("products", "own", "mask", "sinks")),
+        *((name, c_void_p) for name in ("products", "own", "mask", "sinks", "marks", "gates")),
         *((name, c_int64) for name in ("lanes", "rows", "seen", "mask_stride")),
         ("softcap", c_float),
     ]
@@ -112,6 +112,7 @@ def _blocks(map: AttentionMap, b: int, h: int) -> Iterator[tuple[slice, Float[Te
     columns = map.own_columns().long().contiguous()
     transposed = keys[b, h].float().mT
     sinks = None if options.sinks is None else options.sinks[h].float().contiguous()
+    marks = None if map.marks is None else map.marks.columns[b].contiguous()
     for block in query_blocks(query[b : b + 1, h : h + 1], total):
         own = columns[block]
         # Under causality no row of the block sees further than its last row.
@@ -120,6 +121,7 @@ def _blocks(map: AttentionMap, b: int, h: int) -> Iterator[tuple[slice, Float[Te
         visible = None if mask is None else mask[b, block]
         if visible is not None and visible.stride(-1) != 1:
             visible = visible.contiguous()
+        gates = None if map.marks is None else map.marks.gates[b, h, :, block].contiguous()
         products = _scratch(len(asked) * seen).view(len(asked), seen)
         torch.mm(asked, transposed[:, :seen], out=products)
         yield (
@@ -130,6 +132,8 @@ def _blocks(map: AttentionMap, b: int, h: int) -> Iterator[tuple[slice, Float[Te
                 own.data_ptr(),
                 pointer(visible),
                 pointer(sinks),
+                pointer(marks),
+                pointer(gates),
                 query.shape[2],
                 len(own),
                 seen,

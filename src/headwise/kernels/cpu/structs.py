@@ -9,7 +9,7 @@ import torch
 
 from headwise.errors import InputError
 from headwise.kernels.cpu.library import pointer
-from headwise.kernels.interface import Coding, PageView
+from headwise.kernels.interface import Coding, Marks, PageView
 from headwise.types import Tensor
 
 # Of the codes that the kernels read.
@@ -50,6 +50,16 @@ class FreshStruct(ctypes.Structure):
     ]
 
 
+class MarksStruct(ctypes.Structure):
+    """What columns have beside."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("columns", "fresh", "gates")),
+        ("count", c_int64),
+        ("gate_strides", c_int64 * 4),
+    ]
+
+
 class DecodeStruct(ctypes.Structure):
     """What `headwise_decode` takes."""
 
@@ -62,6 +72,7 @@ class DecodeStruct(ctypes.Structure):
         ("query_strides", c_int64 * 5),
         ("mask_columns", c_int64),
         ("mask_strides", c_int64 * 3),
+        ("marks", MarksStruct),
         ("scaling", c_float),
         ("softcap", c_float),
         ("parallel_for", c_void_p),
@@ -78,6 +89,19 @@ class AppendStruct(ctypes.Structure):
         *((name, c_int64) for name in ("batch", "heads", "increment_rows", "increment_stride")),
         ("parallel_for", c_void_p),
     ]
+
+
+def marks_struct(marks: Marks | None) -> tuple[tuple[Tensor | None, ...], MarksStruct]:
+    """Marks, and the tensors that must live as long as the structure."""
+    if marks is None:
+        return (), MarksStruct()
+    # Never empty: an address of none would say that nothing is marked.
+    columns = marks.columns.contiguous() if marks.columns.numel() else marks.columns.new_zeros(len(marks.columns), 1)
+    fresh = None if marks.fresh is None else marks.fresh.contiguous()
+    held = MarksStruct(
+        columns.data_ptr(), pointer(fresh), marks.gates.data_ptr(), columns.shape[1], marks.gates.stride()
+    )
+    return (columns, fresh, marks.gates), held
 
 
 def pages_struct(view: PageView) -> PagesStruct:

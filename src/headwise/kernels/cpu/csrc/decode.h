@@ -7,10 +7,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "codes.h"
 #include "headwise.h"
+#include "marks.h"
 #include "numbers.h"
 #include "pages.h"
 #include "partial.h"
@@ -148,13 +150,13 @@ class Worker {
   void read(int64_t head, const Pages& pages, int64_t before, int64_t from, int64_t to, Rows& view, float* weights) {
     Chunk chunk;
     Places places;
-    places.limit = a.mask_columns;
+    places.limit = a.mask ? a.mask_columns : std::numeric_limits<int64_t>::max();
     int64_t kept = before + pages.lengths[head];
     for (; from < to; from += chunk.count) {
       int64_t end = std::min(to, from + kChunk);
       chunk.count = chunk.runs = 0;
       places.first = from;
-      take(head, pages, from - before, std::min(end, kept) - before, a.mask, chunk, places);
+      take(head, pages, from - before, std::min(end, kept) - before, a.mask || a.marks.columns, chunk, places);
       if (gathered) gather(pages, chunk, (char*)weights + scratch_floats * sizeof(float) - gathered);
       take_fresh(head, std::max(from, kept) - kept, end - kept, chunk, places);
       view.logits(chunk, weights);
@@ -185,6 +187,7 @@ class Worker {
           store(x, tangent(load(x) / a.softcap) * a.softcap);
         }
     add_biases(pages, chunk, rows, weights);
+    if (a.marks.columns) add_marks(a, head, length(head) - a.fresh.count - places.first, chunk, places, weights);
     hide(head, chunk, places, weights);
     for (int64_t n = 0; n < rows; n++) {
       float* mine = weights + n * kChunk;

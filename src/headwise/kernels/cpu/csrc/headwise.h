@@ -54,6 +54,14 @@ inline bool inside(const Pages& p, int64_t head, int64_t more) {
   return true;
 }
 
+// What columns have beside: the query's gate times the mark is added to a logit, behind a soft cap.
+struct Marks {
+  const float* columns;  // [batch, count]: of the first columns, later ones have 0; null where nothing is marked
+  const float* fresh;    // [batch, fresh], or null
+  const float* gates;    // [batch, heads, group, queries] with the strides below
+  int64_t count, gate_strides[4];
+};
+
 struct Decode {
   const Pages* pages;  // [views]: numbers, then codes
   int64_t views;
@@ -68,6 +76,7 @@ struct Decode {
   int64_t batch, heads, group, queries, key_dim, value_dim, shares;
   int64_t query_strides[5];
   int64_t mask_columns, mask_strides[3];
+  Marks marks;
   float scaling, softcap;  // softcap 0: none
   ParallelFor parallel_for;
 };
@@ -89,6 +98,8 @@ struct Block {
   const int64_t* own;  // [rows]: each query row's own column
   const bool* mask;    // [rows, seen] with the stride below between rows, or null: causal
   const float* sinks;  // [lanes], or null
+  const float* marks;  // [seen], or null: the row's gate times it is added to a logit, behind a soft cap
+  const float* gates;  // [lanes, rows]
   int64_t lanes, rows, seen, mask_stride;
   float softcap;  // 0: none
 };

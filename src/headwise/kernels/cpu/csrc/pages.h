@@ -17,7 +17,7 @@ using headwise::size_of;
 // Where the rows of a chunk stand.
 struct Places {
   int64_t first;            // index among the head's rows
-  int64_t columns[kChunk];  // only where there is a mask
+  int64_t columns[kChunk];  // only where there is a mask, or are marks
   int64_t limit;            // of columns: those of the mask
   bool outside = false;     // whether one was not below it, and the first was taken instead
 };

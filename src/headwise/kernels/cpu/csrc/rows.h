@@ -35,6 +35,12 @@ Logits logits_of(const headwise::Block& block, int64_t lane, int64_t row) {
     for (int64_t i = whole; i < count; i++)
       if (x[i] != kNone) x[i] = tangent(broadcast(x[i] / softcap))[0] * softcap;
   }
+  float gate = block.marks ? block.gates[lane * block.rows + row] : 0;
+  if (gate != 0) {
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) store(x + i, load(x + i) + load(block.marks + i) * gate);
+    for (; i < count; i++) x[i] += block.marks[i] * gate;
+  }
   return {x, count, block.sinks ? block.sinks[lane] : kNone};
 }
 
