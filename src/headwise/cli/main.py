@@ -21,6 +21,7 @@ from headwise.cli.invocation import words
 from headwise.cli.lm_eval import SETTINGS, lm_eval
 from headwise.cli.policies import policies
 from headwise.cli.profile import profile
+from headwise.cli.profile_heads import profile_heads
 from headwise.cli.results import results
 from headwise.cli.train_gate import train_gate
 from headwise.cli.train_less import train_less
@@ -64,6 +65,7 @@ app.command()(compare)
 app.command()(results)
 app.command("train-less")(train_less)
 app.command("train-gate")(train_gate)
+app.command("profile-heads")(profile_heads)
 app.command("lm-eval", context_settings=SETTINGS)(lm_eval)
 
 

@@ -72,6 +72,11 @@ active_cache: ContextVar[PassObserver | None] = ContextVar("headwise_active_cach
 # Told of every call, with query, key, value, mask and options, while a model is tried.
 bystander: ContextVar[Callable[..., None] | None] = ContextVar("headwise_bystander", default=None)
 
+# What is added to a map without a cache of ours, while heads are tried one by one.
+steered: ContextVar[Callable[[nn.Module, AttentionMap], AttentionMap] | None] = ContextVar(
+    "headwise_steered", default=None
+)
+
 
 def headwise_attention(
     module: nn.Module,
@@ -125,7 +130,8 @@ def headwise_attention(
         raise CacheStateError(
             f"{type(module).__name__} changed the keys between cache and attention; this model cannot be compressed"
         )
-    if options.softcap is None and options.sinks is None:
+    steer = steered.get()
+    if options.softcap is None and options.sinks is None and steer is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -133,7 +139,8 @@ def headwise_attention(
     mask = _as_boolean(attention_mask, len(key))
     if mask is None and not kwargs.get("is_causal", getattr(module, "is_causal", True)):
         mask = torch.ones(len(key), query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
-    output = dense_attention(AttentionMap(grouped, key, mask, options), value)
+    map = AttentionMap(grouped, key, mask, options)
+    output = dense_attention(map if steer is None else steer(module, map), value)
     return output.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
