@@ -86,5 +86,6 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     """What the interpreter takes, the compiler may refuse; it needs no GPU. And a longer cache compiles nothing new."""
     names = ["attend", "column_sums", "combine", "row_sums", "weigh", "write"]
     found = run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    # Sums of columns and maxima of them are two.
-    assert found == str([(name, 1 + (name == "column_sums")) for name in names])
+    # Marks or none are two; so are sums of columns and maxima of them.
+    counts = {"attend": 2, "row_sums": 2, "column_sums": 4}
+    assert found == str([(name, counts.get(name, 1)) for name in names])

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from headwise.kernels import reference
+from headwise.kernels.interface import DecodeRequest, Marks
 from headwise.kernels.triton import tiles
 from headwise.kernels.triton.backend import KERNELS as kernels
 from headwise.types import LogitOptions
-from kernel_calls import ragged_decode
 from kernel_inputs import packed
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
@@ -40,6 +40,20 @@ def strided(*shape, dtype=torch.float32):
     return torch.randn(shape[0], *shape[2:-1], shape[1], shape[-1]).to(dtype).movedim(-2, 1)
 
 
+def some_marks(batch, heads, group, queries, marked, fresh=None, *, expanded=False):
+    """Marks of the first columns and of fresh rows, and gates, of which every third head has none.
+
+    Gates have strides as where they were made as [b, q, h, g], or are the same for all sequences and queries. Behind
+    the marks of a sequence lies what must not be read.
+    """
+    shape = (1, 1, heads, group) if expanded else (batch, queries, heads, group)
+    without = torch.arange(heads * group).view(heads, group) % 3 == 1
+    gates = torch.randn(shape).masked_fill(without, 0).movedim(1, 3).expand(batch, -1, -1, queries)
+    columns = poison(batch, marked + 3)[:, 1 : marked + 1]
+    columns.copy_(torch.randn(columns.shape) * (torch.rand(columns.shape) < 0.6))
+    return Marks(gates, columns, None if fresh is None else torch.randn(batch, fresh + 1)[:, :fresh])
+
+
 def assert_same(found, expected, tolerance, logits=1e-5):
     """Equal up to rounding: of outputs by the one tolerance, of what follows from the logits alone by the other."""
     torch.testing.assert_close(found.output, expected.output, atol=tolerance, rtol=tolerance)
@@ -50,7 +64,7 @@ def assert_same(found, expected, tolerance, logits=1e-5):
         torch.testing.assert_close(found.on_fresh, expected.on_fresh, atol=logits, rtol=10 * logits)
 
 
-def both(store, group, queries, fresh, *, coded=(), masked=False, options=None, with_mass=True):
+def both(store, group, queries, fresh, *, coded=(), masked=False, options=None, with_mass=True, marks=None):
     """What the two kernels make of the same random queries and fresh rows."""
     batch, heads = store.lengths.shape
     dtype, key_dim, value_dim = (
@@ -68,8 +82,8 @@ def both(store, group, queries, fresh, *, coded=(), masked=False, options=None, 
     if masked:
         mask = torch.rand(batch, queries + 1, 2 * max(view.longest for view in views) + fresh)[:, 1:] < 0.6
         mask[0, 0] = False  # sees nothing at all
-    arguments = (query, views, fresh_keys, fresh_values, mask, options)
-    return tuple(ragged_decode(one, *arguments, with_mass=with_mass) for one in (kernels, reference))
+    request = DecodeRequest(query, views, fresh_keys, fresh_values, mask, options, with_mass, marks)
+    return tuple(one.ragged_decode(request) for one in (kernels, reference))
 
 
 SPLITS = ["one split", "many splits"]
@@ -113,11 +127,11 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-from headwise.kernels.interface import PageView
+from headwise.kernels.interface import AttentionMap, DecodeRequest, Marks, MassRequest, PageView
 from headwise.kernels.triton import map as kernel_map
 from headwise.kernels.triton.backend import KERNELS as kernels
 from headwise.types import LogitOptions
-from kernel_calls import append, column_mass, column_max, ragged_decode
+from kernel_calls import append
 
 class Hopper:
     get_current_device = staticmethod(lambda: 0)
@@ -136,7 +150,12 @@ def compile_only(self, grid):
 
 JITFunction.__getitem__ = compile_only
 
-def token(dtype, dim, longest, rich):
+def marks_of(group, queries, count, fresh):
+    # Of an address and a stride that change.
+    columns = torch.zeros(1, count + 2)[:, count % 3 :][:, :count]
+    return Marks(torch.zeros(2, group, 1).expand(1, -1, -1, queries), columns, fresh)
+
+def token(dtype, dim, longest, rich, marked):
     pool, table = torch.zeros(8, 16, dim, dtype=dtype), torch.zeros(1, 2, longest // 16 + 1).int()
     scores, biases = (torch.zeros(8, 16), torch.zeros(8, 16).half()) if rich else (None, None)
     columns, lengths = torch.zeros(8, 16).int(), torch.zeros(1, 2).long()
@@ -145,22 +164,27 @@ def token(dtype, dim, longest, rich):
     mask = torch.ones(1, 3, longest + 40).bool() if rich else None
     options = LogitOptions(0.1, 5.0, torch.zeros(2, 4)) if rich else LogitOptions(0.1)
     now = None if mask is None else mask[:, 1:2]
-    found = ragged_decode(kernels, query, [pages], fresh, fresh, now, options, with_mass=rich)
+    marks = marks_of(4, 1, longest, torch.zeros(1, 1) if rich else None) if marked else None
+    found = kernels.ragged_decode(DecodeRequest(query, [pages], fresh, fresh, now, options, rich, marks))
     rest = (None, None, None)
     if rich:
         rest = (mask.diagonal(longest, -2, -1)[:, :1], found.on_fresh[:, :, 0], found.on_kept[:, :, 0])
     append(kernels, pages, fresh, fresh, torch.arange(99)[longest % 9 :][:1], *rest)
 
-def profile(dtype, dim, bands):
+def profile(dtype, dim, bands, marked):
     query, keys = torch.zeros(1, 2, 4, 99, dim, dtype=dtype), torch.zeros(1, 2, 99, dim, dtype=dtype)
     positions, widths = torch.arange(99), torch.ones(bands, 1).long()
-    column_mass(kernels, query, keys, positions, None, LogitOptions(0.1), torch.ones(1, 99), positions[None], widths)
-    column_max(kernel_map, query, keys, positions, None, LogitOptions(0.1))
+    map = AttentionMap(query, keys, None, LogitOptions(0.1), positions, marks_of(4, 99, 99, None) if marked else None)
+    kernels.column_mass(MassRequest(map, torch.ones(1, 99), positions[None], widths))
+    kernel_map.column_max(map)
 
 for longest in (1, 61, 62, 64, 75):
-    token(torch.bfloat16, 64, longest, True)
-profile(torch.bfloat16, 64, 2)
+    token(torch.bfloat16, 64, longest, True, False)
+    token(torch.bfloat16, 64, longest, True, True)
+profile(torch.bfloat16, 64, 2, False)
+profile(torch.bfloat16, 64, 2, True)
 print(sorted((name, len(kinds)) for name, kinds in compiled.items()))
-token(torch.float32, 32, 60, False)
-profile(torch.float32, 32, 0)
+token(torch.float32, 32, 60, False, False)
+profile(torch.float32, 32, 0, False)
+token(torch.float32, 32, 60, False, True)
 """

@@ -105,7 +105,7 @@ def hadamard_of(views: Sequence[PageView], name: str) -> Tensor | None:
 
 @functools.cache
 def code_tiles(
-    members: int, key_dim: int, value_dim: int, key_bits: int, value_bits: int, half: bool
+    members: int, key_dim: int, value_dim: int, key_bits: int, value_bits: int, half: bool, marked: bool
 ) -> dict[str, int]:
     """Sizes that a launch over codes goes by; blocks of channels are in bytes."""
     blocks = {"BLOCK_D": power(key_dim * key_bits // 8), "BLOCK_E": power(value_dim * value_bits // 8)}
@@ -114,10 +114,11 @@ def code_tiles(
     width = max(power(key_dim), power(value_dim))
     if not half:
         return sizes | {"BLOCK_M": min(power(members, 1), 8), "BLOCK_N": 32 if width <= 64 else 16, "num_warps": 8}
-    # The pipeline spends stages on the addresses and two on each block of rows that is under way. Codes are few bytes,
-    # so that it takes several blocks, or many programs, to keep the memory busy.
-    rows = min(power(members), 32)
-    ahead = {"BLOCK_N": 64, "num_stages": 7} if width <= 128 else {"BLOCK_N": 32, "num_stages": 5}
+    # The pipeline spends stages on the addresses and two on each block of rows that is under way, or three where marks
+    # are looked up by columns, as those are by addresses. Codes are few bytes, so that it takes several blocks, or many
+    # programs, to keep the memory busy.
+    rows, under_way = min(power(members), 32), 3 if width <= 128 else 2
+    ahead = {"BLOCK_N": 64 if width <= 128 else 32, "num_stages": (3 if marked else 2) * under_way + 1}
     return sizes | ahead | {"BLOCK_M": rows, "num_warps": 4 if rows == 16 else 8}
 
 

@@ -19,11 +19,14 @@ from headwise.kernels.triton.device_tiles import (
     addresses,
     biased,
     capped,
+    gates_of,
+    looked_up,
+    marked,
     note,
+    of_sequence,
     products_of,
     put,
     record,
-    seen,
     soften,
     tile,
 )
@@ -107,7 +110,7 @@ def decoded(
 @triton.jit(
     do_not_specialize=[
         *("mask", "mask_b", "mask_q", "queries", "fresh", "parts", "kept", "views"),
-        *("first", "split_rows", "begin", "view", "pages"),
+        *("gates", "marks", "marks_b", "marked_columns", "first", "split_rows", "begin", "view", "pages"),
     ]
 )
 @no_type_check
@@ -122,6 +125,8 @@ def attend_codes(
     table,
     lengths,
     mask,
+    gates,
+    marks,
     partial,
     partial_lse,
     logits,
@@ -129,6 +134,9 @@ def attend_codes(
     length_stride,
     mask_b,
     mask_q,
+    gate_stride,
+    marks_b,
+    marked_columns,
     heads,
     queries,
     fresh,
@@ -161,6 +169,7 @@ def attend_codes(
     Writes what `triton_device.attend` writes; the output is not turned back yet.
 
     Args:
+        marked_columns: how many columns have marks, from the first on.
         first: part that the view's first split is.
         begin: rows of the views before this one, each padded to its longest head.
         pages: entries of the table per head.
@@ -193,8 +202,8 @@ def attend_codes(
     if KEY_BITS == 4:
         q_high = tile(turned + KEY_BYTES, own, D, asks, key_byte, KEY_BYTES)
     i = (member % queries).to(tl.int64)
-    if mask is not None:
-        mask += b * mask_b
+    mask, marks = of_sequence(mask, b, mask_b), of_sequence(marks, b, marks_b)
+    gate = gates_of(gates, gate_stride, b, h, member // queries, i, asks)
     of_logits = own[:, None] * (kept + fresh) + begin
     top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     output = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
@@ -209,12 +218,9 @@ def attend_codes(
         products = products_of(q, k, NARROW)
         if KEY_BITS == 4:
             products += products_of(q_high, k_high, NARROW)
-        visible = asks[:, None] & held[None, :]
-        if mask is not None:
-            column = tl.load(column_pool + address, mask=held, other=0)
-            visible = seen(mask, i, column, mask_q, visible)
+        visible, column = looked_up(column_pool, address, held, asks, i, mask, mask_q)
         x = biased(capped(products, inner, outer), bias_pool, address, held)
-        x = tl.where(visible, x, float("-inf"))
+        x = tl.where(visible, marked(x, gate, marks, column, marked_columns), float("-inf"))
         note(logits, of_logits + n[None, :], x, asks, held)
         top, total, weights, decay = soften(x, top, total)
         output = absorb(output, decay, weights, v, NARROW)

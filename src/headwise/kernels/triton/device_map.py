@@ -11,7 +11,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from headwise.kernels.triton.device_tiles import capped, finite, lane_of, seen, tile
+from headwise.kernels.triton.device_tiles import capped, finite, gates_of, lane_of, marked, of_sequence, seen, tile
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def products_of(
     return products
 
 
-@triton.jit(do_not_specialize=["mask", "mask_b", "mask_q", "rows", "total"])
+@triton.jit(do_not_specialize=["mask", "mask_b", "mask_q", "gates", "marks", "marks_b", "rows", "total"])
 @no_type_check
 def row_sums(
     query,
@@ -60,6 +60,10 @@ def row_sums(
     total,
     inner,
     outer,
+    gates,
+    gate_stride,
+    marks,
+    marks_b,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -86,6 +90,7 @@ def row_sums(
     else:
         mask += b * mask_b
         limit = total
+    gate, marks = gates_of(gates, gate_stride, b, h, g, row, is_row), of_sequence(marks, b, marks_b)
     for at in range(0, limit, BLOCK_N):
         t = at + tl.arange(0, BLOCK_N)
         held = t < total
@@ -96,7 +101,8 @@ def row_sums(
             visible = seen(mask, row, t, mask_q, visible)
         of_rows, of_columns = (of_query, row, query_stride[3], is_row), (of_keys, t, key_stride[2], held)
         products = products_of(of_rows, of_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, NARROW)
-        x = tl.where(visible, capped(products, inner, outer), float("-inf"))
+        x = marked(capped(products, inner, outer), gate, marks, t, total)
+        x = tl.where(visible, x, float("-inf"))
         raised = tl.maximum(top, tl.max(x, 1))
         base = finite(raised)
         sums = sums * tl.exp2(top - base) + tl.sum(tl.exp2(x - base[:, None]), 1)
@@ -104,7 +110,7 @@ def row_sums(
     tl.store(lse + member * rows + row, top + tl.log2(tl.where(sums > 0, sums, 1.0)), mask=is_row)
 
 
-@triton.jit(do_not_specialize=["mask", "mask_b", "mask_q", "batch", "rows", "total"])
+@triton.jit(do_not_specialize=["mask", "mask_b", "mask_q", "gates", "marks", "marks_b", "batch", "rows", "total"])
 @no_type_check
 def column_sums(
     query,
@@ -130,6 +136,10 @@ def column_sums(
     total,
     inner,
     outer,
+    gates,
+    gate_stride,
+    marks,
+    marks_b,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -165,6 +175,7 @@ def column_sums(
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if mask is not None:
         mask += b * mask_b
+    marks = of_sequence(marks, b, marks_b)
     if band is not None:
         width = tl.load(widths + w * batch + b)
         position = tl.load(positions + b * total + t, mask=held, other=0)
@@ -180,8 +191,9 @@ def column_sums(
         base = finite(tl.load(lse + member * rows + row, mask=is_row, other=0.0))
         of_rows, of_columns = (of_query, row, query_stride[3], is_row), (of_keys, t, key_stride[2], held)
         products = products_of(of_rows, of_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, NARROW)
-        x = tl.where(visible, capped(products, inner, outer) - base[:, None], float("-inf"))
-        received = tl.exp2(x)
+        gate = gates_of(gates, gate_stride, b, h, g, row, is_row)
+        x = marked(capped(products, inner, outer), gate, marks, t, total)
+        received = tl.exp2(tl.where(visible, x - base[:, None], float("-inf")))
         if weights is None:
             sums = tl.maximum(sums, received)
         else:

@@ -24,7 +24,11 @@ from headwise.kernels.triton.device_tiles import (
     biased,
     capped,
     finite,
+    gates_of,
+    looked_up,
+    marked,
     note,
+    of_sequence,
     pooled,
     products_of,
     put,
@@ -41,6 +45,7 @@ __all__ = ["attend", "attend_codes", "combine", "turn", "weigh", "write"]
 @triton.jit(
     do_not_specialize=[
         *("mask", "mask_b", "mask_q", "queries", "fresh", "parts", "kept", "views"),
+        *("gates", "marks", "fresh_marks", "marks_b", "marked_columns", "fresh_marks_b"),
         *("unseen", "splits", "split_rows", "pages"),
     ]
 )
@@ -56,6 +61,9 @@ def attend(
     keys,
     values,
     mask,
+    gates,
+    marks,
+    fresh_marks,
     partial,
     partial_lse,
     logits,
@@ -66,6 +74,10 @@ def attend(
     value_stride,
     mask_b,
     mask_q,
+    gate_stride,
+    marks_b,
+    marked_columns,
+    fresh_marks_b,
     heads,
     queries,
     fresh,
@@ -96,6 +108,7 @@ def attend(
 
     Args:
         spans: for every view of a head, where its logits begin and end.
+        marked_columns: how many columns have marks, from the first on.
         parts: splits of all views, and the fresh rows.
         kept: rows of all views, each padded to its longest head.
         unseen: the mask's column of the first fresh row.
@@ -120,8 +133,9 @@ def attend(
     i = (member % queries).to(tl.int64)
     feature, channel = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q = asked(query + b * query_stride[0] + h * query_stride[1], query_stride, member, queries, asks, feature, D)
-    if mask is not None:
-        mask += b * mask_b
+    mask, marks = of_sequence(mask, b, mask_b), of_sequence(marks, b, marks_b)
+    fresh_marks = of_sequence(fresh_marks, b, fresh_marks_b)
+    gate = gates_of(gates, gate_stride, b, h, member // queries, i, asks)
     of_logits = (head * members + member)[:, None] * (kept + fresh)
     top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     output = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
@@ -133,12 +147,9 @@ def attend(
         k = pooled(key_pool, table + head * pages, n, held, feature, D, PAGE, KEY_STRIDES)
         v = pooled(value_pool, table + head * pages, n, held, channel, E, PAGE, VALUE_STRIDES)
         address = addresses(table + head * pages, n, held, PAGE)
-        visible = asks[:, None] & held[None, :]
-        if mask is not None:
-            column = tl.load(column_pool + address, mask=held, other=0)
-            visible = seen(mask, i, column, mask_q, visible)
+        visible, column = looked_up(column_pool, address, held, asks, i, mask, mask_q)
         x = biased(capped(products_of(q, k, NARROW), inner, outer), bias_pool, address, held)
-        x = tl.where(visible, x, float("-inf"))
+        x = tl.where(visible, marked(x, gate, marks, column, marked_columns), float("-inf"))
         note(logits, of_logits + n[None, :], x, asks, held)
         top, total, weights, decay = soften(x, top, total)
         output = absorb(output, decay, weights, v, NARROW)
@@ -153,7 +164,8 @@ def attend(
             visible = visible & (f[None, :] <= fresh - queries + i[:, None])
         else:
             visible = seen(mask, i, unseen + f, mask_q, visible)
-        x = tl.where(visible, capped(products_of(q, k, NARROW), inner, outer), float("-inf"))
+        x = marked(capped(products_of(q, k, NARROW), inner, outer), gate, fresh_marks, f, fresh)
+        x = tl.where(visible, x, float("-inf"))
         note(logits, of_logits + kept + f[None, :], x, asks, held)
         top, total, weights, decay = soften(x, top, total)
         output = absorb(output, decay, weights, v, NARROW)

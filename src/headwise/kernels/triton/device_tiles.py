@@ -65,6 +65,28 @@ def addresses(table, n, held, PAGE: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def of_sequence(start, b, stride):
+    """Where what is given for every sequence begins for one of them; None where nothing is given."""
+    if start is not None:
+        start += b * stride
+    return start
+
+
+@triton.jit
+@no_type_check
+def looked_up(column_pool, address, held, asks, query_row, mask, mask_q):
+    """What each query sees of rows in pages, and their columns, which compile to nothing where they are not used."""
+    visible = asks[:, None] & held[None, :]
+    column = column_pool
+    if column_pool is not None:
+        column = tl.load(column_pool + address, mask=held, other=0)
+    if mask is not None:
+        visible = seen(mask, query_row, column, mask_q, visible)
+    return visible, column
+
+
+@triton.jit
+@no_type_check
 def seen(mask, query_row, column, mask_q, visible):
     """What of `visible` the mask lets through; it reads nothing else of the mask."""
     at = mask + query_row.to(tl.int64)[:, None] * mask_q + column.to(tl.int64)[None, :]
@@ -91,6 +113,30 @@ def biased(logits, bias_pool, address, held):
     if bias_pool is not None:
         bias = tl.load(bias_pool + address, mask=held, other=0.0).to(tl.float32)
         logits += (bias * 1.4426950408889634)[None, :]
+    return logits
+
+
+@triton.jit
+@no_type_check
+def gates_of(gates, stride, b, h, g, i, asks):
+    """Gates of query rows, times log2(e) as logits are in base 2; 0 where nobody asks, None where there are none."""
+    found = gates
+    if gates is not None:
+        at = gates + b * stride[0] + h * stride[1] + g * stride[2] + i.to(tl.int64) * stride[3]
+        found = tl.load(at, mask=asks, other=0.0) * 1.4426950408889634
+    return found
+
+
+@triton.jit
+@no_type_check
+def marked(logits, gate, marks, column, count):
+    """Logits in base 2, with the gate of each query times the mark of each column, of which the first so many have one.
+
+    Where there is no row its column must be 0 or have no mark; what is added there is overwritten.
+    """
+    if marks is not None:
+        mark = tl.load(marks + column, mask=column < count, other=0.0)
+        logits += gate[:, None] * mark[None, :]
     return logits
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from headwise.kernels.interface import Marks
 from headwise.types import LogitOptions, Tensor
 
 # Options of every launch. Triton 3.10 no longer joins products and sums by itself.
@@ -56,6 +57,15 @@ def _interpreted() -> bool:
 def strides(tensor: Tensor | None) -> tuple[int, int]:
     """Of the first two axes, or any numbers where there is no tensor."""
     return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def told_of(marks: Marks | None) -> dict[str, Any]:
+    """What every launch is told of gates and of the marks of columns, by name; that nothing is compiles to nothing."""
+    if marks is None:
+        return dict.fromkeys(("gates", "gate_stride", "marks", "marks_b"))
+    columns = dense_rows(marks.columns)
+    gates = {"gates": marks.gates, "gate_stride": marks.gates.stride()}
+    return gates | {"marks": columns, "marks_b": columns.stride(0)}
 
 
 def factors(options: LogitOptions) -> tuple[float, float | None]:

@@ -10,7 +10,7 @@ import torch
 from headwise.kernels.check import check_mass, check_peaks
 from headwise.kernels.interface import AttentionMap, MassRequest, PeaksRequest
 from headwise.kernels.reference import attend_and_gather
-from headwise.kernels.triton.launch import LAUNCH, dense_rows, factors, is_narrow, on_device, power, strides
+from headwise.kernels.triton.launch import LAUNCH, dense_rows, factors, is_narrow, on_device, power, strides, told_of
 from headwise.types import Float, Int, Tensor
 
 
@@ -60,12 +60,12 @@ def _columns_of_map(
     row_positions = positions.index_select(1, columns) if len(widths) else None
     stops = None if row_positions is None else _last_rows(row_positions, positions, first, widths, tiles["BLOCK_N"])
     common = (query.stride(), keys.stride(), *strides(mask))
-    sizes = {"NARROW": narrow, **tiles}
+    named = {**told_of(map.marks), "NARROW": narrow, **tiles}
     logits = factors(map.options)
     with on_device(device):
         code = _map_code()
         code.row_sums[-(-rows // tiles["BLOCK_M"]), members](
-            query, keys, columns, mask, sinks, lse, *common, heads, rows, total, *logits, **sizes
+            query, keys, columns, mask, sinks, lse, *common, heads, rows, total, *logits, **named
         )
         code.column_sums[len(first), members, max(1, len(widths))](
             query,
@@ -87,7 +87,7 @@ def _columns_of_map(
             rows,
             total,
             *logits,
-            **sizes,
+            **named,
         )
     return mass
 

@@ -15,7 +15,16 @@ import torch
 from headwise.kernels.check import check_append, check_decode
 from headwise.kernels.interface import AppendRequest, Decoded, DecodeRequest, PageView
 from headwise.kernels.triton.codes import attend_codes, hadamard_of, turning
-from headwise.kernels.triton.launch import LAUNCH, dense_rows, device_code, factors, is_narrow, on_device, strides
+from headwise.kernels.triton.launch import (
+    LAUNCH,
+    dense_rows,
+    device_code,
+    factors,
+    is_narrow,
+    on_device,
+    strides,
+    told_of,
+)
 from headwise.kernels.triton.tiles import append_tiles, cut_into_splits, tiles_of_view
 from headwise.types import Tensor
 
@@ -131,14 +140,17 @@ def ragged_decode(request: DecodeRequest) -> Decoded:
 def _attend(plan: _Plan, scratch: _Scratch) -> None:
     """Every split by itself: of the exact rows, of the fresh ones, and of each view of codes."""
     request, exact = plan.request, plan.request.pages[0]
-    query, mask = request.query, request.mask
+    query, mask, marks = request.query, request.mask, request.marks
     batch, heads, group, queries, _ = query.shape
     fresh = request.fresh_keys.shape[2]
     (splits, split_rows), tiles = plan.cuts[0], plan.tiles[0]
     mask_b, mask_q = strides(mask)
     inner, outer = factors(request.options)
+    fresh_marks = None if marks is None or marks.fresh is None else dense_rows(marks.fresh)
     every = {
         **vars(scratch),
+        **told_of(marks),
+        "marked_columns": None if marks is None else marks.columns.shape[1],
         "mask": mask,
         "mask_b": mask_b,
         "mask_q": mask_q,
@@ -167,6 +179,8 @@ def _attend(plan: _Plan, scratch: _Scratch) -> None:
         length_stride=exact.lengths.stride(),
         key_stride=request.fresh_keys.stride(),
         value_stride=request.fresh_values.stride(),
+        fresh_marks=fresh_marks,
+        fresh_marks_b=None if fresh_marks is None else fresh_marks.stride(0),
         unseen=0 if mask is None else mask.shape[2] - fresh,
         splits=splits,
         split_rows=split_rows,

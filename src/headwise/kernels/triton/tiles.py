@@ -30,7 +30,7 @@ def tiles_of_view(request: DecodeRequest, view: PageView, narrow: bool) -> dict[
     if view.coding is None:
         return decode_tiles(members, key_dim, value_dim, narrow)
     bits = view.coding.key_bits, view.coding.value_bits
-    return code_tiles(members, key_dim, value_dim, *bits, is_half(request.query))
+    return code_tiles(members, key_dim, value_dim, *bits, is_half(request.query), request.marks is not None)
 
 
 def cut_into_splits(longest: int, programs: int, block: int, device: torch.device) -> tuple[int, int]:
