@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from headwise.hosts.transformers.cache import HeadwiseCache
     from headwise.policies import Policy
+    from headwise.steer.steering import BaseSteering
 
 # What says how much Auto is to keep.
 _SIZES = ("recovery=", "ratio=", "bytes=")
@@ -40,23 +41,28 @@ class CacheRequest:
     recommended: bool = False
 
     def make(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_tokens: int | None = None,
+        steering: BaseSteering | None = None,
     ) -> HeadwiseCache:
         """The cache.
 
         Args:
             prompt_tokens: where the prompt comes in pieces, of how many tokens it is.
+            steering: how attention is drawn to what is marked.
         """
         if not self.recommended:
-            return self._make(model, self.policy, tokenizer, prompt_tokens)
+            return self._make(model, self.policy, tokenizer, prompt_tokens, steering)
         from headwise.errors import UnsupportedModelError
         from headwise.policies.recommended import by_gates, unmatched
 
         policy = by_gates(self.policy, model)
         try:
-            return self._make(model, policy, tokenizer, prompt_tokens)
+            return self._make(model, policy, tokenizer, prompt_tokens, steering)
         except UnsupportedModelError:
-            return self._make(model, unmatched(policy), tokenizer, prompt_tokens)
+            return self._make(model, unmatched(policy), tokenizer, prompt_tokens, steering)
 
     def _make(
         self,
@@ -64,6 +70,7 @@ class CacheRequest:
         policy: Policy,
         tokenizer: PreTrainedTokenizerBase,
         prompt_tokens: int | None,
+        steering: BaseSteering | None,
     ) -> HeadwiseCache:
         from headwise.hosts.transformers.cache import HeadwiseCache
 
@@ -76,6 +83,7 @@ class CacheRequest:
             evict_every=self.evict_every,
             budget=self.budget,
             cache_dtype=self.rows,
+            steering=steering,
         )
 
 

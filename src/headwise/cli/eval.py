@@ -22,6 +22,8 @@ from headwise.cli.eval_options import (
     with_run_options,
 )
 from headwise.cli.eval_run import present, run_tasks
+from headwise.cli.eval_steering import evaluate as evaluate_steering
+from headwise.cli.eval_steering import steering
 from headwise.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ def evaluate(tasks: Sequence[Any], given: RunOptions) -> None:
 
 evaluation = with_run_options(evaluate)
 evaluations.command()(evaluation(generation))
+evaluations.command()(with_run_options(evaluate_steering)(steering))
 
 
 @evaluations.command()

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headwise.cli import options
-from headwise.cli.cache_request import CacheRequest, read_cache_request
+from headwise.cli.cache_request import read_cache_request
+from headwise.cli.emphasis import Alpha, Emphasize, Heads, read_emphasis
 from headwise.cli.generate_table import show_costs
 from headwise.cli.loading import load, parse_device, parse_dtype
 from headwise.cli.outcome import GenerateResult
-from headwise.cli.prompt import check_fit, encode, read_prompt
+from headwise.cli.prompt import check_fit, read_prompt
 from headwise.cli.tables import heading, message
 from headwise.cli.text_generation import Generated, Sampling, generate_text, stock_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from headwise.hosts.transformers.cache import HeadwiseCache
     from headwise.types import Tensor
 
 _SEEDS = 2**32
@@ -66,6 +68,9 @@ def generate(
     less_kernels: options.LessKernels = None,
     match: options.Match = False,
     evict_every: options.EvictEvery = 16,
+    emphasize: Emphasize = None,
+    heads: Heads = None,
+    alpha: Alpha = None,
     max_new_tokens: MaxNewTokens = 200,
     temperature: Temperature = 0.0,
     seed: Seed = None,
@@ -88,6 +93,7 @@ def generate(
     request = read_cache_request(
         policy, recovery, settings, budget, bits, less, less_kernels, match, kernel, cache_dtype, evict_every
     )
+    emphasis = read_emphasis(emphasize, heads, alpha)
     drawn = random.randrange(_SEEDS) if seed is None else seed
     sampling = Sampling(max_new_tokens, temperature, drawn, prefill_chunk)
     text = read_prompt(prompt, file)
@@ -97,9 +103,17 @@ def generate(
 
     started = time.perf_counter()
     loaded, tokenizer = load(model, *where)
-    ids = encode(tokenizer, text, raw=raw)
+    ids, marked = emphasis.encode(tokenizer, text, raw=raw)
     check_fit(loaded, ids.shape[-1], max_new_tokens)
-    result = _generate(loaded, tokenizer, ids, request, sampling, started, compare_full, quiet=json_output)
+    steering, chunk = emphasis.of_model(loaded), ids.shape[-1] if prefill_chunk else None
+
+    def make() -> HeadwiseCache:
+        cache = request.make(loaded, tokenizer, chunk, steering)
+        if marked is not None:
+            cache.mark(marked)
+        return cache
+
+    result = _generate(loaded, tokenizer, ids, make, sampling, started, compare_full, quiet=json_output)
     if png is not None:
         save_map(result.report, png)
     if json_output:
@@ -112,7 +126,7 @@ def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: Tensor,
-    request: CacheRequest,
+    make: Callable[[], HeadwiseCache],
     sampling: Sampling,
     started: float,
     compare_full: bool,
@@ -125,7 +139,7 @@ def _generate(
         started: when loading began.
         quiet: write nothing while tokens come.
     """
-    cache = request.make(model, tokenizer, ids.shape[-1] if sampling.prefill_chunk else None)
+    cache = make()
     policy = cache.policy
     load_seconds = time.perf_counter() - started
     if compare_full and not quiet:

@@ -38,6 +38,8 @@ def show_costs(result: GenerateResult) -> None:
     table.add_row("memory held", *map(format_bytes, held))
     table.add_row("memory used", *map(format_bytes, used))
     add_mended(table, report)
+    if report.steering is not None:
+        table.add_row("steered", f"{report.steering.words}; {format_bytes(report.pinned_bytes)} of it marked")
     table.add_row("full cache", f"{format_bytes(report.full_bytes)} for the same tokens")
     table.add_row("saved", saved_words(report))
     add_rules(table, report)

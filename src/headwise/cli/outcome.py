@@ -59,6 +59,8 @@ class GenerateResult:
         }
         if report.sampled is not None and report.sampled < 1:
             result["sampled"] = report.sampled
+        if report.steering is not None:
+            result["steering"] = report.steering.to_dict() | {"pinned_bytes": report.pinned_bytes}
         if self.full is not None:
             result["full"] = {
                 "text": self.full.text,

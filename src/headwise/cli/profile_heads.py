@@ -76,7 +76,7 @@ def profile_heads(
 
     What is tried is written down as it is found, beside the heads, in FILE with `.scores.json` in place of `.json`.
     """
-    from headwise.steer.heads import write_heads
+    from headwise.steer.heads import scores_file, write_heads
     from headwise.training.heads.run import HeadRun, Recipe, steerable_heads
     from headwise.training.heads.select import among_the_best, at_most, by_layer
 
@@ -98,8 +98,3 @@ def profile_heads(
     table.add_row("none steered", "", *(f"{run.plain[name]:.2f}" for name in task))
     output().print(table)
     message(f"heads: {out} ({len(chosen)}, among the best {among} for every task)\n")
-
-
-def scores_file(out: Path) -> Path:
-    """Where the scores of a file of heads lie."""
-    return out.with_name(f"{out.name.removesuffix('.json')}.scores.json")

@@ -93,12 +93,16 @@ class QuestionTask(Task):
         """Compress the context, read what is left of the prompt, and answer greedily."""
         ids = torch.tensor([item.data["ids"]], device=subject.model.device)
         subject.check_room(ids.shape[-1] + item.data["limit"])
-        context = subject.read(ids[:, : item.data["context"]], kind)
+        context = self.read(subject, item, kind, ids[:, : item.data["context"]])
         asked = _ask(subject, context, ids[:, item.data["context"] :])
         new = continue_greedily(subject, asked, item.data["limit"])
         answer = str(subject.tokenizer.decode(new, skip_special_tokens=True))
         metrics = {"recall": found(item.data["expected"], answer)}
         return context.measured(metrics, answer=answer, expected=item.data["expected"], **item.data["details"])
+
+    def read(self, subject: Subject, item: Item, kind: CacheKind, ids: Int[Tensor, "1 t"]) -> Context:
+        """Read and compress the context."""
+        return subject.read(ids, kind)
 
     def _data(self, tokenizer: PreTrainedTokenizerBase, question: Question) -> dict[str, Any]:
         ids, context = encode_question(tokenizer, question)

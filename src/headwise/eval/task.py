@@ -88,13 +88,16 @@ class Subject:
 
     def read(self, ids: Int[Tensor, "b t"], kind: CacheKind) -> Context:
         """Read a context into a new cache of that kind and compress it."""
-        length = ids.shape[-1]
-        cache = kind.make(self.model, self.tokenizer, length, self.options)
+        cache = kind.make(self.model, self.tokenizer, ids.shape[-1], self.options)
+        return self.read_into(cache, ids, kind)
+
+    def read_into(self, cache: Cache, ids: Int[Tensor, "b t"], kind: CacheKind) -> Context:
+        """The same into a cache that is there."""
         started = time.perf_counter()
         with torch.inference_mode():
             output = self.model(input_ids=ids.to(self.model.device), past_key_values=cache, logits_to_keep=1)
         seconds = time.perf_counter() - started
-        return Context(cache, kind.report(self.model, cache, length), seconds, output.logits[:, -1].float())
+        return Context(cache, kind.report(self.model, cache, ids.shape[-1]), seconds, output.logits[:, -1].float())
 
     def feed(self, cache: Cache, ids: Int[Tensor, "1 t"]) -> Float[Tensor, "t vocabulary"]:
         """Logits of tokens that follow what the cache holds, as if they had come one at a time.

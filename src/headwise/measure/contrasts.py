@@ -121,8 +121,9 @@ class Contrast:
         return cls(texts["text"], spans, texts["wanted"], texts["unwanted"], paraphrases)
 
 
-# The same facts in another order, and the old one more often: what comes last and often is what a model goes on with.
-_HARD = "hard-"
+# The fact that is marked comes first and once, another one behind it and several times, as if both held: a model goes
+# on with what comes last and often.
+_HARD, _REPEATED = "hard-", 3
 
 KINDS = (*_KINDS, *(_HARD + name for name in _KINDS))
 
@@ -149,7 +150,8 @@ def made_contrasts(kind: str, count: int, seed: int) -> list[Contrast]:
 
 def _contrast(facts: _Kind, name: str, old: str, new: str, hard: bool) -> Contrast:
     was, now = facts.was.format(name=name, value=old), facts.now.format(name=name, value=new)
-    told = f"{now} {was} Everyone still remembers that {was[0].lower()}{was[1:]}" if hard else f"{was} {now}"
+    against = facts.now.format(name=name, value=old)
+    told = " ".join([now, *[against] * _REPEATED]) if hard else f"{was} {now}"
     asked, *others = (f"{told} {words.format(name=name)}" for words in facts.asked)
     # As the program of PASTA's authors has it: the part of the new fact behind the name.
     marked = now.partition(name)[2].rstrip(".")

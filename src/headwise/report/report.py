@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from headwise.report.formats import Names, format_names, rows_by_format
+from headwise.report.rows import kept_media, pinned_bytes, share_of
+from headwise.report.steered import Steered
 from headwise.report.words import mended_words, remembered_words
 from headwise.stages.layer import LayerCache
-from headwise.types import Kind, Tensor
+from headwise.types import Tensor
 from headwise.units import format_bytes, storage_bytes
 
 _UNCHOSEN = "undecided"
@@ -37,6 +39,7 @@ class LayerReport:
             the policy does not look at what tokens are.
         matched: error of each head's outputs for reference queries before and after rows were refitted, as a share of
             their size, `[2, batch, KV heads]`; None where they were not.
+        pinned_bytes: of rows that are kept because a user marked them; a part of the bytes used.
     """
 
     used_bytes: int
@@ -54,6 +57,7 @@ class LayerReport:
     rows_by_format: dict[str, int] | None = None
     kept_media: Tensor | None = None
     matched: Tensor | None = None
+    pinned_bytes: int = 0
 
     @classmethod
     def of_stock(cls, tensors: list[Tensor]) -> LayerReport:
@@ -89,7 +93,8 @@ class LayerReport:
             weight_bytes=weight_bytes,
             formats=None if layer.store is None else format_names(layer.store),
             rows_by_format={} if layer.store is None else rows_by_format(layer.store),
-            kept_media=_kept_media(layer),
+            kept_media=kept_media(layer),
+            pinned_bytes=pinned_bytes(layer),
             matched=None if plan is None or plan.matched is None else plan.matched.cpu(),
         )
 
@@ -107,6 +112,7 @@ class Report:
         profile_seconds: time spent on profiling the prompt and choosing the rules.
         compact_seconds: time spent on copying the prompt's kept rows into pages.
         asked: what is to be kept, in words, where the policy has a size.
+        steering: which heads are steered, and by what is marked where; None where nothing is.
     """
 
     policy: str
@@ -117,6 +123,12 @@ class Report:
     profile_seconds: float
     compact_seconds: float
     asked: str | None = None
+    steering: Steered | None = None
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of rows that are kept because a user marked them; a part of the bytes used."""
+        return sum(layer.pinned_bytes for layer in self.layers)
 
     @property
     def used_bytes(self) -> int:
@@ -251,6 +263,7 @@ class Report:
             "rules": [None if rules is None else rules.tolist() for rules in self.rules],
             **({"kept_media": [None if m is None else m.tolist() for m in self.kept_media]} if self._any_media else {}),
             **({"matched": [None if m is None else m.tolist() for m in self.matched]} if self.mean_error else {}),
+            **({"steering": self.steering.to_dict(), "pinned_bytes": self.pinned_bytes} if self.steering else {}),
             **({"formats": [None if f is None else f.tolist() for f in self.formats]} if self.format_counts else {}),
         }
 
@@ -261,8 +274,9 @@ class Report:
             *([("asked for", self.asked)] if self.asked else []),
             ("tokens seen", f"{self.seen_tokens:,}"),
             ("tokens kept", f"{self.kept_ratio:.1%} of all rows"),
-            *([("of them media", _share_of_media(self))] if self._any_media else []),
+            *([("of them media", share_of(self.kept_media, self.kept_tokens))] if self._any_media else []),
             ("memory used", format_bytes(self.used_bytes)),
+            *([("of it marked", format_bytes(self.pinned_bytes))] if self.steering else []),
             ("memory held", format_bytes(self.allocated_bytes)),
             *([("remembered", remembered_words(self.memory_bytes, self.weight_bytes))] if self.remembered else []),
             ("full cache", format_bytes(self.full_bytes)),
@@ -275,6 +289,8 @@ class Report:
             lines.append(("recovery found", ", ".join(f"{share:.3f}" for share in self.found_recovery)))
         if self.mean_error:
             lines.append(("outputs off by", mended_words(*self.mean_error)))
+        if self.steering is not None:
+            lines.append(("steered", self.steering.words))
         lines.append(("kernels", self.kernel))
         total = sum(self.rule_counts.values())
         lines += [(f"  {name}", f"{count} of {total} heads") for name, count in self.rule_counts.items()]
@@ -282,18 +298,3 @@ class Report:
         lines += [(f"  {name}", f"{count:,} of {rows:,} rows") for name, count in self.rows_by_format.items()]
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
-
-
-def _kept_media(layer: LayerCache) -> Tensor | None:
-    """How many rows of every head stand for images, videos and sounds; None where kinds are not known."""
-    if layer.store is None:
-        return None
-    occupied = layer.store.occupied()
-    kinds = layer.log.kinds(layer.store.kept_columns().masked_fill(~occupied, 0))
-    return None if kinds is None else (occupied & ((kinds & int(Kind.MEDIA)) != 0)).sum(dim=-1).cpu()
-
-
-def _share_of_media(report: Report) -> str:
-    """Rows that stand for media, as a share of those kept."""
-    pairs = [(m, k) for m, k in zip(report.kept_media, report.kept_tokens, strict=True) if m is not None]
-    return f"{sum(int(m.sum()) for m, _ in pairs) / sum(int(k.sum()) for _, k in pairs if k is not None):.1%}"

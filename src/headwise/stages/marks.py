@@ -41,6 +41,11 @@ class ColumnMarks:
         return self._steering is not None
 
     @property
+    def how(self) -> str | None:
+        """The way of steering in words, but for its heads; None where nothing is ever marked."""
+        return None if self._steering is None else str(self._steering)
+
+    @property
     def announced(self) -> bool:
         """Whether something is marked in columns that may still come."""
         return self._marked is not None

@@ -46,6 +46,35 @@ def read_heads(given: Mapping[Any, Sequence[int]] | Sequence[int] | str | Path) 
     return dict(sorted(heads.items()))
 
 
+def made_for(path: Path) -> tuple[str, tuple[int, int]] | None:
+    """Name of the model that a file of heads was made for, its layers up to the last with heads, and heads of each.
+
+    None where there are no scores beside the file.
+
+    Raises:
+        InputError: when what lies there are none.
+    """
+    scores = scores_file(path)
+    if not scores.is_file():
+        return None
+    try:
+        found = json.loads(scores.read_text(encoding="utf-8"))
+        layers, heads = found["shape"]
+        return str(found["model_name"]), (int(layers), int(heads))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{str(scores)!r} holds no scores of heads: {error}") from error
+
+
+def scores_file(path: Path) -> Path:
+    """Where the scores of a file of heads lie."""
+    return path.with_name(f"{path.name.removesuffix('.json')}.scores.json")
+
+
+def shipped_heads() -> Path:
+    """The heads that come with headwise, of its default model."""
+    return Path(__file__).parent / "profiled" / "heads.json"
+
+
 def write_heads(heads: Mapping[int, Sequence[int]], path: Path) -> None:
     """Write heads as `read_heads` takes them.
 

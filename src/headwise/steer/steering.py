@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import torch
 
-from headwise.errors import ConfigurationError
-from headwise.steer.heads import Heads, read_heads
+from headwise.errors import ConfigurationError, MismatchError
+from headwise.steer.heads import Heads, made_for, read_heads
 from headwise.types import Bool, Float, Tensor
 
 Profile = Literal["steered", "plain"]
@@ -56,8 +56,16 @@ class BaseSteering(ABC):
     def __post_init__(self) -> None:
         if self.profile not in get_args(Profile):
             raise ConfigurationError(f"profile must be one of {', '.join(get_args(Profile))}, got {self.profile!r}")
+        if isinstance(self.heads, str | Path):
+            object.__setattr__(self, "_made_for", made_for(Path(self.heads)))
         if self.heads is not None:
             object.__setattr__(self, "heads", read_heads(self.heads))
+
+    def __str__(self) -> str:
+        """How Python would build it, but for its heads and what is left at its default."""
+        own = [each for each in fields(self) if each.name != "heads"]
+        given = [f"{each.name}={getattr(self, each.name)}" for each in own if getattr(self, each.name) != each.default]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     @classmethod
     def every_head(cls, **options: Any) -> Self:
@@ -92,7 +100,13 @@ class BaseSteering(ABC):
 
         Raises:
             ConfigurationError: when there is no such layer or head, or it cannot be steered.
+            MismatchError: when the heads were found in a model of another shape.
         """
+        made = getattr(self, "_made_for", None)
+        shape = (1 + max(shapes, default=-1), max((heads * group for heads, group in shapes.values()), default=0))
+        if made is not None and made[1] != shape:
+            told = f"{made[0]}, which has {made[1][0]} layers of {made[1][1]} heads"
+            raise MismatchError(f"the heads were found in {told}, and {name} has {shape[0]} of {shape[1]}")
         named: Heads = dict.fromkeys(shapes) if self.heads is None else read_heads(self.heads)
         found = {}
         for index, heads in (named or {0: None}).items():

@@ -13,6 +13,7 @@ from headwise.errors import CacheStateError, InputError
 from headwise.hosts.transformers.kinds import KindTable
 from headwise.hosts.transformers.layer import HeadwiseLayer, layer_report
 from headwise.report.report import Report
+from headwise.report.steered import Steered
 from headwise.report.words import asked_words
 from headwise.stages.admit import check_select
 from headwise.stages.layer import LayerCache
@@ -74,6 +75,7 @@ class CacheParts:
             kernel=kernel,
             profile_seconds=repetition_seconds + sum((prompt.profile_seconds for prompt in prompts), 0.0),
             compact_seconds=sum((prompt.compact_seconds for prompt in prompts), 0.0),
+            steering=Steered.of(self.cores, self.log.marks),
             asked=next((asked_words(core.config.policy, core.config.again) for core in self.cores), None),
         )
 

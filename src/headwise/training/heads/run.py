@@ -28,7 +28,7 @@ from headwise.training.heads.margins import (
     measure_layers,
 )
 from headwise.training.heads.select import Scores
-from headwise.training.run import Tell
+from headwise.training.run import Tell, model_name
 from headwise.weights import fingerprint
 
 
@@ -87,7 +87,12 @@ class HeadRun:
             )
             for task in recipe.tasks
         }
-        self._about = {"model": fingerprint(model), "model_name": type(model).__name__, **_plain(asdict(recipe))}
+        self._about = {
+            "model": fingerprint(model),
+            "model_name": model_name(model),
+            "shape": [1 + max(self.layers), self.heads],
+            **_plain(asdict(recipe)),
+        }
         self._done: dict[str, dict[str, Any]] = {}
         if work.exists():
             if not resume:

@@ -1,0 +1,111 @@
+"""Emphasis: what of a prompt is to be emphasised, and which heads obey -> ids, what of them is marked, and steering."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headwise.cli.prompt import encode
+from headwise.cli.tables import message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from headwise.steer.spans import Marked
+    from headwise.steer.steering import Steering
+    from headwise.types import Tensor
+
+_STEERING = "Steering"
+
+Emphasize = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--emphasize",
+        metavar="TEXT",
+        help="A part of the prompt that the model is to attend to (PASTA); may be repeated.",
+        rich_help_panel=_STEERING,
+    ),
+]
+Heads = Annotated[
+    Path | None,
+    typer.Option(
+        "--heads",
+        metavar="FILE",
+        help="Which heads do so: a file of `headwise profile-heads`. Unless given, those that come with headwise for "
+        "its default model, and all heads of any other.",
+        rich_help_panel=_STEERING,
+    ),
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="What other attention is multiplied by. [default: 0.01]", rich_help_panel=_STEERING),
+]
+
+
+@dataclass(frozen=True)
+class Emphasis:
+    """What is asked; nothing where no text is.
+
+    Attributes:
+        texts: parts of the prompt.
+        steering: None for what goes with the model.
+    """
+
+    texts: tuple[str, ...]
+    steering: Steering | None
+    alpha: float
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, text: str, *, raw: bool) -> tuple[Tensor, Marked | None]:
+        """Ids of a prompt, and what of them is marked.
+
+        Raises:
+            InputError: when what is emphasised is not in it.
+        """
+        ids = encode(tokenizer, text, raw=raw)
+        if not self.texts:
+            return ids, None
+        from headwise.hosts.transformers.marked import encode_marked
+        from headwise.steer.spans import Span
+
+        plain = raw or tokenizer.chat_template is None
+        given = text if plain else [{"role": "user", "content": text}]
+        inputs, marked = encode_marked(tokenizer, given, [Span(each) for each in self.texts])
+        return inputs["input_ids"], marked
+
+    def of_model(self, model: PreTrainedModel) -> Steering | None:
+        """How the model is steered; None where it is not."""
+        if not self.texts:
+            return None
+        if self.steering is not None:
+            return self.steering
+        from headwise.steer.heads import made_for, shipped_heads
+        from headwise.steer.steering import Steering
+        from headwise.training.run import model_name
+
+        shipped = shipped_heads()
+        found = made_for(shipped)
+        if found is not None and found[0] == model_name(model):
+            return Steering(shipped, self.alpha)
+        message("note: no heads are known for this model, so all are steered; `headwise profile-heads` finds some\n")
+        return Steering(None, self.alpha)
+
+
+def read_emphasis(texts: Sequence[str] | None, heads: Path | None, alpha: float | None) -> Emphasis:
+    """The options of the command line, checked before any model is read.
+
+    Raises:
+        ConfigurationError: when heads or alpha are given and nothing is emphasised, or alpha is out of range.
+        InputError: when there is no such file of heads.
+    """
+    from headwise.errors import ConfigurationError
+    from headwise.steer.steering import Steering
+
+    if not texts and (heads is not None or alpha is not None):
+        raise ConfigurationError("--heads and --alpha are for what is emphasised: give --emphasize TEXT")
+    share = 0.01 if alpha is None else alpha
+    steering = Steering(heads, share)
+    return Emphasis(tuple(texts or ()), None if heads is None else steering, share)

@@ -1,0 +1,1 @@
+"""Steering: prompts with something marked, and ways to tell a model so -> whether it does what is marked."""
