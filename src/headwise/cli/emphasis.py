@@ -109,3 +109,11 @@ def read_emphasis(texts: Sequence[str] | None, heads: Path | None, alpha: float 
     share = 0.01 if alpha is None else alpha
     steering = Steering(heads, share)
     return Emphasis(tuple(texts or ()), None if heads is None else steering, share)
+
+
+def save_span_shares(model: PreTrainedModel, ids: Tensor, marked: Marked, steering: Steering, png: Path) -> None:
+    """Draw what every head gives what is marked, before and after."""
+    from headwise.hosts.transformers.span_share import span_shares
+    from headwise.report.share_picture import save_shares
+
+    save_shares(*span_shares(model, ids.to(model.device), marked, steering), png)

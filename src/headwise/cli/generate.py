@@ -13,7 +13,7 @@ import typer
 
 from headwise.cli import options
 from headwise.cli.cache_request import read_cache_request
-from headwise.cli.emphasis import Alpha, Emphasize, Heads, read_emphasis
+from headwise.cli.emphasis import Alpha, Emphasize, Heads, read_emphasis, save_span_shares
 from headwise.cli.generate_table import show_costs
 from headwise.cli.loading import load, parse_device, parse_dtype
 from headwise.cli.outcome import GenerateResult
@@ -114,7 +114,9 @@ def generate(
         return cache
 
     result = _generate(loaded, tokenizer, ids, make, sampling, started, compare_full, quiet=json_output)
-    if png is not None:
+    if png is not None and steering is not None and marked is not None:
+        save_span_shares(loaded, ids, marked, steering, png)
+    elif png is not None:
         save_map(result.report, png)
     if json_output:
         typer.echo(json.dumps(result.to_dict(), indent=2))

@@ -115,6 +115,15 @@ def _steered(
             f"{policy}: rows are refitted to attention that is known before, and {type(steering).__name__} depends on "
             f"each query; take {matching.policy} without it, or another way of steering"
         )
+    return steered_layers(steering, facts)
+
+
+def steered_layers(steering: BaseSteering, facts: ModelFacts) -> Mapping[int, LayerSteering]:
+    """How every layer is steered that is.
+
+    Raises:
+        ConfigurationError: when heads are named that there are not, or that cannot be steered.
+    """
     shapes = {
         index: (layer.shape.heads, layer.query_heads // layer.shape.heads)
         for index, layer in enumerate(facts.layers)
