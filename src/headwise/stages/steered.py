@@ -5,6 +5,7 @@ Nothing is added where a layer has no head that is steered, or nothing is marked
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -92,7 +93,7 @@ class LayerMarks:
         return None if values is None else Marks(_expanded(steering, map.query), values)
 
 
-_log_raised = float(torch.tensor(_RAISED).log())
+_log_raised = math.log(_RAISED)
 
 
 def _expanded(steering: LayerSteering, query: Float[Tensor, "b h g q d"]) -> Float[Tensor, "b h g q"]:
