@@ -70,7 +70,7 @@ def test_heads_that_come_with_headwise_are_of_its_default_model():
 def emphasis_heads():
     from headwise.steer.heads import made_for, shipped_heads
 
-    assert made_for(shipped_heads()) == ("HuggingFaceTB/SmolLM2-135M-Instruct", (30, 9))
+    assert made_for(shipped_heads()) == ("smollm2-135m-instruct", (30, 9))
     return shipped_heads()
 
 

@@ -88,10 +88,15 @@ class Emphasis:
 
         shipped = shipped_heads()
         found = made_for(shipped)
-        if found is not None and found[0] == model_name(model):
+        if found is not None and _alike(found[0], model_name(model)):
             return Steering(shipped, self.alpha)
         message("note: no heads are known for this model, so all are steered; `headwise profile-heads` finds some\n")
         return Steering(None, self.alpha)
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether they name the same model, one perhaps by its id on the Hub and the other by its folder."""
+    return one.rpartition("/")[2].lower() == other.rpartition("/")[2].lower()
 
 
 def read_emphasis(texts: Sequence[str] | None, heads: Path | None, alpha: float | None) -> Emphasis:

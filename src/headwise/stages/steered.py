@@ -14,7 +14,7 @@ from headwise.kernels.attention import dense_attention
 from headwise.kernels.interface import AttentionMap, DecodeRequest, Kernels, Marks
 from headwise.stages.marks import ColumnMarks
 from headwise.steer.steering import LayerSteering
-from headwise.types import Float, Int, Tensor
+from headwise.types import Bool, Float, Int, Tensor
 
 # By how much logits of what is marked are raised to see its share of the attention.
 _RAISED = 1e4
@@ -41,10 +41,8 @@ class LayerMarks:
         if self._steering is None or (marks := self._of_map(self._steering, map)) is None:
             return map
         if self._steering.target is not None:
-            # Attention to values that are 1 where a column is marked is the share that marked ones get.
-            marked = (marks.columns != 0).to(map.keys.dtype)
-            share = dense_attention(map, marked[:, None, :, None].expand(-1, map.keys.shape[1], -1, -1))
-            marks = replace(marks, gates=marks.gates * _missing(share[..., 0].float(), self._steering.target))
+            share = marked_share(map, marks.columns != 0)
+            marks = replace(marks, gates=marks.gates * _missing(share, self._steering.target))
         return replace(map, marks=marks)
 
     def profiled(self, map: AttentionMap) -> AttentionMap:
@@ -94,6 +92,15 @@ class LayerMarks:
 
 
 _log_raised = math.log(_RAISED)
+
+
+def marked_share(map: AttentionMap, marked: Bool[Tensor, "b t"]) -> Float[Tensor, "b h g q"]:
+    """Share of the attention of every query that marked columns get: attention to values that are 1 there.
+
+    As many channels as keys have, of which one would do: fused attention takes no others.
+    """
+    ones = marked[:, None, :, None].to(map.keys.dtype).expand(map.keys.shape).contiguous()
+    return dense_attention(map, ones)[..., 0].float()
 
 
 def _expanded(steering: LayerSteering, query: Float[Tensor, "b h g q d"]) -> Float[Tensor, "b h g q"]:

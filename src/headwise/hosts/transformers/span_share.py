@@ -12,11 +12,10 @@ from headwise.hosts.transformers.attention import register_interface, steered
 from headwise.hosts.transformers.decoder import decoder_of
 from headwise.hosts.transformers.model_facts import read_facts
 from headwise.hosts.transformers.switch import headwise_attention_on
-from headwise.kernels.attention import dense_attention
 from headwise.kernels.interface import AttentionMap
 from headwise.stages.assemble import steered_layers
 from headwise.stages.marks import ColumnMarks
-from headwise.stages.steered import LayerMarks
+from headwise.stages.steered import LayerMarks, marked_share
 from headwise.steer.spans import Marked
 from headwise.steer.steering import BaseSteering
 from headwise.types import Float, Int, Tensor
@@ -52,9 +51,8 @@ def span_shares(
                 return map
             if on and index in layers:
                 map = LayerMarks(layers[index], columns).attended(map)
-            there = pinned[:, None, : map.keys.shape[2], None].to(map.keys.dtype)
-            share = dense_attention(map, there.expand(-1, map.keys.shape[1], -1, -1))
-            shares[index] = share[0, :, :, -1, 0].flatten().float().cpu()
+            share = marked_share(map, pinned[:, : map.keys.shape[2]])
+            shares[index] = share[0, :, :, -1].flatten().cpu()
             return map
 
         token = steered.set(note)
