@@ -97,6 +97,7 @@ def scaled_attention(query, keys, values, scaled, options):
     return changed / changed.sum(dim=-1, keepdim=True) @ values.double()
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
 def test_three_exact_ways_and_the_equation(kernel):
     """Two sequences, four query and two KV heads, some of them steered, generated columns not scaled."""

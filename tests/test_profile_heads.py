@@ -45,6 +45,7 @@ def margin_of(model, tokenizer, sample, steering):
     return float(logits[one] - logits[other])
 
 
+@pytest.mark.shapes
 def test_every_head_is_steered_alone_as_a_whole_pass_would():
     model, tokenizer = chatty.model(), chatty.tokenizer(chat=False)
     (batch,) = batches(tokenizer, SAMPLES, Steering(None, 0.05), 4, torch.device("cpu"))

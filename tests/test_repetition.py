@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,21 +26,22 @@ BATCH, HEADS, GROUP, HELD, QUERIES, DIM, VALUE = 2, 2, 3, 29, 7, 8, 5
 CHUNK = slice(20, 33)
 
 
-def brute_force(query, keys, values, held, biases, positions, padding, options, *, asked):
+def brute_force(query, keys, values, held, positions, padding, *, asked):
     """Output and peaks of one sequence and one KV head, a query at a time."""
+    biases = getattr(held, "biases", None)
     output, peaks = torch.zeros(GROUP, QUERIES, VALUE), torch.zeros(HELD)
     rows = held.keep.nonzero().flatten().tolist()
     for group in range(GROUP):
-        sink = math.exp(options.sinks[group]) if options.sinks is not None else 0.0
+        sink = math.exp(held.sinks[group]) if held.sinks is not None else 0.0
         for place in range(QUERIES):
             if padding[place]:
                 continue
             weights, own = {}, [p for p in range(place + 1) if not padding[p]]
             for row in rows:
-                logit = float(query[group, place] @ held.keys[row]) * options.scaling
+                logit = float(query[group, place] @ held.keys[row]) * held.scaling
                 weights[row] = math.exp(logit + (0.0 if biases is None else float(biases[row])))
             for p in own:
-                weights[-1 - p] = math.exp(float(query[group, place] @ keys[p]) * options.scaling)
+                weights[-1 - p] = math.exp(float(query[group, place] @ keys[p]) * held.scaling)
             whole = sum(weights.values()) + sink
             output[group, place] = sum(held.values[row] * weights[row] / whole for row in rows)
             output[group, place] += sum(values[p] * weights[-1 - p] / whole for p in own)
@@ -49,6 +51,7 @@ def brute_force(query, keys, values, held, biases, positions, padding, options, 
     return output, peaks
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
 @pytest.mark.parametrize("extra", ["", "biases", "sinks", "padding"])
 def test_what_rows_of_a_store_get(kernel, extra):
@@ -78,12 +81,11 @@ def test_what_rows_of_a_store_get(kernel, extra):
     output, found = attend_repetition_over_rows(map, values, held, RowFacts(columns), CHUNK, kernels)
     for b in range(BATCH):
         for h in range(HEADS):
-            own = Rows({name: part[b, h] for name, part in held.parts.items()}, keep[b, h])
+            own = SimpleNamespace(**{name: part[b, h] for name, part in held.parts.items()}, keep=keep[b, h])
             asked = [r for r in range(HELD) if keep[b, h, r] and CHUNK.start <= columns[b, h, r] < CHUNK.stop]
-            sinks = LogitOptions(0.3, sinks=None if options.sinks is None else options.sinks[h])
-            expected = brute_force(
-                query[b, h], keys[b, h], values[b, h], own, own.biases, columns[b, h], padding[b], sinks, asked=asked
-            )
+            own.scaling, own.sinks = 0.3, None if options.sinks is None else options.sinks[h]
+            asking = query[b, h], keys[b, h], values[b, h]
+            expected = brute_force(*asking, own, columns[b, h], padding[b], asked=asked)
             seeing = ~padding[b]
             torch.testing.assert_close(output[b, h][:, seeing], expected[0][:, seeing], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(found[b, h], expected[1], atol=1e-5, rtol=1e-5)

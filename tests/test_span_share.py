@@ -14,6 +14,7 @@ from models import full_layers
 SPANS = (((5, 9), (20, 22)),)
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt2"])
 def test_shares_before_and_after(family):
     """In the first layer that is steered, g becomes g / (g + alpha (1 - g)); PASTA, equation 2."""

@@ -47,6 +47,7 @@ def check(model, heads, marks, cache, ids, mask, *, target=None, **options):
     return found
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("family", COMPRESSIBLE)
 def test_every_family_is_steered(family):
     """Grouped queries, a soft cap, sink logits, sliding layers; padding is not steered, nor what is generated."""

@@ -80,6 +80,7 @@ SCORED = [
 ]
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("policy", SCORED, ids=str)
 def test_what_is_marked_stays_at_every_choice(policy):
     ids, spans = tiny.prompt(90, seed=5), (((10, 14), (21, 22)),)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -19,6 +19,8 @@ from headwise.steer.heads import Heads, made_for, read_heads
 from headwise.types import Bool, Float, Tensor
 
 Profile = Literal["steered", "plain"]
+
+_Way = TypeVar("_Way", bound="BaseSteering")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class BaseSteering(ABC):
         InputError: when there is no such file.
     """
 
-    heads: Mapping[Any, Sequence[int]] | Sequence[int] | str | Path | None
+    heads: Mapping[Any, Sequence[int] | None] | Sequence[int] | str | Path | None
     profile: Profile = field(default="steered", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -68,7 +70,7 @@ class BaseSteering(ABC):
         return f"{type(self).__name__}({', '.join(given)})"
 
     @classmethod
-    def every_head(cls, **options: Any) -> Self:
+    def every_head(cls: type[_Way], **options: Any) -> _Way:
         """The same in every head of every layer of full attention."""
         return cls(None, **options)
 
