@@ -18,7 +18,7 @@ from headwise.files import whole_file
 Heads = dict[int, tuple[int, ...] | None]
 
 
-def read_heads(given: Mapping[Any, Sequence[int] | None] | Sequence[int] | str | Path) -> Heads:
+def read_heads(given: Any) -> Heads:
     """Heads as somebody gave them, or as a file has them.
 
     Raises:
