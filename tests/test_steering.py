@@ -146,7 +146,7 @@ def test_a_further_turn_without_marks_counts_like_what_is_generated():
 def test_what_changes_nothing(why):
     model, (ids, mask) = models.shared("llama"), padded_pair()
     steering = headwise.Steering.every_head(alpha=1 if why == "alpha is 1" else 0.01)
-    spans = {"nothing is marked": ((), ()), "all is marked": (((0, PROMPT),), ((0, PROMPT),))}.get(why, SPANS)
+    spans = {"nothing is marked": ((), ()), "all is marked": (((PADDING, PROMPT),), ((0, PROMPT),))}.get(why, SPANS)
     cache = headwise.HeadwiseCache(model, headwise.Full(), steering=steering)
     if why != "nothing was said":
         cache.mark(headwise.Marked(spans, PROMPT))

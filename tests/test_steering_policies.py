@@ -216,6 +216,21 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(headwise.InputError, match="spans of 2 sequences were marked, and this pass brings 1"):
         llama(input_ids=tiny.prompt(9), past_key_values=cache)
     cache = headwise.HeadwiseCache(llama, headwise.Full(), steering=steering)
+    cache.mark(headwise.Marked((((1, 4),),), 9))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])
+    with pytest.raises(headwise.InputError, match="padding is marked"), torch.no_grad():
+        llama(input_ids=tiny.prompt(9), attention_mask=mask, past_key_values=cache)
+    # Nothing of it stays: with other marks the cache is as good as new.
+    fresh = headwise.HeadwiseCache(llama, headwise.Full(), steering=steering)
+    found = []
+    for each in (cache, fresh):
+        each.mark(headwise.Marked((((2, 4),),), 9))
+        with torch.no_grad():
+            llama(input_ids=tiny.prompt(9), attention_mask=mask, past_key_values=each)
+            step = {"input_ids": tiny.prompt(10)[:, 9:], "attention_mask": torch.cat([mask, mask[:, -1:]], dim=1)}
+            found.append(llama(**step, past_key_values=each).logits)
+    assert torch.equal(*found)
+    cache = headwise.HeadwiseCache(llama, headwise.Full(), steering=steering)
     with torch.no_grad():
         llama(input_ids=tiny.prompt(9), past_key_values=cache)
     with pytest.raises(headwise.InputError, match="token 3 is marked, and 9 tokens were read before"):

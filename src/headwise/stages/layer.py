@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from headwise.contract import LayerShape
-from headwise.errors import CacheStateError
+from headwise.errors import CacheStateError, InputError
 from headwise.kernels.interface import AttentionMap
 from headwise.less.state import EvictedState
 from headwise.stages.admit import check_heads, check_mask
@@ -111,7 +111,12 @@ class LayerCache(TakeIn):
         if first:
             check_mask(mask, self.log)
             real = None if mask is None else mask.diagonal(self.seen, -2, -1)
-            self.log.extend(batch, count, real, keys.device)
+            try:
+                self.log.extend(batch, count, real, keys.device)
+            except InputError:
+                # Nothing of a pass that is refused stays.
+                self.log.truncate(self.seen)
+                raise
         self.seen += count
         marks = self._marks.fresh(self.seen - count, self.seen)
         current = Pass(query.detach(), keys.detach(), values.detach(), mask, options, marks)

@@ -80,7 +80,7 @@ class ColumnMarks:
             real: False for padding, which adds nothing.
 
         Raises:
-            InputError: when spans were given of another number of sequences.
+            InputError: when spans were given of another number of sequences, or padding is marked.
         """
         batch, count = positions.shape
         first, marked = columns - count, self._marked
@@ -100,7 +100,8 @@ class ColumnMarks:
                 new[b, max(0, start - first) : max(0, stop - first)] = True
                 any_marked[b] = True
         told = torch.arange(first, columns, device=real.device) < marked.columns
-        new &= real
+        if bool((new & ~real).any()):
+            raise InputError("padding is marked; ranges of tokens are counted with the padding that a batch has")
         others = real & ~new & told & any_marked & (positions >= self._steering.unscaled)
         self._append(self._steering.marks(new, others), new, first)
 
