@@ -18,6 +18,7 @@ from headwise.types import Bool, Float, Int, Tensor
 
 # By how much logits of what is marked are raised to see its share of the attention.
 _RAISED = 1e4
+_LOG_RAISED = math.log(_RAISED)
 
 
 class LayerMarks:
@@ -76,7 +77,7 @@ class LayerMarks:
         marks = Marks(_expanded(self._steering, request.query), values, fresh)
         if self._steering.target is not None:
             bare = replace(request, with_mass=False)
-            raised = replace(marks, columns=values * _log_raised, fresh=None if fresh is None else fresh * _log_raised)
+            raised = replace(marks, columns=values * _LOG_RAISED, fresh=None if fresh is None else fresh * _LOG_RAISED)
             before, after = (kernels.ragged_decode(each).lse for each in (bare, replace(bare, marks=raised)))
             share = (after - before).expm1() / (_RAISED - 1)
             marks = replace(marks, gates=marks.gates * _missing(share, self._steering.target))
@@ -89,9 +90,6 @@ class LayerMarks:
     def _of_map(self, steering: LayerSteering, map: AttentionMap) -> Marks | None:
         values = self._columns.between(0, map.keys.shape[2])
         return None if values is None else Marks(_expanded(steering, map.query), values)
-
-
-_log_raised = math.log(_RAISED)
 
 
 def marked_share(map: AttentionMap, marked: Bool[Tensor, "b t"]) -> Float[Tensor, "b h g q"]:
