@@ -136,6 +136,10 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
         run_of(tmp_path, alpha=0.1, resume=True)
     again = run_of(tmp_path, resume=True)
     assert again.run() == whole
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "work.json").write_text(damaged)
+        with pytest.raises(headwise.InputError, match="holds no scores of heads to go on with"):
+            run_of(tmp_path, resume=True)
     assert len(calls) == 4
     assert again.plain == {str(tmp_path / "task.jsonl"): pytest.approx(again.plain[str(tmp_path / "task.jsonl")])}
 

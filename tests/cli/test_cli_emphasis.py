@@ -39,6 +39,19 @@ def test_the_text_is_that_of_a_steered_cache(headwise, folder, heads):
     assert plain.json["text"] != answer.json["text"] and "steering" not in plain.json
 
 
+def test_what_a_template_writes_before_the_prompt_is_not_meant(headwise, heads):
+    """The template's own text says user before the prompt does."""
+    prompt = ("--prompt", "  who is the user?", "--emphasize", "user", "--heads", heads, "--policy", "full")
+    answer = headwise("generate", *prompt, "--max-new-tokens", 2, "--json")
+    assert answer.code == 0, answer.err
+    tokenizer = chatty.tokenizer()
+    chat = [{"role": "user", "content": "  who is the user?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    (((start, stop),),) = answer.json["steering"]["spans"]
+    assert tokenizer.decode(ids[start:stop]).strip() == "user"
+    assert tokenizer.decode(ids[stop:]).startswith("?")
+
+
 def test_people_are_told(headwise, heads):
     answer = headwise(*short("--emphasize", "the log", "--emphasize", "sat", "--heads", heads))
     assert answer.code == 0, answer.err

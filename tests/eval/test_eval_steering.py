@@ -79,6 +79,13 @@ def test_random_heads_are_as_many_as_the_others_and_each_draw_is_another(subject
     assert draws[0] == Treatment(Full(), "random heads", HEADS, 0.1, 0).steering(subject.model).heads
 
 
+def test_all_heads_of_a_layer(subject):
+    """As files have them that list layers alone."""
+    (named, drawn) = make_treatments({"full": Full()}, {"a": {1: None}}, 0.01, ("heads", "random heads"), 1)
+    assert named.treatment.steering(subject.model).heads == {1: None}
+    assert sum(map(len, drawn.treatment.steering(subject.model).heads.values())) == 4
+
+
 def test_rows_of_a_table():
     policies = {"full": Full(), "snapkv:keep=0.5": SnapKV(0.5)}
     ways = ("nothing", "heads", "random heads")

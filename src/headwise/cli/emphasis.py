@@ -69,12 +69,17 @@ class Emphasis:
         if not self.texts:
             return ids, None
         from headwise.hosts.transformers.marked import encode_marked
-        from headwise.steer.spans import Span
+        from headwise.steer.spans import character_ranges
 
-        plain = raw or tokenizer.chat_template is None
-        given = text if plain else [{"role": "user", "content": text}]
-        inputs, marked = encode_marked(tokenizer, given, [Span(each) for each in self.texts])
-        return inputs["input_ids"], marked
+        ranges = [found for each in self.texts for found in character_ranges(text, each)]
+        if raw or tokenizer.chat_template is None:
+            return ids, encode_marked(tokenizer, text, ranges)[1]
+        message = {"role": "user", "content": text}
+        whole = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+        # What a template writes before the prompt may say the same; some cut off the blanks around a prompt.
+        at = whole.rindex(text.strip()) - (len(text) - len(text.lstrip()))
+        shifted = [(start + at, stop + at) for start, stop in ranges]
+        return ids, encode_marked(tokenizer, whole, shifted, add_special_tokens=False)[1]
 
     def of_model(self, model: PreTrainedModel) -> Steering | None:
         """How the model is steered; None where it is not."""

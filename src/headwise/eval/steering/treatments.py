@@ -30,13 +30,13 @@ class Treatment(PolicyCache):
     """A policy, and how the model is told what is marked.
 
     Attributes:
-        heads: by layer as pairs, of the ways that steer some.
+        heads: by layer as pairs, of the ways that steer some; None for all of a layer.
         alpha: of the steering.
         seed: of random heads.
     """
 
     way: Way = "nothing"
-    heads: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    heads: tuple[tuple[int, tuple[int, ...] | None], ...] = ()
     alpha: float = 0.01
     seed: int = 0
 
@@ -63,10 +63,8 @@ class Treatment(PolicyCache):
         prompt_tokens: int,
         options: dict[str, Any],
     ) -> HeadwiseCache:
-        """Its length is told, or a question that follows the prompt would be taken for the rest of it."""
-        steering = self.steering(model)
-        given = {"tokenizer": tokenizer, "prompt_tokens": prompt_tokens, "steering": steering, **options}
-        return HeadwiseCache(model, self.policy, **given)
+        """One that is steered, where that is the way."""
+        return super().make(model, tokenizer, prompt_tokens, {**options, "steering": self.steering(model)})
 
     def steering(self, model: PreTrainedModel) -> Steering | None:
         """How attention is steered; None where it is not."""
@@ -79,7 +77,7 @@ class Treatment(PolicyCache):
         layers, heads = steerable_heads(model)
         everything = [(layer, head) for layer in layers for head in range(heads)]
         drawn: dict[int, list[int]] = {}
-        count = sum(len(own) for _, own in self.heads)
+        count = sum(heads if own is None else len(own) for _, own in self.heads)
         for layer, head in random.Random(f"heads {self.seed}").sample(everything, count):
             drawn.setdefault(layer, []).append(head)
         return Steering(drawn, self.alpha)
@@ -136,5 +134,5 @@ def make_treatments(
     return tuple(found)
 
 
-def _pairs(heads: Heads) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    return tuple((layer, own or ()) for layer, own in heads.items())
+def _pairs(heads: Heads) -> tuple[tuple[int, tuple[int, ...] | None], ...]:
+    return tuple(heads.items())

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headwise.errors import ConfigurationError, MismatchError, UnsupportedModelError
-from headwise.files import whole_file
+from headwise.errors import ConfigurationError, InputError, MismatchError, UnsupportedModelError
+from headwise.files import read_text, whole_file
 from headwise.hosts.transformers.model_facts import read_facts
 from headwise.measure.contrasts import contrasts_of
 from headwise.placement import device_of
@@ -60,7 +60,8 @@ class HeadRun:
 
     Raises:
         ConfigurationError: when there is something already, and it is not to be gone on with; or no task.
-        MismatchError: when that is of another model or was asked otherwise.
+        InputError: when that is no such file, or a task is none.
+        MismatchError: when it is of another model or was asked otherwise.
         UnsupportedModelError: when the model has no head that can be steered.
     """
 
@@ -97,7 +98,7 @@ class HeadRun:
         if work.exists():
             if not resume:
                 raise ConfigurationError(f"{str(work)!r} is there already; go on with --resume, or take another file")
-            self._go_on(json.loads(work.read_text(encoding="utf-8")))
+            self._go_on()
 
     def estimate(self) -> float:
         """About how many seconds it will take."""
@@ -147,7 +148,13 @@ class HeadRun:
             self._work.parent.mkdir(parents=True, exist_ok=True)
             scratch.write_text(json.dumps({**self._about, "done": self._done}, indent=1) + "\n", encoding="utf-8")
 
-    def _go_on(self, found: dict[str, Any]) -> None:
+    def _go_on(self) -> None:
+        try:
+            found = json.loads(read_text(self._work))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not isinstance(found.get("done"), dict):
+            raise InputError(f"{str(self._work)!r} holds no scores of heads to go on with; remove it")
         differs = [name for name, value in self._about.items() if found.get(name) != value]
         if differs:
             raise MismatchError(f"{str(self._work)!r} was begun with another {', '.join(differs)}")
