@@ -10,6 +10,7 @@ import torch
 import headwise
 import rechoosing_oracle
 import tiny
+from captured_steps import traced
 from oracle import rows_of, scores_of, use_oracle
 from passes import play
 from rechoosing_oracle import Recording, heads_of
@@ -140,6 +141,23 @@ def chosen(policy, head, steered):
     head.attention = attention
     (scores,) = rechoosing_oracle.snapkv(policy, [head])
     return rechoosing_oracle.best(scores | {10: math.inf, 11: math.inf}, math.ceil(policy.keep * head.seen))
+
+
+@pytest.mark.parametrize("steering", [headwise.Steering(HEADS, 0.05), headwise.TargetShare(HEADS, 0.4)], ids=str)
+def test_a_captured_step_is_steered_as_a_plain_one(steering):
+    policy, ids = headwise.SnapKV(0.4, window=5, choose_every=5), tiny.prompt(70, seed=5)
+    caches = [new(policy, model(), steering, (((10, 14),),), 41, kernel="reference") for _ in range(2)]
+    with torch.no_grad():
+        for each in caches:
+            for end in (41, 42):
+                model()(input_ids=ids[:, each.get_seq_length() : end], past_key_values=each)
+        plain, graphed = caches
+        with headwise.DecodeGraph(model(), graphed, room=9, capture=traced) as graph:
+            for end in range(42, 70):
+                expected = model()(input_ids=ids[:, end : end + 1], past_key_values=plain).logits[:, -1]
+                torch.testing.assert_close(graph.step(ids[:, end : end + 1]), expected, atol=1e-5, rtol=1e-5)
+                mine, its = ([rows_of(each.core) for each in one.headwise_layers] for one in (graphed, plain))
+                assert mine == its
 
 
 @pytest.mark.parametrize("size", [{"ratio": 0.4}, {"bytes": 40_000}], ids=str)
