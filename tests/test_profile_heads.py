@@ -13,7 +13,8 @@ import commands
 import headwise
 import models
 from headwise.hosts.transformers.probe import Probe
-from headwise.measure.contrasts import KINDS, Contrast, contrasts_of, first_answers, made_contrasts, read_contrasts
+from headwise.measure.contrasts import FACTS, Contrast, first_answers, made_contrasts, read_contrasts
+from headwise.measure.samples import contrasts_of
 from headwise.steer.heads import made_for, read_heads, scores_file
 from headwise.steer.steering import Steering
 from headwise.training.heads import run as heads_run
@@ -182,7 +183,7 @@ def test_heads_that_are_among_the_best_for_every_task():
     assert by_layer([(0, 2), (2, 0), (2, 1)]) == {0: [2], 2: [0, 1]}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FACTS)
 def test_contrasts_that_are_made(kind):
     found = made_contrasts(kind, 60, 1)
     assert found == made_contrasts(kind, 60, 1)

@@ -274,3 +274,27 @@ def two_turns_of(family, ids):
     cache = stock(family)
     alone(family, cache)
     return turn(family, ids, cache)
+
+
+@pytest.mark.shapes
+@pytest.mark.parametrize("family", seeing.FAMILIES)
+def test_text_beside_a_picture_may_be_marked_and_a_picture_not(family):
+    model, ids = seeing.shared(family), seeing.prompt(5, picture(), 12)
+    given = seeing.shown(family, ids)
+    steering, columns = headwise.Steering.every_head(alpha=0.05), ids.shape[1]
+    at = int((ids[0] == seeing.IMAGE).int().argmax())
+    found = []
+    for span in (None, (columns - 6, columns - 3)):
+        cache = headwise.HeadwiseCache(model, Full(), steering=steering)
+        if span is not None:
+            cache.mark(headwise.Marked(((span,),), columns))
+        with torch.no_grad():
+            found.append(model(input_ids=ids, past_key_values=cache, **given).logits[0, -1])
+    assert not torch.allclose(*found, atol=1e-3)
+    # The first of its tokens, and one behind others.
+    for span in ((at - 1, at + 1), (at + 2, columns)):
+        cache = headwise.HeadwiseCache(model, Full(), steering=steering)
+        cache.mark(headwise.Marked(((span,),), columns))
+        where = f"token {max(span[0], at)} is marked and stands for an image"
+        with pytest.raises(headwise.InputError, match=where), torch.no_grad():
+            model(input_ids=ids, past_key_values=cache, **given)

@@ -55,7 +55,7 @@ def test_what_a_model_is_given(subject, way):
             sign = "*" if way == "asterisks" else '"'
             text = text.replace(span, f"{sign}{span}{sign}")
         if way == "examples":
-            text = "\n".join([*item.data["examples"], text])
+            text = "\n".join([*(f"{asked}{answer}." for asked, answer in item.data["examples"]), text])
         margins.append(answers_of(subject, text, [span], steering, item.data["wanted"], item.data["unwanted"]))
     assert found.details["margins"] == pytest.approx(margins, abs=1e-4)
     assert found.metrics == {
@@ -69,7 +69,7 @@ def test_what_is_measured_is_not_what_heads_were_profiled_by():
     items = Choice("city", 50).items(None)
     texts = {item.data["text"] for item in items}
     assert len(texts) == 50 and len(texts & {each.text for each in made_contrasts("city", 50, 0)}) < 5
-    assert not any(text in example for item in items[:1] for example in item.data["examples"] for text in texts)
+    assert not any(text in example for item in items[:1] for example, _ in item.data["examples"] for text in texts)
 
 
 def test_random_heads_are_as_many_as_the_others_and_each_draw_is_another(subject):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from headwise.cli.eval_run import present, run_tasks
 from headwise.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from headwise.eval.task import Task
     from headwise.steer.heads import Heads
 
 _STEERING = "Steering"
@@ -24,8 +25,9 @@ Tasks = Annotated[
     typer.Option(
         "--task",
         metavar="NAME|FILE",
-        help="A kind of contrasts that is made, or a file of them, or recall: a marked fact in real text; may be "
-        "repeated. occupation, city, language and instrument unless given.",
+        help="A kind of contrasts that is made, or a file of them; json, pronouns or rules: a marked instruction that "
+        "what is written obeys or not; recall: a marked fact in real text. May be repeated; occupation, city, language "
+        "and instrument unless given.",
         rich_help_panel=WORKLOAD,
     ),
 ]
@@ -55,7 +57,7 @@ class Asked:
         heads: by the names of their files.
     """
 
-    tasks: list[Any]
+    tasks: list[Task]
     heads: dict[str, Heads]
     alpha: float
     ways: tuple[str, ...]
@@ -86,8 +88,7 @@ def steering(
     text: Texts = None,
     seed: Seed = 0,
 ) -> Asked:
-    """Mark a new fact beside an old one: which of them does the model go on with, told so in every way?"""
-    from headwise.eval.steering.choice import Choice
+    """Mark a fact beside another, or an instruction: does the model do as is marked, told so in every way?"""
     from headwise.steer.heads import read_heads
 
     named = [way.strip() for way in ways.split(",")]
@@ -106,11 +107,16 @@ def steering(
         if ways != _ALL or len(kinds) > 1:
             raise ConfigurationError(f"{_RECALL} has no examples: leave that way out, or ask for it alone")
         named.remove("examples")
-    tasks = [_recall(items, context, seed, text) if kind == _RECALL else Choice(kind, items, seed) for kind in kinds]
+    tasks = [_task(kind, items, context, seed, text) for kind in kinds]
     return Asked(tasks, files, alpha, tuple(named), draws)
 
 
-def _recall(items: int, context: int, seed: int, text: list[Path] | None) -> Any:
+def _task(kind: str, items: int, context: int, seed: int, text: list[Path] | None) -> Task:
+    from headwise.eval.steering.choice import Choice
+    from headwise.eval.steering.instructed import Instructed
     from headwise.eval.steering.marked_recall import MarkedRecall
+    from headwise.measure.instructions import INSTRUCTIONS
 
-    return MarkedRecall("agnostic", context, items, seed=seed, files=tuple(text or ()))
+    if kind == _RECALL:
+        return MarkedRecall("agnostic", context, items, seed=seed, files=tuple(text or ()))
+    return Instructed(kind, items, seed) if kind in INSTRUCTIONS else Choice(kind, items, seed)

@@ -23,8 +23,9 @@ Tasks = Annotated[
     typer.Option(
         "--task",
         metavar="NAME|FILE",
-        help="A kind of contrasts that is made (occupation, city, language, instrument, hard-occupation and so on), or "
-        "a file with one JSON object in a line: text, spans, wanted, unwanted; may be repeated.",
+        help="A kind of contrasts that is made (occupation, city, language, instrument, hard-occupation and so on; "
+        "json, pronouns, rules), or a file with one JSON object in a line: text, spans, wanted, unwanted, and chat, if "
+        "the text is to be asked in a chat; may be repeated.",
         rich_help_panel=options.INPUT,
     ),
 ]

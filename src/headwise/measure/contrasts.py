@@ -89,6 +89,7 @@ class Contrast:
         wanted: the answer that follows what is marked.
         unwanted: the one that does not.
         paraphrases: the same prompt with other words at its end.
+        chat: whether the text is what a user asks, and the answers are whole ones. Else they go on with the text.
     """
 
     text: str
@@ -96,6 +97,7 @@ class Contrast:
     wanted: str
     unwanted: str
     paraphrases: tuple[str, ...] = ()
+    chat: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a line of a file has them."""
@@ -117,15 +119,22 @@ class Contrast:
         )
         if not fits or not lists["spans"]:
             raise InputError("a sample has text, wanted and unwanted, which are texts, and spans, a list of texts")
+        if not isinstance(chat := given.get("chat", False), bool):
+            raise InputError(f"chat is true or false, got {chat!r}")
         spans, paraphrases = tuple(lists["spans"]), tuple(lists["paraphrases"])
-        return cls(texts["text"], spans, texts["wanted"], texts["unwanted"], paraphrases)
+        return cls(texts["text"], spans, texts["wanted"], texts["unwanted"], paraphrases, chat)
 
 
 # The fact that is marked comes first and once, another one behind it and several times, as if both held: a model goes
 # on with what comes last and often.
 _HARD, _REPEATED = "hard-", 3
 
-KINDS = (*_KINDS, *(_HARD + name for name in _KINDS))
+FACTS = (*_KINDS, *(_HARD + name for name in _KINDS))
+
+
+def values_of(kind: str) -> tuple[str, ...]:
+    """What facts of a kind may say."""
+    return _KINDS[kind].values
 
 
 def made_contrasts(kind: str, count: int, seed: int) -> list[Contrast]:
@@ -134,8 +143,8 @@ def made_contrasts(kind: str, count: int, seed: int) -> list[Contrast]:
     Raises:
         ConfigurationError: when there is no such kind, or are not so many of it.
     """
-    if kind not in KINDS:
-        raise ConfigurationError(f"there is no kind {kind!r}; there are {', '.join(KINDS)}")
+    if kind not in FACTS:
+        raise ConfigurationError(f"there is no kind {kind!r}; there are {', '.join(FACTS)}")
     hard, facts = kind.startswith(_HARD), _KINDS[kind.removeprefix(_HARD)]
     rng = random.Random(f"contrasts {kind} {seed}")
     found: dict[tuple[str, str, str], Contrast] = {}
@@ -177,20 +186,6 @@ def read_contrasts(path: Path) -> list[Contrast]:
     if not found:
         raise InputError(f"{str(path)!r} holds no samples")
     return found
-
-
-def contrasts_of(name: str, count: int, seed: int) -> list[Contrast]:
-    """Samples of a kind that is made, or of a file of that name, as many as are asked for.
-
-    Raises:
-        InputError, ConfigurationError: when there are none or too few.
-    """
-    if name in KINDS:
-        return made_contrasts(name, count, seed)
-    if not Path(name).is_file():
-        raise ConfigurationError(f"{name!r} is neither a file nor one of {', '.join(KINDS)}")
-    found = read_contrasts(Path(name))
-    return random.Random(f"contrasts {seed}").sample(found, min(count, len(found)))
 
 
 def first_answers(wanted: Sequence[int], unwanted: Sequence[int]) -> tuple[list[int], int, int]:

@@ -73,6 +73,18 @@ class ColumnMarks:
             )
         self._marked = marked
 
+    def coming(self, first: int, batch: int, count: int) -> Bool[Tensor, "b q"]:
+        """Which of so many columns from that one on are marked by what was announced.
+
+        Raises:
+            InputError: when spans were given of another number of sequences.
+        """
+        new = torch.zeros(batch, count, dtype=torch.bool, device="cpu")
+        for row, ranges in zip(new, self._spans(batch), strict=True):
+            for start, stop in ranges:
+                row[max(0, start - first) : max(0, stop - first)] = True
+        return new
+
     def extend(self, positions: Int[Tensor, "b q"], real: Bool[Tensor, "b q"], columns: int) -> None:
         """Take in the newest of so many columns.
 
@@ -89,19 +101,12 @@ class ColumnMarks:
         if first >= marked.columns:
             self._marked = None
             return
-        if batch % max(1, len(marked.spans)):
-            raise InputError(f"spans of {len(marked.spans)} sequences were marked, and this pass brings {batch}")
-        new = torch.zeros(batch, count, dtype=torch.bool, device=real.device)
-        any_marked = torch.zeros(batch, 1, dtype=torch.bool, device=real.device)
-        # Beams and several answers are copies of a sequence beside one another.
-        copies = batch // max(1, len(marked.spans))
-        for b in range(batch):
-            for start, stop in marked.spans[b // copies]:
-                new[b, max(0, start - first) : max(0, stop - first)] = True
-                any_marked[b] = True
+        new = self.coming(first, batch, count).to(real.device)
         told = torch.arange(first, columns, device=real.device) < marked.columns
         if bool((new & ~real).any()):
             raise InputError("padding is marked; ranges of tokens are counted with the padding that a batch has")
+        # Only in sequences that have a span somewhere.
+        any_marked = torch.tensor([[bool(own)] for own in self._spans(batch)], dtype=torch.bool, device=real.device)
         others = real & ~new & told & any_marked & (positions >= self._steering.unscaled)
         self._append(self._steering.marks(new, others), new, first)
 
@@ -141,6 +146,13 @@ class ColumnMarks:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `tensors` gave."""
         self.values, self.pinned = tensors.get("marks"), tensors.get("pinned")
+
+    def _spans(self, batch: int) -> list[tuple[tuple[int, int], ...]]:
+        """Of each sequence of a pass what is marked; beams and several answers are copies beside one another."""
+        spans = () if self._marked is None else self._marked.spans
+        if batch % max(1, len(spans)):
+            raise InputError(f"spans of {len(spans)} sequences were marked, and this pass brings {batch}")
+        return [own for own in spans or ((),) for _ in range(batch // max(1, len(spans)))]
 
     def _missed(self, sequence: int, start: int, stop: int, seen: int) -> bool:
         """Whether some of these columns were read and not marked."""

@@ -22,7 +22,7 @@ from headwise.hosts.transformers.model_facts import read_facts
 from headwise.hosts.transformers.parts import CacheParts, OfParts
 from headwise.hosts.transformers.passes import check_pass, chunk_doubt, methods_whole
 from headwise.hosts.transformers.persistence import Owner, collect, fill, load, refuse_pickling, save
-from headwise.hosts.transformers.placeholders import check_repeatable
+from headwise.hosts.transformers.placeholders import check_marked, check_repeatable
 from headwise.hosts.transformers.proof import check_served
 from headwise.hosts.transformers.repetition import repeat_prompt
 from headwise.hosts.transformers.stock_layers import renew_stock
@@ -186,6 +186,7 @@ class HeadwiseCache(OfParts, Cache):
         # Where a pass was judged only after its end, as drafts are.
         self.whole_model.choose()
         check_repeatable(self, input_ids)
+        check_marked(self, input_ids)
         self.whole_model.take_in(input_ids)
         second = self.passes == 1 and not keeps_all(self.policy)
         if second and (doubt := chunk_doubt(layers[0].core, input_ids)) is not None:

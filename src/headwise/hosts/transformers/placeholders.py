@@ -41,3 +41,22 @@ def check_repeatable(cache: Any, input_ids: Int[Tensor, "b q"] | None) -> None:
             f"{type(policy).__name__} lets the model repeat its prompt, which it can do with text alone, and {count} "
             "of these tokens stand for images, videos or sounds; take a policy that repeats nothing, such as SnapKV"
         )
+
+
+def check_marked(cache: Any, input_ids: Int[Tensor, "b q"] | None) -> None:
+    """Refuse marks on what stands for an image, a video or a sound: emphasis is of text.
+
+    Raises:
+        InputError: saying where.
+    """
+    marks, found = cache.token_log.marks, placeholders(cache.model.config)
+    if not marks.announced or input_ids is None or not found:
+        return
+    seen = cache.token_log.columns
+    media = torch.isin(input_ids, torch.tensor(sorted(found), device=input_ids.device)).cpu()
+    marked = media & marks.coming(seen, *input_ids.shape)
+    if bool(marked.any()):
+        raise InputError(
+            f"token {seen + int(marked.any(dim=0).int().argmax())} is marked and stands for an image, a video or a "
+            "sound; mark text beside it"
+        )

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.hosts.transformers.marked import encode_marked
 from headwise.hosts.transformers.probe import Probe
+from headwise.measure.chat import Prompt, write_answer, write_prompt
 from headwise.measure.contrasts import Contrast, first_answers
-from headwise.steer.spans import Marked, Span
+from headwise.steer.spans import Marked
 from headwise.steer.steering import Steering
 from headwise.types import Float, Int, Tensor
 
@@ -76,12 +77,12 @@ _Encoded = tuple[list[int], tuple[tuple[int, int], ...], tuple[int, int]]
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, sample: Contrast) -> _Encoded:
     """Ids of a prompt and what both answers begin with, what is marked, and the two tokens that may follow."""
-    # The last place of each: the text before it may say the same of something else.
-    spans = [Span(span, sample.text.count(span)) for span in sample.spans]
-    inputs, marked = encode_marked(tokenizer, sample.text, spans)
-    wanted, unwanted = (
-        tokenizer(each, add_special_tokens=False)["input_ids"] for each in (sample.wanted, sample.unwanted)
-    )
+    prompt = write_prompt(tokenizer, sample.text) if sample.chat else Prompt(sample.text)
+    spans = prompt.ranges(sample.text, sample.spans)
+    inputs, marked = encode_marked(tokenizer, prompt.text, spans, add_special_tokens=prompt.special)
+    answers = (sample.wanted, sample.unwanted)
+    texts = [write_answer(tokenizer, each) for each in answers] if sample.chat else answers
+    wanted, unwanted = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in texts)
     common, one, other = first_answers(wanted, unwanted)
     return [*inputs["input_ids"][0].tolist(), *common], marked.spans[0], (one, other)
 

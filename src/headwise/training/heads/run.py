@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headwise.errors import ConfigurationError, InputError, MismatchError, UnsupportedModelError
 from headwise.files import read_text, whole_file
 from headwise.hosts.transformers.model_facts import read_facts
-from headwise.measure.contrasts import contrasts_of
+from headwise.measure.samples import contrasts_of
 from headwise.placement import device_of
 from headwise.steer.steering import Steering
 from headwise.training.heads.margins import (
