@@ -26,13 +26,16 @@ _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 _LARGEST = 2**63 - 1
 
 
-def parse_policy(spec: str) -> Policy:
+def parse_policy(spec: str, *, budgeted: bool = False) -> Policy:
     """The policy that `NAME` or `NAME:PARAMETER=VALUE,...` stands for; recovery is 0.95 unless it or a budget is given.
 
     A value may hold commas itself: in `fastgen:ladder=special,full,local=8` what has no sign continues the ladder.
     Behind it, `+int8`, `+int4` or `+k8v4` stores older rows in so many bits (`headwise.Quantized`), and `+less` or
     `+less=FOLDER` lets what is evicted be remembered (`headwise.Less`), and `+match` or `+match:PARAMETER=VALUE,...`
     refits the rows that stay (`headwise.Match`).
+
+    Args:
+        budgeted: whether a budget is going to replace the sizes, which then need not be given.
 
     Raises:
         UnknownPolicyError: when there is none of that name; the message names the nearest.
@@ -46,7 +49,7 @@ def parse_policy(spec: str) -> Policy:
             settings[-1] += f",{part}"
         else:
             settings.append(part)
-    policy = build_policy(name.strip(), None, settings, written="parameter")
+    policy = build_policy(name.strip(), None, settings, written="parameter", budgeted=budgeted)
     for addition in additions:
         policy = _with(policy, addition.strip())
     return policy

@@ -1,0 +1,96 @@
+"""Engine: how vLLM was started -> why requests cannot be compressed in it, or what holds for all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from vllm.platforms import current_platform
+
+import vllm
+from headwise.errors import ConfigurationError, UnsupportedModelError
+from headwise.hosts.vllm.options import KEY, Options, options_of
+
+# For engines: the same JSON object as a request has it.
+DEFAULT = "HEADWISE_VLLM_DEFAULT"
+SUPPORTED = ("0.29", "0.30", "0.31", "0.32")
+
+
+class Engine:
+    """What the process that takes requests knows of its engine.
+
+    Attributes:
+        obstacle: why nothing can be compressed in it; None where it can.
+        default: for requests that say nothing.
+    """
+
+    def __init__(self) -> None:
+        self.obstacle: str | None = "the engine was started before headwise was loaded"
+        self.default: Options | None = None
+
+    def note(self, config: Any) -> None:
+        """Take note of the configuration of an engine.
+
+        Raises:
+            ConfigurationError: when the default for all requests cannot be what it says.
+        """
+        self.obstacle = obstacle(config)
+        self.default = _default(getattr(config, "additional_config", None))
+        if self.default is not None and self.obstacle is not None:
+            raise ConfigurationError(f"a default is set for all requests, and {self.obstacle}")
+
+
+ENGINE = Engine()
+
+
+def version_obstacle() -> str | None:
+    """Why this release of vLLM cannot be served; None where it can."""
+    if vllm.__version__.startswith(tuple(f"{each}." for each in SUPPORTED)):
+        return None
+    return f"headwise knows vLLM {SUPPORTED[0]} to {SUPPORTED[-1]}, and this is {vllm.__version__}"
+
+
+def layout_obstacle(config: Any) -> str | None:
+    """Why blocks cannot be compacted on this processor; None where they can."""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    from headwise.hosts.vllm.micro_pages import check_layout
+
+    model, cache = config.model_config, config.cache_config
+    size, dim = cache.block_size, model.get_head_size()
+    try:
+        check_layout(2, size, dim, model.dtype, _get_attn_isa(model.dtype, size, dim, cache.cache_dtype))
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
+
+
+def obstacle(config: Any) -> str | None:
+    """Why requests cannot be compressed in an engine of that configuration; None where they can."""
+    model, parallel = config.model_config, config.parallel_config
+    reasons = {
+        version_obstacle(): version_obstacle() is not None,
+        "blocks are compacted on CPUs so far": not current_platform.is_cpu(),
+        "the model has latent attention (MLA), whose rows belong to all heads": model.use_mla,
+        "the model does not generate text": model.runner_type != "generate",
+        "tokens are drafted (speculative decoding)": config.speculative_config is not None,
+        "rows are moved between engines (KV transfer)": config.kv_transfer_config is not None,
+        "the cache is in 8 bits": config.cache_config.cache_dtype.startswith("fp8"),
+        "contexts are spread over processes (context parallel)": parallel.decode_context_parallel_size > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "the newer model runner (V2) is used": bool(getattr(config, "use_v2_model_runner", False)),
+        "prompts may come as embeddings, whose lengths workers are not told": model.enable_prompt_embeds,
+    }
+    return next((str(reason) for reason, there in reasons.items() if there), None) or layout_obstacle(config)
+
+
+def _default(additional: Any) -> Options | None:
+    said = additional.get(KEY) if isinstance(additional, dict) else None
+    written = os.environ.get(DEFAULT)
+    if said is None and written:
+        try:
+            said = json.loads(written)
+        except ValueError as error:
+            raise ConfigurationError(f"{DEFAULT} is no JSON object: {error}") from error
+    return None if said is None else options_of({KEY: said})

@@ -1,0 +1,126 @@
+"""Options: what a request says, or the engine for all of them -> the policy, and how much of the prompt stays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from headwise.errors import ConfigurationError
+from headwise.policies.base import Policy
+from headwise.policies.pyramidkv import PyramidKV
+from headwise.policies.words import parse_policy
+from headwise.policies.wrapper import Wrapper
+
+# Of a request: one key with both, where values may be objects; over HTTP they are numbers and texts.
+KEY, POLICY, RATIO = "headwise", "headwise_policy", "headwise_ratio"
+OFF = "off"
+
+# 0.07 * 100 is 7.000000000000001 in floating point, and must not become 8 blocks.
+_FLOAT_NOISE = 1e-9
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a request is compressed.
+
+    Args:
+        policy: in words, without its size, such as `adakv:over=snapkv`.
+        ratio: of the blocks that a prompt fills, above 0 and at most 1, how many stay.
+
+    Raises:
+        ConfigurationError: when there is no such policy, the ratio is out of range, or the policy cannot be served.
+    """
+
+    policy: str = "adakv:over=snapkv"
+    ratio: float = 0.25
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
+            raise ConfigurationError(f"{KEY}: ratio must be above 0 and at most 1, got {self.ratio!r}")
+        if not isinstance(self.policy, str):
+            raise ConfigurationError(f"{KEY}: policy must be a text such as 'snapkv', got {self.policy!r}")
+        self.keeping(1)
+
+    def keeping(self, rows: int) -> Policy:
+        """The policy with room for so many rows of every KV head, as a mean over the heads of a layer."""
+        return _policy(self.policy, rows)
+
+    def blocks(self, prompt: int, block_size: int) -> tuple[int, int]:
+        """Blocks that a prompt of so many tokens fills, and how many of them stay; the same where it stays whole."""
+        whole = prompt // block_size
+        return whole, min(whole, max(1, math.ceil(self.ratio * whole - _FLOAT_NOISE)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a request has them."""
+        return asdict(self)
+
+
+def options_of(extra: Mapping[str, Any] | None, default: Options | None = None) -> Options | None:
+    """What a request says, or what holds for all; None where it is not compressed.
+
+    Args:
+        extra: `SamplingParams.extra_args`, or over HTTP `vllm_xargs`: `headwise` with `policy` and `ratio` in it, or
+            `headwise_policy` and `headwise_ratio`; `headwise` may be "off".
+
+    Raises:
+        ConfigurationError: saying what is wrong.
+    """
+    extra = extra or {}
+    given, apart = (
+        extra.get(KEY),
+        {name: extra[key] for name, key in (("policy", POLICY), ("ratio", RATIO)) if key in extra},
+    )
+    unknown = next((key for key in extra if key.startswith(f"{KEY}_") and key not in (POLICY, RATIO)), None)
+    if unknown is not None:
+        raise ConfigurationError(f"a request has no {unknown!r}; it has {POLICY} and {RATIO}")
+    if given is not None and apart:
+        raise ConfigurationError(f"a request says {KEY} or {', '.join((POLICY, RATIO))}, not both")
+    if given in (OFF, False):
+        return None
+    if given is None and not apart:
+        return default
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigurationError(
+            f'{KEY} is an object such as {{"policy": "snapkv", "ratio": 0.25}}, or "{OFF}"; got {given!r}'
+        )
+    said = apart if given is None else dict(given)
+    strange = next((name for name in said if name not in ("policy", "ratio")), None)
+    if strange is not None:
+        raise ConfigurationError(f"{KEY} has no {strange!r}; it has policy and ratio")
+    return Options(**said) if default is None else replace(default, **said)
+
+
+@lru_cache(maxsize=256)
+def _policy(words: str, rows: int) -> Policy:
+    policy = parse_policy(words, budgeted=True)
+    if "of" in policy.parameters():
+        # Chosen once, at the end of the prompt.
+        policy = replace(policy, of="prompt")  # type: ignore[type-var]  # policies are dataclasses
+    reason = _obstacle(policy)
+    if reason is not None:
+        raise ConfigurationError(f"{KEY}: {words!r} cannot be served: {reason}; take adakv, snapkv or another")
+    return policy.with_keep(rows)
+
+
+def _obstacle(policy: Policy) -> str | None:
+    """Why a policy cannot be served by vLLM's blocks; None where it can."""
+    if isinstance(policy, Wrapper):
+        return "blocks of vLLM hold rows as the model computes them, and nothing beside"
+    if isinstance(policy, PyramidKV):
+        return "all layers of a request have the same blocks, and it gives layers different sizes"
+    if policy.needs_all_layers:
+        return "it chooses over all layers at once, and a layer is compacted when it has read the prompt"
+    if policy.selection is not None:
+        return "how much it keeps is known only when the prompt was read, and vLLM plans blocks before"
+    if "score" in policy.facts or policy.needs_repetition:
+        return "it looks at attention that vLLM's kernels do not give"
+    if policy.reads_kinds:
+        return "it looks at the kind of each token"
+    if policy.again is not None:
+        return "it goes on choosing while text is written"
+    if policy.gates is not False:
+        return "its gates know a model by its weights, which vLLM holds in another form"
+    return None

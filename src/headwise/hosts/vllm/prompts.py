@@ -1,0 +1,89 @@
+"""Prompts: requests that are compressed -> what their layers asked so far, and where their rows lie afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from headwise.hosts.vllm.choice import PromptBlocks, query_rows
+from headwise.hosts.vllm.options import Options
+from headwise.types import Float, Int, Tensor
+
+
+@dataclass
+class Prompt:
+    """A request in one group of layers.
+
+    Attributes:
+        seen: tokens of the prompt whose queries were looked at.
+        queries: of each layer, the newest, as many as the policy looks at.
+        pages: of each layer and head those that hold what stays, padded with 0; zeros before anything was chosen.
+        counts: how many there are.
+    """
+
+    options: Options
+    blocks: PromptBlocks
+    layers: int
+    heads: int
+    seen: int = 0
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    pages: Int[Tensor, "layers h most"] = field(init=False)
+    counts: Int[Tensor, "layers h"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pages = torch.zeros(self.layers, self.heads, 0, dtype=torch.int32)
+        self.counts = torch.zeros(self.layers, self.heads, dtype=torch.int32)
+
+    def observe(self, layer: int, queries: Float[Tensor, "1 h g q d"]) -> Float[Tensor, "1 h g r d"]:
+        """Take in the queries of a pass; gives all that the policy looks at, of what there is."""
+        rows = query_rows(self.options)
+        before = self.queries.get(layer)
+        held = queries if before is None else torch.cat([before, queries], dim=3)
+        if rows is not None:
+            held = held[:, :, :, max(0, held.shape[3] - rows) :]
+        # A view of a pass would hold on to all of it.
+        self.queries[layer] = held.clone()
+        return held
+
+    def place(self, layer: int, first: Int[Tensor, " stay"], rows: Sequence[Int[Tensor, " rows"]]) -> list[Tensor]:
+        """Where the chosen rows of every head go in one layer: pages of the blocks that stay.
+
+        Args:
+            first: ids of these blocks.
+            rows: of each head, a whole number of pages.
+        """
+        free = (first.long()[:, None] * self.heads + torch.arange(self.heads)).flatten().int()
+        counts = [len(own) // self.blocks.size for own in rows]
+        if max(counts) > self.pages.shape[2]:
+            wider = torch.zeros(self.layers, self.heads, max(counts), dtype=torch.int32)
+            wider[:, :, : self.pages.shape[2]] = self.pages
+            self.pages = wider
+        found = list(free.split(counts))
+        for head, own in enumerate(found):
+            self.pages[layer, head, : len(own)] = own
+        self.counts[layer] = torch.tensor(counts, dtype=torch.int32)
+        self.queries.pop(layer, None)
+        return found
+
+
+def tables(
+    prompts: Sequence[Prompt], blocks: Sequence[Int[Tensor, " n"]]
+) -> tuple[Int[Tensor, "layers sequences width"], Int[Tensor, "layers sequences"]]:
+    """Pages of every head of every request in order, and how many rows those hold that were chosen.
+
+    Args:
+        blocks: ids of all blocks of each request; those behind the whole ones of its prompt hold what came later.
+    """
+    layers, heads = prompts[0].counts.shape
+    later = [own[prompt.blocks.whole :] for prompt, own in zip(prompts, blocks, strict=True)]
+    width = max(p.pages.shape[2] + len(own) for p, own in zip(prompts, later, strict=True))
+    table = torch.zeros(layers, len(prompts), heads, width, dtype=torch.int32)
+    for at, (prompt, own) in enumerate(zip(prompts, later, strict=True)):
+        table[:, at, :, : prompt.pages.shape[2]] = prompt.pages
+        pages = own.int()[None, :] * heads + torch.arange(heads, dtype=torch.int32)[:, None]
+        behind = prompt.counts[:, :, None].long() + torch.arange(len(own))
+        table[:, at].scatter_(2, behind, pages.expand(layers, -1, -1))
+    rows = torch.stack([prompt.counts * prompt.blocks.size for prompt in prompts], dim=1)
+    return table.flatten(1, 2), rows.flatten(1, 2)

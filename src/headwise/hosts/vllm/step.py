@@ -1,0 +1,199 @@
+"""Step: a batch of vLLM, and which of its rows are compressed -> what attends over whole prompts, and what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from headwise.hosts.vllm.choice import PromptBlocks
+from headwise.hosts.vllm.door import ROWS
+from headwise.hosts.vllm.prompts import Prompt, tables
+from headwise.types import Float, Int, Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A compressed request whose prompt is being read.
+
+    Attributes:
+        asked: tokens of the batch that are of its prompt.
+        complete: whether it is at its end with them.
+        filled: ids of the blocks that its prompt lies in.
+        blocks: of all its blocks.
+        tokens: that it has after this step.
+        later: tokens of the batch behind the prompt, where a request goes on that was put off; None where none are.
+    """
+
+    prompt: Prompt
+    asked: slice
+    complete: bool
+    filled: Int[Tensor, " n"]
+    blocks: Int[Tensor, " m"]
+    tokens: int
+    later: slice | None
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """Requests whose prompts were compacted; every head of each is a sequence.
+
+    Attributes:
+        tokens: of the batch.
+        table, lengths: pages and rows of each sequence, by layer.
+        starts: where the queries of each sequence begin, and where the last end.
+        queries: of each request.
+        heads: of each request.
+    """
+
+    tokens: Int[Tensor, " n"]
+    table: Int[Tensor, "layers sequences width"]
+    lengths: Int[Tensor, "layers sequences"]
+    starts: Int[Tensor, " sequences_and_one"]
+    queries: tuple[int, ...]
+    heads: int
+
+    def by_head(self, query: Float[Tensor, "n h g d"]) -> Float[Tensor, "rows g d"]:
+        """Queries of one sequence behind one another, and sequences in order."""
+        if max(self.queries) == 1:
+            return query.reshape(-1, *query.shape[2:])
+        return torch.cat([own.transpose(0, 1).flatten(0, 1) for own in query.split(self.queries)])
+
+    def by_token(self, found: Float[Tensor, "rows g d"]) -> Float[Tensor, "n h g d"]:
+        """The other way."""
+        if max(self.queries) == 1:
+            return found.view(-1, self.heads, *found.shape[1:])
+        parts = found.split([self.heads * count for count in self.queries])
+        return torch.cat([own.unflatten(0, (self.heads, -1)).transpose(0, 1) for own in parts])
+
+
+@dataclass
+class Step:
+    """A batch in parts.
+
+    Attributes:
+        layers: their indices in the group.
+        whole: what attends over whole blocks; None where nothing does.
+        whole_tokens: of the batch; None for the first of it.
+        own: what vLLM's backend made of `whole`.
+    """
+
+    layers: dict[str, int]
+    whole: CommonAttentionMetadata | None = None
+    whole_tokens: Int[Tensor, " n"] | None = None
+    readings: list[Reading] = field(default_factory=list)
+    compacted: Compacted | None = None
+    own: Any = None
+
+
+class StepMaker:
+    """Steps of one group of layers, which have their blocks in common.
+
+    Args:
+        layer_names: of the group, in order.
+        heads: KV heads of a layer.
+        block_size: tokens in a block.
+    """
+
+    def __init__(self, layer_names: Sequence[str], heads: int, block_size: int) -> None:
+        self._layers = {name: index for index, name in enumerate(layer_names)}
+        self._heads, self._size = heads, block_size
+        # By their first block, which is nobody else's as long as they hold it.
+        self._prompts: dict[int, Prompt] = {}
+        self._held: tuple[Any, Tensor, Tensor] | None = None
+
+    def make(self, batch: CommonAttentionMetadata) -> Step | None:
+        """Sort a batch; None where no request in it is compressed."""
+        rows = {index: row for index, row in ROWS.items() if index < batch.num_reqs}
+        if not rows:
+            return None
+        starts, lengths = batch.query_start_loc_cpu.tolist(), batch.seq_lens.tolist()
+        step = Step(self._layers)
+        whole: list[tuple[int, int, int, int]] = []
+        compacted: list[tuple[Prompt, Tensor, int, slice]] = []
+        for index in range(batch.num_reqs):
+            first, stop, length = starts[index], starts[index + 1], lengths[index]
+            before, row = length - (stop - first), rows.get(index)
+            blocks = None if row is None else PromptBlocks.of(row.options, row.tokens, self._size)
+            if row is None or blocks is None or blocks.stay == blocks.whole:
+                whole.append((index, first, stop, length))
+                continue
+            table = batch.block_table_tensor[index, : -(-length // self._size)]
+            key = int(table[0])
+            if before == 0:
+                self._prompts[key] = Prompt(row.options, blocks, len(self._layers), self._heads)
+            prompt = self._prompts[key]
+            if before >= row.tokens:
+                compacted.append((prompt, table, length, slice(first, stop)))
+                continue
+            assert prompt.seen == before
+            end = min(stop, first + row.tokens - before)
+            prompt.seen = min(length, row.tokens)
+            whole.append((index, first, end, prompt.seen))
+            filled = table[: -(-row.tokens // self._size)]
+            later = slice(end, stop) if end < stop else None
+            complete = prompt.seen == row.tokens
+            step.readings.append(Reading(prompt, slice(first, end), complete, filled, table, length, later))
+        self._whole(step, batch, whole)
+        if compacted:
+            step.compacted = self._batch(*(list(each) for each in zip(*compacted, strict=True)))
+        return step
+
+    def _whole(self, step: Step, batch: CommonAttentionMetadata, parts: Sequence[tuple[int, int, int, int]]) -> None:
+        """What attends over whole blocks: the batch itself, or requests of it with all or some of their queries."""
+        if not parts:
+            return
+        counts = [stop - first for _, first, stop, _ in parts]
+        if sum(counts) == batch.num_actual_tokens and len(parts) == batch.num_reqs:
+            step.whole = batch
+            return
+        index = torch.tensor([each[0] for each in parts])
+        starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        lengths = torch.tensor([each[3] for each in parts], dtype=batch.seq_lens.dtype)
+        step.whole_tokens = torch.cat([torch.arange(first, stop) for _, first, stop, _ in parts])
+        step.whole = replace(
+            batch,
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=lengths,
+            num_reqs=len(parts),
+            num_actual_tokens=sum(counts),
+            max_query_len=max(counts),
+            max_seq_len=int(lengths.max()),
+            block_table_tensor=batch.block_table_tensor[index],
+            slot_mapping=batch.slot_mapping[step.whole_tokens],
+        )
+
+    def _batch(self, prompts: list[Prompt], blocks: list[Tensor], lengths: list[int], tokens: list[slice]) -> Compacted:
+        """Their tables are made anew when a request came or went, or has a block more."""
+        known = [(id(prompt), len(own), int(own[-1])) for prompt, own in zip(prompts, blocks, strict=True)]
+        if self._held is None or self._held[0] != known:
+            self._held = known, *tables(prompts, blocks)
+        return batch_of(prompts, blocks, lengths, tokens, self._held[1:])
+
+
+def batch_of(
+    prompts: Sequence[Prompt],
+    blocks: Sequence[Tensor],
+    lengths: Sequence[int],
+    tokens: Sequence[slice],
+    made: tuple[Tensor, Tensor] | None = None,
+) -> Compacted:
+    """Requests whose prompts were compacted.
+
+    Args:
+        blocks: ids of all blocks of each.
+        lengths: tokens that each has.
+        tokens: of the batch.
+        made: what `tables` gave for them.
+    """
+    table, rows = tables(prompts, blocks) if made is None else made
+    heads, queries = prompts[0].heads, tuple(each.stop - each.start for each in tokens)
+    later = [length - prompt.blocks.candidates for prompt, length in zip(prompts, lengths, strict=True)]
+    behind = torch.tensor(later, dtype=torch.int32).repeat_interleave(heads)
+    starts = torch.tensor([0, *(count for count in queries for _ in range(heads))], dtype=torch.int32)
+    at = torch.cat([torch.arange(each.start, each.stop) for each in tokens])
+    return Compacted(at, table, rows + behind, starts.cumsum(0, dtype=torch.int32), queries, heads)

@@ -1,0 +1,115 @@
+"""Requests in vLLM, compressed and not, token by token against transformers with the same rows masked."""
+
+from __future__ import annotations
+
+import random
+
+import engines
+import pytest
+from engines import Kept, check, free_blocks, params, prompt
+
+POLICIES = ("adakv:over=snapkv", "snapkv:window=16", "expected-attention", "keydiff", "tova", "streamingllm", "keynorm")
+
+
+def run(llm, requests, arrive=lambda number: 0, cancel=frozenset()):
+    """Outputs by number; a request is let in at the step that `arrive` says, and some are cancelled."""
+    engine, found, step, waiting = llm.llm_engine, {}, 0, dict(enumerate(requests))
+    while waiting or engine.has_unfinished_requests():
+        for number in [each for each in waiting if arrive(each) <= step]:
+            ids, given = waiting.pop(number)
+            engine.add_request(str(number), {"prompt_token_ids": ids}, given)
+        for output in engine.step():
+            found[int(output.request_id)] = output.outputs[0]
+        step += 1
+        for number in cancel:
+            if arrive(number) + 3 == step:
+                engine.abort_request([str(number)])
+    return found
+
+
+def test_policies_ratios_and_plain_requests_that_come_over_time(llm, folder, monkeypatch):
+    kept, rng = Kept(monkeypatch), random.Random(5)
+    lengths = [*rng.sample(range(1, 700), 36), 1, 1023, 2048, 3000]
+    requests, arrivals = [], [rng.randrange(60) for _ in lengths]
+    for number, length in enumerate(lengths):
+        policy = None if number % 6 == 5 else POLICIES[number % len(POLICIES)]
+        given = params(policy, rng.choice([0.1, 0.25, 0.5, 0.9]), rng.randrange(1, 70))
+        requests.append((prompt(length, number), given))
+    cancel = {7, 11, 20}
+    before = free_blocks(llm)
+    found = run(llm, requests, arrivals.__getitem__, cancel)
+    assert free_blocks(llm) == before
+    for number, (ids, given) in enumerate(requests):
+        if number not in cancel:
+            own = kept.rows.get(len(ids)) if given.extra_args else None
+            assert len(found[number].token_ids) == given.max_tokens
+            check(folder, ids, found[number], own)
+    assert kept.choices > 20 * engines.LAYERS
+
+
+def test_blocks_go_while_the_request_runs_and_all_come_back(llm, monkeypatch):
+    engine, before = llm.llm_engine, free_blocks(llm)
+    engine.add_request("one", {"prompt_token_ids": prompt(1000, 1)}, params("snapkv", 0.25, 40))
+    most, least = 0, before
+    while engine.has_unfinished_requests():
+        engine.step()
+        held = before - free_blocks(llm)
+        most, least = max(most, held), min(least, held) if held else least
+    # 31 whole blocks and one that is not; 8 of the 31 stay.
+    assert most == 32 and least == 8 + 1 and free_blocks(llm) == before
+
+
+def test_requests_that_are_put_off_go_on_as_if_nothing_had_been(llm, folder, monkeypatch):
+    """So little memory that some are read again, with what they wrote."""
+    kept, pool, put_off = Kept(monkeypatch), engines.pool(llm), []
+    requests = [(prompt(500 + 7 * i, i), params(POLICIES[i % 3], 0.5, 200)) for i in range(8)]
+    requests += [(prompt(300, 99), params(None, tokens=100))]
+    scheduler = engines.scheduler(llm)
+    preempt = scheduler._preempt_request
+
+    def noted(*given, **named):
+        put_off.append((given[0], given[0].num_output_tokens))
+        preempt(*given, **named)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", noted)
+    taken = pool.get_new_blocks(free_blocks(llm) - 45)
+    found = run(llm, requests)
+    assert free_blocks(llm) == 45
+    assert sum(request.sampling_params.extra_args is not None and written > 0 for request, written in put_off) > 1
+    pool.free_blocks(taken)
+    for number, (ids, given) in enumerate(requests):
+        check(folder, ids, found[number], kept.rows.get(len(ids)) if given.extra_args else None)
+
+
+def test_several_answers_of_one_prompt(llm, folder, monkeypatch):
+    kept, ids = Kept(monkeypatch), prompt(333, 8)
+    (output,) = llm.generate([{"prompt_token_ids": ids}], params("snapkv", 0.25, 8, n=3, temperature=1.0))
+    assert len({tuple(each.token_ids) for each in output.outputs}) == 3
+    for each in output.outputs:
+        new = list(each.token_ids)
+        found = [step[token].logprob for step, token in zip(each.logprobs, new, strict=True)]
+        likely = engines.expected(folder, ids, new, kept.rows[333])
+        assert found == pytest.approx([float(likely[i, token]) for i, token in enumerate(new)], abs=1e-4)
+
+
+def test_what_a_prompt_is_likely_by_is_that_of_the_whole(llm):
+    """Its log-probabilities come of the pass that reads it."""
+    ids = prompt(200, 4)
+    plain, compressed = (
+        llm.generate([{"prompt_token_ids": ids}], params(policy, 0.25, 2, prompt_logprobs=0))[0]
+        for policy in (None, "snapkv")
+    )
+    one, other = (
+        [step[token].logprob for step, token in zip(each.prompt_logprobs[1:], ids[1:], strict=True)]
+        for each in (plain, compressed)
+    )
+    assert other == pytest.approx(one, abs=1e-4)
+
+
+def test_plain_requests_still_share_prefixes(llm):
+    ids = prompt(640, 12)
+    first = llm.generate([{"prompt_token_ids": ids}], params(None, tokens=4))[0]
+    compressed = llm.generate([{"prompt_token_ids": ids}], params("snapkv", 0.25, tokens=4))[0]
+    again = llm.generate([{"prompt_token_ids": ids}], params(None, tokens=4))[0]
+    assert compressed.num_cached_tokens == 0 and again.num_cached_tokens == 640 - engines.BLOCK
+    assert again.outputs[0].token_ids == first.outputs[0].token_ids
