@@ -19,10 +19,10 @@ BLOCK = 32
 HEADS, KV_HEADS, LAYERS, DIM = 6, 3, 3, 32
 
 
-def save_model(folder, **changes):
+def save_model(folder, vocabulary=211):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=211,
+        vocab_size=vocabulary,
         hidden_size=HEADS * DIM,
         intermediate_size=160,
         num_hidden_layers=LAYERS,
@@ -34,7 +34,6 @@ def save_model(folder, **changes):
         initializer_range=0.12,
         eos_token_id=None,
         bos_token_id=None,
-        **changes,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from vllm import _custom_ops as ops
+from vllm import envs
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -18,15 +20,12 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from headwise.errors import UnsupportedModelError
 from headwise.hosts.vllm import micro_pages
 from headwise.hosts.vllm.choice import choose_rows
 from headwise.hosts.vllm.manager import HeadwiseSpec
 from headwise.hosts.vllm.rotation import known_rotation
 from headwise.hosts.vllm.step import Compacted, Reading, Step, StepMaker, batch_of
-from headwise.types import Float, LogitOptions, Tensor
-from vllm import _custom_ops as ops
-from vllm import envs
+from headwise.types import Float, Int, LogitOptions, Tensor
 
 
 class HeadwiseBackend(CPUAttentionBackend):
@@ -123,9 +122,6 @@ class HeadwiseImpl(CPUAttentionBackendImpl):
         held = prompt.observe(index, asked.permute(0, 2, 3, 1, 4))
         if not reading.complete:
             return
-        micro_pages.check_layout(self.num_kv_heads, blocks.size, self.head_size, kv_cache.dtype, layer.isa)
-        if self.alibi_slopes is not None:
-            raise UnsupportedModelError("ALiBi counts distances between rows, and compacted rows lie elsewhere")
         keys, values = (each[None, :, : blocks.tokens] for each in micro_pages.read_blocks(kv_cache, reading.filled))
         rows = choose_rows(prompt.options, blocks, held, keys, values, self._logits(), known_rotation(self.head_size))
         pages = prompt.place(index, reading.filled[: blocks.stay], rows)
@@ -141,14 +137,38 @@ class HeadwiseImpl(CPUAttentionBackendImpl):
         """Over the pages of every head, each as if it were a request of its own."""
         heads, group, dim = self.num_kv_heads, self.num_queries_per_kv, self.head_size
         apart = batch.by_head(query.view(-1, heads, group, dim))
-        found, lengths, starts = torch.empty_like(apart), batch.lengths[index], batch.starts
+        found, table, lengths = torch.empty_like(apart), batch.table[index], batch.lengths[index]
+        if self.sinks is None:
+            self._attend_paged(layer, apart, kv_cache, table, lengths, batch.starts, found, None)
+        for head in range(heads if self.sinks is not None else 0):
+            # Sinks are of query heads, and one call has them for as many as a sequence has.
+            rows, starts = batch.of_head(head)
+            own, sinks = torch.empty_like(apart[rows]), self.sinks[head * group : (head + 1) * group]
+            sequences = slice(head, None, heads)
+            given = (kv_cache, table[sequences], lengths[sequences], starts, own, sinks)
+            self._attend_paged(layer, apart[rows], *given)
+            found[rows] = own
+        return batch.by_token(found).view(-1, heads * group, dim)
+
+    def _attend_paged(
+        self,
+        layer: Any,
+        query: Float[Tensor, "rows g d"],
+        kv_cache: Tensor,
+        table: Int[Tensor, "sequences width"],
+        lengths: Int[Tensor, " sequences"],
+        starts: Int[Tensor, " sequences_and_one"],
+        found: Float[Tensor, "rows g d"],
+        sinks: Float[Tensor, " g"] | None,
+    ) -> None:
+        """By vLLM's kernel, with sequences that have one KV head."""
         keys, values = micro_pages.of_cache(kv_cache)
         work = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(lengths),
-            num_heads=group,
+            num_heads=query.shape[1],
             num_kv_heads=1,
-            head_dim=dim,
-            seq_lens=lengths,
+            head_dim=self.head_size,
+            seq_lens=lengths.contiguous(),
             dtype=query.dtype,
             query_start_loc=starts,
             causal=True,
@@ -158,23 +178,22 @@ class HeadwiseImpl(CPUAttentionBackendImpl):
             kv_cache_dtype=self.kv_cache_dtype,
         )
         ops.cpu_attention_with_kv_cache(
-            query=apart,
+            query=query,
             key_cache=keys,
             value_cache=values,
             output=found,
             query_start_loc=starts,
-            seq_lens=lengths,
+            seq_lens=lengths.contiguous(),
             scale=self.scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=batch.table[index],
+            block_table=table.contiguous(),
             softcap=self.logits_soft_cap,
             scheduler_metadata=work,
-            s_aux=None,
+            s_aux=sinks,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        return batch.by_token(found).view(-1, heads * group, dim)
 
     def _logits(self) -> LogitOptions:
         sinks = None if self.sinks is None else self.sinks.view(self.num_kv_heads, -1)

@@ -46,16 +46,15 @@ class Door(LogitsProcessor):
         """
         try:
             options = options_of(sampling_params.extra_args, ENGINE.default)
+            if options is not None:
+                ENGINE.check(options)
         except HeadwiseError as error:
             raise ValueError(str(error)) from error
         if options is None:
             return
-        if ENGINE.obstacle is not None:
-            raise ValueError(f"{KEY}: this engine cannot compress requests: {ENGINE.obstacle}")
-        extra = {
-            name: value for name, value in (sampling_params.extra_args or {}).items() if name not in (POLICY, RATIO)
-        }
-        sampling_params.extra_args = {**extra, KEY: options.to_dict()}
+        said = (sampling_params.extra_args or {}).items()
+        others = {name: value for name, value in said if name not in (POLICY, RATIO)}
+        sampling_params.extra_args = {**others, KEY: options.to_dict()}
         # Its blocks are rewritten, and must be nobody else's.
         sampling_params.skip_reading_prefix_cache = True
 

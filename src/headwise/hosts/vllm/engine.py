@@ -6,9 +6,9 @@ import json
 import os
 from typing import Any
 
+import vllm
 from vllm.platforms import current_platform
 
-import vllm
 from headwise.errors import ConfigurationError, UnsupportedModelError
 from headwise.hosts.vllm.options import KEY, Options, options_of
 
@@ -17,17 +17,37 @@ DEFAULT = "HEADWISE_VLLM_DEFAULT"
 SUPPORTED = ("0.29", "0.30", "0.31", "0.32")
 
 
+# Models whose layers all have one rotary embedding, of the plain kind.
+_ROTARY = {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmo2", "granite", "phi"}
+
+
 class Engine:
     """What the process that takes requests knows of its engine.
 
     Attributes:
         obstacle: why nothing can be compressed in it; None where it can.
         default: for requests that say nothing.
+        turns: whether it is known how its model makes positions.
     """
 
     def __init__(self) -> None:
         self.obstacle: str | None = "the engine was started before headwise was loaded"
         self.default: Options | None = None
+        self.turns = False
+
+    def check(self, options: Options) -> None:
+        """Refuse what this engine cannot do.
+
+        Raises:
+            ConfigurationError: saying why.
+        """
+        if self.obstacle is not None:
+            raise ConfigurationError(f"{KEY}: this engine cannot compress requests: {self.obstacle}")
+        if options.keeping(1).needs_rotation and not self.turns:
+            raise ConfigurationError(
+                f"{KEY}: {options.policy!r} turns queries to positions to come, and how this model makes positions is "
+                "not known; take adakv or snapkv"
+            )
 
     def note(self, config: Any) -> None:
         """Take note of the configuration of an engine.
@@ -35,10 +55,10 @@ class Engine:
         Raises:
             ConfigurationError: when the default for all requests cannot be what it says.
         """
-        self.obstacle = obstacle(config)
+        self.obstacle, self.turns = obstacle(config), _turns(config.model_config.hf_text_config)
         self.default = _default(getattr(config, "additional_config", None))
-        if self.default is not None and self.obstacle is not None:
-            raise ConfigurationError(f"a default is set for all requests, and {self.obstacle}")
+        if self.default is not None:
+            self.check(self.default)
 
 
 ENGINE = Engine()
@@ -49,6 +69,13 @@ def version_obstacle() -> str | None:
     if vllm.__version__.startswith(tuple(f"{each}." for each in SUPPORTED)):
         return None
     return f"headwise knows vLLM {SUPPORTED[0]} to {SUPPORTED[-1]}, and this is {vllm.__version__}"
+
+
+def _turns(config: Any) -> bool:
+    """Whether all layers have one rotary embedding that only turns vectors."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    plain = rope.get("rope_type", "default") in ("default", "linear", "llama3")
+    return bool(rope) and plain and getattr(config, "model_type", None) in _ROTARY
 
 
 def layout_obstacle(config: Any) -> str | None:
@@ -73,6 +100,7 @@ def obstacle(config: Any) -> str | None:
         version_obstacle(): version_obstacle() is not None,
         "blocks are compacted on CPUs so far": not current_platform.is_cpu(),
         "the model has latent attention (MLA), whose rows belong to all heads": model.use_mla,
+        "the model counts distances between rows (ALiBi), which lie elsewhere afterwards": model.uses_alibi,
         "the model does not generate text": model.runner_type != "generate",
         "tokens are drafted (speculative decoding)": config.speculative_config is not None,
         "rows are moved between engines (KV transfer)": config.kv_transfer_config is not None,

@@ -69,6 +69,12 @@ class Compacted:
         parts = found.split([self.heads * count for count in self.queries])
         return torch.cat([own.unflatten(0, (self.heads, -1)).transpose(0, 1) for own in parts])
 
+    def of_head(self, head: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " requests_and_one"]]:
+        """Rows of the sequences of one head, as `by_head` has them, and where they begin among themselves."""
+        firsts, stops = (each[head :: self.heads].tolist() for each in (self.starts[:-1], self.starts[1:]))
+        rows = torch.cat([torch.arange(first, stop) for first, stop in zip(firsts, stops, strict=True)])
+        return rows, torch.tensor([0, *self.queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
 
 @dataclass
 class Step:
