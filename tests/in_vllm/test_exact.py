@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import engines
@@ -113,3 +114,32 @@ def test_plain_requests_still_share_prefixes(llm):
     again = llm.generate([{"prompt_token_ids": ids}], params(None, tokens=4))[0]
     assert compressed.num_cached_tokens == 0 and again.num_cached_tokens == 640 - engines.BLOCK
     assert again.outputs[0].token_ids == first.outputs[0].token_ids
+
+
+def test_what_is_counted(llm, tmp_path, monkeypatch):
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    from headwise.hosts.vllm import metrics
+
+    monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
+    metrics._COUNTED.clear()
+    (tmp_path / "1.json").write_text(json.dumps([["blocks_freed", "tova", 7]]))
+    (tmp_path / "2.json").write_text("{ half of a file")
+    given = [params("tova", 0.25), params("snapkv", 0.5), params("snapkv", 0.5), params(None)]
+    llm.generate([{"prompt_token_ids": prompt(40 * engines.BLOCK, seed)} for seed in range(4)], given)
+    found = metrics.totals()
+    seconds = {key: found.pop(key) for key in list(found) if key[0] == "choosing_seconds"}
+    assert set(seconds) == {("choosing_seconds", "tova"), ("choosing_seconds", "snapkv")} and min(seconds.values()) > 0
+    assert found == {
+        ("requests", "tova"): 1,
+        ("requests", "snapkv"): 2,
+        ("blocks_kept", "tova"): 10,
+        ("blocks_freed", "tova"): 30 + 7,
+        ("blocks_kept", "snapkv"): 40,
+        ("blocks_freed", "snapkv"): 40,
+    }
+    registry = CollectorRegistry()
+    registry.register(metrics.Collector())
+    told = generate_latest(registry).decode()
+    assert 'headwise:blocks_freed_total{policy="tova"} 37.0' in told
+    assert f"headwise:kept_ratio {50 / 127}" in told

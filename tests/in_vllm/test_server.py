@@ -47,6 +47,8 @@ class Server:
         words = [str(word) for pair in options.items() for word in pair]
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, "--enforce-eager"]
         given = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
+        # That of an engine in this process.
+        given.pop(metrics.FOLDER, None)
         with log.open("w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, env=given, start_new_session=True)
         until = time.monotonic() + 150
@@ -124,6 +126,16 @@ def test_streams_chats_and_many_at_once(server):
         )
     texts = [{each.choices[0].text for each in found[start::3]} for start in range(3)]
     assert texts[0] == {whole} and all(len(each) == 1 for each in texts)
+
+
+def test_metrics_stand_beside_those_of_vllm(server):
+    server.complete(keeps=KEEPS)
+    told = server.get("/metrics")
+    assert "vllm:num_requests_running" in told
+    for name in ("requests", "blocks_kept", "blocks_freed", "choosing_seconds"):
+        (line,) = [each for each in told.splitlines() if each.startswith(f"headwise:{name}_total")]
+        assert 'policy="adakv:over=snapkv"' in line and float(line.split()[-1]) > 0
+    assert "headwise:kept_ratio 0." in told
 
 
 @pytest.mark.parametrize(

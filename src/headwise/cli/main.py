@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from headwise.cli.bench import bench
+from headwise.cli.bench_vllm import bench_vllm
 from headwise.cli.compare import compare
 from headwise.cli.doctor import doctor
 from headwise.cli.eval import evaluations
@@ -60,6 +61,7 @@ app.command()(profile)
 app.command()(policies)
 app.command()(doctor)
 app.command()(bench)
+app.command("bench-vllm")(bench_vllm)
 app.add_typer(evaluations)
 app.command()(compare)
 app.command()(results)

@@ -5,6 +5,7 @@ A request that is not compressed, and a batch without one that is, is left to vL
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,6 +24,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from headwise.hosts.vllm import micro_pages
 from headwise.hosts.vllm.choice import choose_rows
 from headwise.hosts.vllm.manager import HeadwiseSpec
+from headwise.hosts.vllm.metrics import count
 from headwise.hosts.vllm.rotation import known_rotation
 from headwise.hosts.vllm.step import Compacted, Reading, Step, StepMaker, batch_of
 from headwise.types import Float, Int, LogitOptions, Tensor
@@ -122,11 +124,15 @@ class HeadwiseImpl(CPUAttentionBackendImpl):
         held = prompt.observe(index, asked.permute(0, 2, 3, 1, 4))
         if not reading.complete:
             return
+        started = time.perf_counter()
         keys, values = (each[None, :, : blocks.tokens] for each in micro_pages.read_blocks(kv_cache, reading.filled))
         rows = choose_rows(prompt.options, blocks, held, keys, values, self._logits(), known_rotation(self.head_size))
         pages = prompt.place(index, reading.filled[: blocks.stay], rows)
         for head, (own, chosen) in enumerate(zip(pages, rows, strict=True)):
             micro_pages.write_rows(kv_cache, own, keys[0, head, chosen], values[0, head, chosen], layer.isa)
+        prompt.seconds += time.perf_counter() - started
+        if index == prompt.layers - 1:
+            count("choosing_seconds", prompt.seconds, prompt.options.policy)
         if reading.later is not None:
             batch = batch_of([prompt], [reading.blocks], [reading.tokens], [reading.later])
             output[batch.tokens] = self._attend(layer, index, query[batch.tokens], kv_cache, batch)

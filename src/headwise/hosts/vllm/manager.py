@@ -10,6 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
+from headwise.hosts.vllm.metrics import count
 from headwise.hosts.vllm.options import Options, options_of
 
 
@@ -32,6 +33,8 @@ class HeadwiseManager(FullAttentionManager):
         """Offer the blocks of a request to others with the same prefix; not those that are going to be rewritten."""
         options = options_of(None if request.sampling_params is None else request.sampling_params.extra_args)
         if options is not None:
+            if request.request_id not in self._options and not request.num_preemptions:
+                count("requests", 1, options.policy)
             self._options[request.request_id] = options
         elif self._caches_prefixes:
             super().cache_blocks(request, *given, **named)
@@ -45,7 +48,12 @@ class HeadwiseManager(FullAttentionManager):
             super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
         elif num_prompt_tokens is not None and processed_computed_tokens >= num_prompt_tokens:
             whole, stay = options.blocks(num_prompt_tokens, self.block_size)
+            before = self.block_pool.get_num_free_blocks()
             self._remove_blocks_in_range(request_id, stay, whole)
+            freed = self.block_pool.get_num_free_blocks() - before
+            if freed:
+                count("blocks_kept", stay, options.policy)
+                count("blocks_freed", freed, options.policy)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request."""

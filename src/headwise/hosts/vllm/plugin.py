@@ -10,6 +10,7 @@ import functools
 import logging
 from typing import Any
 
+from headwise.hosts.vllm import metrics
 from headwise.hosts.vllm.engine import ENGINE, version_obstacle
 
 _log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def register() -> None:
     KVCacheSpecRegistry.register(HeadwiseSpec, HeadwiseManager, FullAttentionSpec)
     # A backend of its own is refused on CPUs.
     register_backend(AttentionBackendEnum.CPU_ATTN, "headwise.hosts.vllm.backend.HeadwiseBackend")
+    metrics.tell()
     _look_at_engines()
 
 

@@ -18,6 +18,7 @@ class Prompt:
 
     Attributes:
         seen: tokens of the prompt whose queries were looked at.
+        seconds: spent on choosing.
         queries: of each layer, the newest, as many as the policy looks at.
         pages: of each layer and head those that hold what stays, padded with 0; zeros before anything was chosen.
         counts: how many there are.
@@ -28,6 +29,7 @@ class Prompt:
     layers: int
     heads: int
     seen: int = 0
+    seconds: float = 0.0
     queries: dict[int, Tensor] = field(default_factory=dict)
     pages: Int[Tensor, "layers h most"] = field(init=False)
     counts: Int[Tensor, "layers h"] = field(init=False)
