@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 import chatty
+from headwise.hosts.vllm import metrics
 
 KEEPS = {"headwise_policy": "adakv:over=snapkv", "headwise_ratio": 0.25}
 TEXT = (
