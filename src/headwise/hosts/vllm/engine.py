@@ -31,7 +31,7 @@ class Engine:
     """
 
     def __init__(self) -> None:
-        self.obstacle: str | None = "the engine was started before headwise was loaded"
+        self.obstacle: str | None = "its plugin was not loaded (VLLM_PLUGINS)"
         self.default: Options | None = None
         self.turns = False
 

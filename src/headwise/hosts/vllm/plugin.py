@@ -21,6 +21,7 @@ def register() -> None:
     reason = version_obstacle()
     if reason is not None:
         # Requests that ask for it are refused; others are as without it.
+        ENGINE.obstacle = reason
         _log.warning("headwise is not active: %s", reason)
         return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend

@@ -1,0 +1,153 @@
+"""Which engines and requests are refused, and rows of a batch that come, go and move."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+
+import headwise
+from headwise.hosts.vllm import engine, plugin
+from headwise.hosts.vllm.door import ROWS, Door, Row
+from headwise.hosts.vllm.engine import DEFAULT, ENGINE, Engine
+from headwise.hosts.vllm.options import Options
+
+SNAPKV = {"headwise": {"policy": "snapkv", "ratio": 0.5}}
+
+
+def config(model=None, parallel=None, cache=None, text=None, **engine):
+    """Of an engine that can compress, but for what is given."""
+    text = {"model_type": "llama", "rope_parameters": {"rope_type": "default"}} | (text or {})
+    plain = {"use_mla": False, "runner_type": "generate", "uses_alibi": False, "enable_prompt_embeds": False}
+    plain |= {"get_head_size": lambda: 32, "dtype": torch.float32}
+    spread = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    given = {"speculative_config": None, "kv_transfer_config": None, "use_v2_model_runner": False}
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**plain | (model or {}), hf_text_config=SimpleNamespace(**text)),
+        parallel_config=SimpleNamespace(**spread | (parallel or {})),
+        cache_config=SimpleNamespace(**{"cache_dtype": "auto", "block_size": 32} | (cache or {})),
+        additional_config=engine.pop("additional_config", {}),
+        **given | engine,
+    )
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """What is noted here does not stay."""
+    monkeypatch.setattr(ENGINE, "obstacle", None)
+    monkeypatch.setattr(ENGINE, "default", None)
+    monkeypatch.setattr(ENGINE, "turns", False)
+    rows = dict(ROWS)
+    yield
+    ROWS.clear()
+    ROWS.update(rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"model": {"use_mla": True}}, "latent attention"),
+        ({"model": {"uses_alibi": True}}, "ALiBi"),
+        ({"model": {"runner_type": "pooling"}}, "does not generate text"),
+        ({"model": {"enable_prompt_embeds": True}}, "embeddings"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"kv_transfer_config": object()}, "KV transfer"),
+        ({"cache": {"cache_dtype": "fp8_e4m3"}}, "8 bits"),
+        ({"parallel": {"decode_context_parallel_size": 2}}, "context parallel"),
+        ({"parallel": {"prefill_context_parallel_size": 2}}, "context parallel"),
+        ({"use_v2_model_runner": True}, "V2"),
+    ],
+)
+def test_engines_that_cannot(changes, why):
+    ENGINE.note(config(**changes))
+    with pytest.raises(ValueError, match=f"this engine cannot compress requests: .*{why}"):
+        Door.validate_params(SamplingParams(extra_args=dict(SNAPKV)))
+    plain = SamplingParams()
+    Door.validate_params(plain)
+    assert plain.extra_args is None and not plain.skip_reading_prefix_cache
+    with pytest.raises(headwise.ConfigurationError, match=why):
+        ENGINE.note(config(**changes, additional_config=SNAPKV))
+
+
+def test_an_engine_that_can():
+    ENGINE.note(config())
+    params = SamplingParams(extra_args={"headwise_policy": "keydiff", "other": 3})
+    Door.validate_params(params)
+    assert params.extra_args == {"other": 3, "headwise": {"policy": "keydiff", "ratio": 0.25}}
+    assert params.skip_reading_prefix_cache
+    again = params.clone()
+    Door.validate_params(again)
+    assert again.extra_args == params.extra_args
+
+
+def test_an_engine_without_the_plugin_or_of_another_release(monkeypatch):
+    assert "VLLM_PLUGINS" in Engine().obstacle
+    monkeypatch.setattr(engine.vllm, "__version__", "0.45.1")
+    plugin.register()
+    with pytest.raises(ValueError, match=r"knows vLLM 0.29 to 0.32, and this is 0.45.1"):
+        Door.validate_params(SamplingParams(extra_args=dict(SNAPKV)))
+    for version, known in (("0.29.0", True), ("0.32.1rc1", True), ("0.3.2", False), ("0.33.0", False), ("1.0", False)):
+        monkeypatch.setattr(engine.vllm, "__version__", version)
+        assert (engine.version_obstacle() is None) == known
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ({}, True),
+        ({"rope_parameters": {"rope_type": "llama3"}}, True),
+        ({"rope_parameters": {"rope_type": "yarn"}}, False),
+        ({"rope_parameters": None}, False),
+        ({"rope_parameters": {"full_attention": {}, "rope_type": "default"}, "model_type": "gemma3_text"}, False),
+        ({"model_type": "smollm3"}, False),
+    ],
+)
+def test_policies_that_turn_queries_need_to_know_how(text, known):
+    ENGINE.note(config(text=text))
+    params = SamplingParams(extra_args={"headwise": {"policy": "expected-attention"}})
+    if known:
+        Door.validate_params(params)
+    else:
+        with pytest.raises(ValueError, match="how this model makes positions is not known; take adakv"):
+            Door.validate_params(params)
+
+
+def test_a_default(monkeypatch):
+    monkeypatch.setenv(DEFAULT, '{"policy": "tova"}')
+    ENGINE.note(config())
+    assert ENGINE.default == Options("tova", 0.25)
+    params = SamplingParams()
+    Door.validate_params(params)
+    assert params.extra_args == {"headwise": {"policy": "tova", "ratio": 0.25}}
+    without = SamplingParams(extra_args={"headwise": "off"})
+    Door.validate_params(without)
+    assert not without.skip_reading_prefix_cache
+    # What stands in the configuration goes first.
+    ENGINE.note(config(additional_config={"headwise": {"ratio": 0.5}}))
+    assert ENGINE.default == Options(ratio=0.5)
+    for bad, why in (("{", "no JSON object"), ('{"ratio": 7}', "ratio must be"), ("3", "is an object")):
+        monkeypatch.setenv(DEFAULT, bad)
+        with pytest.raises(headwise.ConfigurationError, match=why):
+            ENGINE.note(config())
+
+
+def test_rows_come_go_and_move():
+    door = Door(None, None, False)
+    compressed, plain = (SamplingParams(extra_args=each) for each in (SNAPKV, None))
+    one, two = Row(Options("snapkv", 0.5), 1), Row(Options("snapkv", 0.5), 2)
+    door.update_state(None)
+    door.update_state(
+        BatchUpdate(3, [], [(0, compressed, [7], []), (1, plain, [7], []), (2, compressed, [7, 8], [])], [])
+    )
+    assert {0: one, 2: two} == ROWS
+    door.update_state(BatchUpdate(3, [], [], [(0, 1, MoveDirectionality.SWAP)]))
+    assert {1: one, 2: two} == ROWS
+    # The first is gone, and the last takes its place.
+    door.update_state(BatchUpdate(2, [0], [], [(2, 0, MoveDirectionality.UNIDIRECTIONAL)]))
+    assert {0: two, 1: one} == ROWS
+    door.update_state(BatchUpdate(2, [1], [(1, plain, [7], [])], []))
+    assert {0: two} == ROWS
+    assert Door(None, None, False) and not ROWS
