@@ -69,6 +69,8 @@ def test_what_holds_for_all_is_changed_by_a_request():
         ({"headwise": {"policy": "h2o"}}, "that vLLM's kernels do not give"),
         ({"headwise": {"policy": "punctuation"}}, "the kind of each token"),
         ({"headwise": {"policy": "full"}}, "has no budget"),
+        ({"headwise": {"policy": "expected-attention:future=2000000"}}, "future is above 65,536"),
+        ({"headwise": {"policy": "snapkv:window=1000000000"}}, "window is above 65,536"),
     ],
 )
 def test_what_cannot_be_is_refused(said, why):

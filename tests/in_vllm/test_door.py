@@ -12,9 +12,10 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 import headwise
 from headwise.hosts.vllm import engine, plugin
 from headwise.hosts.vllm.door import ROWS, Door, Row
-from headwise.hosts.vllm.engine import DEFAULT, ENGINE, Engine
+from headwise.hosts.vllm.engine import DEFAULT, ENGINE, RESUMABLE, UNKNOWN, Engine
 from headwise.hosts.vllm.options import Options
 
+UNCACHED = {"enable_prefix_caching": False}
 SNAPKV = {"headwise": {"policy": "snapkv", "ratio": 0.5}}
 
 
@@ -24,24 +25,30 @@ def config(model=None, parallel=None, cache=None, text=None, **engine):
     plain = {"use_mla": False, "runner_type": "generate", "uses_alibi": False, "enable_prompt_embeds": False}
     plain |= {"get_head_size": lambda: 32, "dtype": torch.float32}
     spread = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    held = {"cache_dtype": "auto", "block_size": 32, "enable_prefix_caching": True}
     given = {"speculative_config": None, "kv_transfer_config": None, "use_v2_model_runner": False}
     return SimpleNamespace(
         model_config=SimpleNamespace(**plain | (model or {}), hf_text_config=SimpleNamespace(**text)),
         parallel_config=SimpleNamespace(**spread | (parallel or {})),
-        cache_config=SimpleNamespace(**{"cache_dtype": "auto", "block_size": 32} | (cache or {})),
+        cache_config=SimpleNamespace(**held | (cache or {})),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=engine.pop("alike", False)),
         additional_config=engine.pop("additional_config", {}),
         **given | engine,
     )
 
 
+def note(given):
+    """As when a request is taken in by that engine."""
+    ENGINE.set(Engine(given))
+
+
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
+def alone():
     """What is noted here does not stay."""
-    monkeypatch.setattr(ENGINE, "obstacle", None)
-    monkeypatch.setattr(ENGINE, "default", None)
-    monkeypatch.setattr(ENGINE, "turns", False)
-    rows = dict(ROWS)
+    engine, more, rows = ENGINE.set(None), RESUMABLE.set(False), dict(ROWS)
     yield
+    ENGINE.reset(engine)
+    RESUMABLE.reset(more)
     ROWS.clear()
     ROWS.update(rows)
 
@@ -59,21 +66,38 @@ def alone(monkeypatch):
         ({"parallel": {"decode_context_parallel_size": 2}}, "context parallel"),
         ({"parallel": {"prefill_context_parallel_size": 2}}, "context parallel"),
         ({"use_v2_model_runner": True}, "V2"),
+        ({"text": {"num_kv_shared_layers": 10}}, "read the keys of others"),
+        ({"text": {"sliding_window": 64}}, "--no-enable-prefix-caching"),
+        ({"text": {"layer_types": ["full_attention", "linear_attention"]}}, "--no-enable-prefix-caching"),
+        (
+            {"text": {"attention_chunk_size": 64}, "cache": {"enable_prefix_caching": False}, "alike": True},
+            "the same blocks",
+        ),
+        ({"model": {"get_head_size": lambda: 0}}, ""),
     ],
 )
 def test_engines_that_cannot(changes, why):
-    ENGINE.note(config(**changes))
+    note(config(**changes))
     with pytest.raises(ValueError, match=f"this engine cannot compress requests: .*{why}"):
         Door.validate_params(SamplingParams(extra_args=dict(SNAPKV)))
     plain = SamplingParams()
     Door.validate_params(plain)
     assert plain.extra_args is None and not plain.skip_reading_prefix_cache
     with pytest.raises(headwise.ConfigurationError, match=why):
-        ENGINE.note(config(**changes, additional_config=SNAPKV))
+        note(config(**changes, additional_config=SNAPKV))
 
 
-def test_an_engine_that_can():
-    ENGINE.note(config())
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"text": {"sliding_window": 64, "use_sliding_window": False}},
+        {"text": {"layer_types": ["full_attention"] * 3}},
+        {"text": {"sliding_window": 64}, "cache": UNCACHED},
+    ],
+)
+def test_an_engine_that_can(changes):
+    note(config(**changes))
     params = SamplingParams(extra_args={"headwise_policy": "keydiff", "other": 3})
     Door.validate_params(params)
     assert params.extra_args == {"other": 3, "headwise": {"policy": "keydiff", "ratio": 0.25}}
@@ -83,8 +107,26 @@ def test_an_engine_that_can():
     assert again.extra_args == params.extra_args
 
 
+def test_prompts_that_come_in_parts():
+    note(config(additional_config=SNAPKV))
+    RESUMABLE.set(True)
+    plain = SamplingParams()
+    Door.validate_params(plain)
+    assert plain.extra_args is None
+    with pytest.raises(ValueError, match="comes in parts"):
+        Door.validate_params(SamplingParams(extra_args=dict(SNAPKV)))
+
+
+def test_the_newer_runner_takes_it_as_one_of_its_own():
+    newer = pytest.importorskip("vllm.v1.worker.gpu.sample.logits_processor.interface").LogitsProcessor
+    assert issubclass(Door, newer)
+    door, logits = Door(None, None), torch.randn(2, 3)
+    assert door.apply(logits, None) is logits and not door.add_request(0, SamplingParams())
+
+
 def test_an_engine_without_the_plugin_or_of_another_release(monkeypatch):
     assert "VLLM_PLUGINS" in Engine().obstacle
+    monkeypatch.setattr(UNKNOWN, "obstacle", None)
     monkeypatch.setattr(engine.vllm, "__version__", "0.45.1")
     plugin.register()
     with pytest.raises(ValueError, match=r"knows vLLM 0.29 to 0.32, and this is 0.45.1"):
@@ -106,19 +148,20 @@ def test_an_engine_without_the_plugin_or_of_another_release(monkeypatch):
     ],
 )
 def test_policies_that_turn_queries_need_to_know_how(text, known):
-    ENGINE.note(config(text=text))
-    params = SamplingParams(extra_args={"headwise": {"policy": "expected-attention"}})
-    if known:
-        Door.validate_params(params)
-    else:
-        with pytest.raises(ValueError, match="how this model makes positions is not known; take adakv"):
+    note(config(text=text))
+    for policy in ("expected-attention", "adakv:over=expected-attention"):
+        params = SamplingParams(extra_args={"headwise": {"policy": policy}})
+        if known:
             Door.validate_params(params)
+        else:
+            with pytest.raises(ValueError, match="how this model makes positions is not known; take adakv"):
+                Door.validate_params(params)
 
 
 def test_a_default(monkeypatch):
     monkeypatch.setenv(DEFAULT, '{"policy": "tova"}')
-    ENGINE.note(config())
-    assert ENGINE.default == Options("tova", 0.25)
+    note(config())
+    assert ENGINE.get().default == Options("tova", 0.25)
     params = SamplingParams()
     Door.validate_params(params)
     assert params.extra_args == {"headwise": {"policy": "tova", "ratio": 0.25}}
@@ -126,12 +169,12 @@ def test_a_default(monkeypatch):
     Door.validate_params(without)
     assert not without.skip_reading_prefix_cache
     # What stands in the configuration goes first.
-    ENGINE.note(config(additional_config={"headwise": {"ratio": 0.5}}))
-    assert ENGINE.default == Options(ratio=0.5)
+    note(config(additional_config={"headwise": {"ratio": 0.5}}))
+    assert ENGINE.get().default == Options(ratio=0.5)
     for bad, why in (("{", "no JSON object"), ('{"ratio": 7}', "ratio must be"), ("3", "is an object")):
         monkeypatch.setenv(DEFAULT, bad)
         with pytest.raises(headwise.ConfigurationError, match=why):
-            ENGINE.note(config())
+            note(config())
 
 
 def test_rows_come_go_and_move():

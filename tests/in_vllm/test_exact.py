@@ -143,3 +143,29 @@ def test_what_is_counted(llm, tmp_path, monkeypatch):
     told = generate_latest(registry).decode()
     assert 'headwise:blocks_freed_total{policy="tova"} 37.0' in told
     assert f"headwise:kept_ratio {50 / 127}" in told
+
+
+def test_parameters_of_the_caller_stay_as_they_are(llm):
+    given = params("snapkv", 0.25, 2)
+    before = given.clone()
+    llm.generate([{"prompt_token_ids": prompt(100, 1)}], given)
+    assert given.skip_reading_prefix_cache == before.skip_reading_prefix_cache and given.extra_args == before.extra_args
+
+
+def test_what_a_cancelled_prompt_asked_is_not_kept_for_good(llm, monkeypatch):
+    """It was cancelled while its prompt was read, of which all queries were held."""
+    from headwise.hosts.vllm import step
+
+    monkeypatch.setattr(step, "_PATIENCE", 3)
+    made, make = [], step.Prompt.__init__
+    monkeypatch.setattr(step.Prompt, "__init__", lambda own, *given: (make(own, *given), made.append(own))[0])
+    engine = llm.llm_engine
+    engine.add_request("gone", {"prompt_token_ids": prompt(2000, 3)}, params("expected-attention", 0.25, 2))
+    engine.step()
+    engine.abort_request(["gone"])
+    assert len(made) == 1 and made[0].queries
+    engine.add_request("plain", {"prompt_token_ids": prompt(40, 4)}, params(None, tokens=6))
+    while engine.has_unfinished_requests():
+        engine.step()
+    llm.generate([{"prompt_token_ids": prompt(640, 5)}], params("snapkv", 0.25, 2))
+    assert len(made) == 2 and not made[0].queries

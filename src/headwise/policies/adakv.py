@@ -46,6 +46,11 @@ class AdaKV(Scored):
         return scorer
 
     @property
+    def needs_rotation(self) -> bool:
+        """As the scores do."""
+        return self._scorer.needs_rotation
+
+    @property
     def query_rows(self) -> int | None:
         """As the scores need them."""
         return self._scorer.query_rows

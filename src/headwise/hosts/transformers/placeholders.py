@@ -49,8 +49,9 @@ def check_marked(cache: Any, input_ids: Int[Tensor, "b q"] | None) -> None:
     Raises:
         InputError: saying where.
     """
-    marks, found = cache.token_log.marks, placeholders(cache.model.config)
-    if not marks.announced or input_ids is None or not found:
+    marks = cache.token_log.marks
+    # A cache may outlive its model, and then goes on.
+    if not marks.announced or input_ids is None or not (found := placeholders(cache.model.config)):
         return
     seen = cache.token_log.columns
     media = torch.isin(input_ids, torch.tensor(sorted(found), device=input_ids.device)).cpu()

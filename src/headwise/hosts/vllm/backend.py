@@ -64,7 +64,7 @@ class HeadwiseBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], *given: Any, **named: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, *given, **named)
-        compacts = isinstance(kv_cache_spec, HeadwiseSpec)
+        compacts = isinstance(kv_cache_spec, HeadwiseSpec) and kv_cache_spec.sliding_window is None
         self._steps = StepMaker(layer_names, self.num_kv_heads, self.block_size) if compacts else None
 
     def build(

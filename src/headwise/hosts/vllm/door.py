@@ -6,6 +6,7 @@ row of a batch. This one leaves the logits as they are.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,17 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from headwise.errors import HeadwiseError
-from headwise.hosts.vllm.engine import ENGINE
+from headwise.hosts.vllm.engine import ENGINE, RESUMABLE, UNKNOWN
 from headwise.hosts.vllm.options import KEY, POLICY, RATIO, Options, options_of
 from headwise.types import Tensor
+
+# That of the newer model runner too, where there is one: it does not start with processors of the former kind. Requests
+# are not compressed by it, so that nothing is done there.
+_INTERFACES: tuple[type, ...] = (LogitsProcessor,)
+with contextlib.suppress(ImportError):
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as NewerLogitsProcessor
+
+    _INTERFACES = (LogitsProcessor, NewerLogitsProcessor)
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Row:
 ROWS: dict[int, Row] = {}
 
 
-class Door(LogitsProcessor):
+class Door(*_INTERFACES):  # type: ignore[misc]  # as many as there are
     """Refuses what cannot be served, and keeps `ROWS`."""
 
     @classmethod
@@ -45,9 +54,12 @@ class Door(LogitsProcessor):
             ValueError: saying why it cannot be served; vLLM answers with status 400.
         """
         try:
-            options = options_of(sampling_params.extra_args, ENGINE.default)
+            engine = ENGINE.get() or UNKNOWN
+            # What holds for all does not hold for a prompt that comes in parts.
+            default = None if RESUMABLE.get() else engine.default
+            options = options_of(sampling_params.extra_args, default)
             if options is not None:
-                ENGINE.check(options)
+                engine.check(options)
         except HeadwiseError as error:
             raise ValueError(str(error)) from error
         if options is None:
@@ -58,14 +70,18 @@ class Door(LogitsProcessor):
         # Its blocks are rewritten, and must be nobody else's.
         sampling_params.skip_reading_prefix_cache = True
 
-    def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
+    def __init__(self, vllm_config: Any, *given: Any) -> None:
         ROWS.clear()
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Asked by the newer runner: no logits are changed."""
+        return False
 
     def is_argmax_invariant(self) -> bool:
         """Logits stay as they are."""
         return True
 
-    def apply(self, logits: Tensor) -> Tensor:
+    def apply(self, logits: Tensor, *given: Any) -> Tensor:
         """As they are."""
         return logits
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextvars import ContextVar
 from typing import Any
 
 import vllm
@@ -22,18 +23,26 @@ _ROTARY = {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_
 
 
 class Engine:
-    """What the process that takes requests knows of its engine.
+    """What the process that takes requests knows of an engine.
+
+    Args:
+        config: of it; None where nothing is known.
 
     Attributes:
         obstacle: why nothing can be compressed in it; None where it can.
         default: for requests that say nothing.
         turns: whether it is known how its model makes positions.
+
+    Raises:
+        ConfigurationError: when the default for all requests cannot be what it says.
     """
 
-    def __init__(self) -> None:
-        self.obstacle: str | None = "its plugin was not loaded (VLLM_PLUGINS)"
-        self.default: Options | None = None
-        self.turns = False
+    def __init__(self, config: Any = None) -> None:
+        self.obstacle: str | None = "its plugin was not loaded (VLLM_PLUGINS)" if config is None else obstacle(config)
+        self.turns = config is not None and _turns(config.model_config.hf_text_config)
+        self.default: Options | None = None if config is None else _default(getattr(config, "additional_config", None))
+        if self.default is not None:
+            self.check(self.default)
 
     def check(self, options: Options) -> None:
         """Refuse what this engine cannot do.
@@ -41,6 +50,10 @@ class Engine:
         Raises:
             ConfigurationError: saying why.
         """
+        if RESUMABLE.get():
+            raise ConfigurationError(
+                f"{KEY}: a prompt that comes in parts cannot be compressed, as its end is not known"
+            )
         if self.obstacle is not None:
             raise ConfigurationError(f"{KEY}: this engine cannot compress requests: {self.obstacle}")
         if options.keeping(1).needs_rotation and not self.turns:
@@ -49,19 +62,12 @@ class Engine:
                 "not known; take adakv or snapkv"
             )
 
-    def note(self, config: Any) -> None:
-        """Take note of the configuration of an engine.
 
-        Raises:
-            ConfigurationError: when the default for all requests cannot be what it says.
-        """
-        self.obstacle, self.turns = obstacle(config), _turns(config.model_config.hf_text_config)
-        self.default = _default(getattr(config, "additional_config", None))
-        if self.default is not None:
-            self.check(self.default)
-
-
-ENGINE = Engine()
+# That a request is being taken in for; and whether more of its prompt may come later.
+ENGINE: ContextVar[Engine | None] = ContextVar("engine", default=None)
+RESUMABLE = ContextVar("resumable", default=False)
+# Where requests are taken in for one that was not seen when it was made.
+UNKNOWN = Engine()
 
 
 def version_obstacle() -> str | None:
@@ -88,9 +94,18 @@ def layout_obstacle(config: Any) -> str | None:
     size, dim = cache.block_size, model.get_head_size()
     try:
         check_layout(2, size, dim, model.dtype, _get_attn_isa(model.dtype, size, dim, cache.cache_dtype))
-    except UnsupportedModelError as error:
-        return str(error)
+    except (UnsupportedModelError, RuntimeError) as error:
+        # vLLM's kernels refuse sizes that they have not by the latter.
+        return str(error).splitlines()[0]
     return None
+
+
+def _mixed(config: Any) -> bool:
+    """Whether some layers of a model have a cache of another kind, such as a window or a state."""
+    text = config.hf_text_config
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    windows = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    return bool(kinds or windows or getattr(text, "attention_chunk_size", None) or getattr(config, "is_hybrid", False))
 
 
 def obstacle(config: Any) -> str | None:
@@ -102,6 +117,13 @@ def obstacle(config: Any) -> str | None:
         "the model has latent attention (MLA), whose rows belong to all heads": model.use_mla,
         "the model counts distances between rows (ALiBi), which lie elsewhere afterwards": model.uses_alibi,
         "the model does not generate text": model.runner_type != "generate",
+        "layers of the model read the keys of others": bool(getattr(model.hf_text_config, "num_kv_shared_layers", 0)),
+        "other layers of the model have blocks that requests with the same prefix would find; start it with "
+        "--no-enable-prefix-caching": _mixed(model) and bool(config.cache_config.enable_prefix_caching),
+        "layers that slide over a window have the same blocks as others (--disable-hybrid-kv-cache-manager)": _mixed(
+            model
+        )
+        and bool(getattr(config.scheduler_config, "disable_hybrid_kv_cache_manager", False)),
         "tokens are drafted (speculative decoding)": config.speculative_config is not None,
         "rows are moved between engines (KV transfer)": config.kv_transfer_config is not None,
         "the cache is in 8 bits": config.cache_config.cache_dtype.startswith("fp8"),

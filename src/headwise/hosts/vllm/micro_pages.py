@@ -59,12 +59,12 @@ def check_layout(heads: int, size: int, dim: int, dtype: torch.dtype, isa: str) 
     Raises:
         UnsupportedModelError: naming the kernels.
     """
-    scratch = torch.zeros(3, heads, size, 2 * dim, dtype=dtype)
-    keys, values = torch.randn(2, 2 * size, heads, dim).to(dtype)
+    scratch = torch.zeros(3, heads, size, 2 * dim, dtype=dtype, device="cpu")
+    keys, values = torch.randn(2, 2 * size, heads, dim, dtype=torch.float32, device="cpu").to(dtype)
     page_keys, page_values = scratch.view(3, heads, 2 * size, dim).chunk(2, dim=2)
-    slots = torch.arange(size, 3 * size)
+    slots = torch.arange(size, 3 * size, device="cpu")
     ops.cpu_attn_reshape_and_cache(keys, values, page_keys, page_values, slots, isa)
-    found = read_blocks(scratch, torch.tensor([1, 2]))
+    found = read_blocks(scratch, torch.tensor([1, 2], device="cpu"))
     if not all(torch.equal(own, rows.transpose(0, 1)) for own, rows in zip(found, (keys, values), strict=True)):
         raise UnsupportedModelError(
             f"how vLLM's {isa!r} kernels lay out rows of {dtype} on this processor is not known"

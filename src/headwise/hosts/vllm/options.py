@@ -18,6 +18,9 @@ from headwise.policies.wrapper import Wrapper
 KEY, POLICY, RATIO = "headwise", "headwise_policy", "headwise_ratio"
 OFF = "off"
 
+# Of a policy's windows, strides and the like: anybody may ask a server for them.
+_MOST = 65_536
+
 # 0.07 * 100 is 7.000000000000001 in floating point, and must not become 8 blocks.
 _FLOAT_NOISE = 1e-9
 
@@ -107,6 +110,10 @@ def _policy(words: str, rows: int) -> Policy:
 
 def _obstacle(policy: Policy) -> str | None:
     """Why a policy cannot be served by vLLM's blocks; None where it can."""
+    counts = {name: value for name, value in policy.parameters().items() if isinstance(value, int) and name != "seed"}
+    large = next((name for name, value in counts.items() if value > _MOST), None)
+    if large is not None:
+        return f"its {large} is above {_MOST:,}, for which a server has neither room nor time"
     if isinstance(policy, Wrapper):
         return "blocks of vLLM hold rows as the model computes them, and nothing beside"
     if isinstance(policy, PyramidKV):

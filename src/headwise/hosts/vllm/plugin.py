@@ -1,7 +1,7 @@
 """Plugin: vLLM, when it loads its plugins -> layers of full attention whose blocks can be compacted.
 
 Everything is registered where vLLM documents it, but for one thing: vLLM does not tell those who refuse requests how
-its engine is configured, so that the object that takes requests in is looked at when it is made.
+its engine is configured, so that two methods of the object that takes requests in are wrapped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from headwise.hosts.vllm import metrics
-from headwise.hosts.vllm.engine import ENGINE, version_obstacle
+from headwise.hosts.vllm.engine import ENGINE, RESUMABLE, UNKNOWN, Engine, version_obstacle
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def register() -> None:
     reason = version_obstacle()
     if reason is not None:
         # Requests that ask for it are refused; others are as without it.
-        ENGINE.obstacle = reason
+        UNKNOWN.obstacle = reason
         _log.warning("headwise is not active: %s", reason)
         return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -41,13 +41,24 @@ def register() -> None:
 def _look_at_engines() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
-    made = InputProcessor.__init__
+    made, taken = InputProcessor.__init__, InputProcessor.process_inputs
     if hasattr(made, "__wrapped__"):
         return
 
     @functools.wraps(made)
-    def note(self: Any, vllm_config: Any, *given: Any, **named: Any) -> None:
-        ENGINE.note(vllm_config)
+    def make(self: Any, vllm_config: Any, *given: Any, **named: Any) -> None:
+        self._headwise = Engine(vllm_config)
         made(self, vllm_config, *given, **named)
 
-    InputProcessor.__init__ = note
+    @functools.wraps(taken)
+    def take(self: Any, request_id: str, prompt: Any, params: Any, *given: Any, **named: Any) -> Any:
+        engine, more = ENGINE.set(self._headwise), RESUMABLE.set(bool(named.get("resumable")))
+        try:
+            # The caller's own parameters stay as they are.
+            own = params.clone() if hasattr(params, "extra_args") else params
+            return taken(self, request_id, prompt, own, *given, **named)
+        finally:
+            ENGINE.reset(engine)
+            RESUMABLE.reset(more)
+
+    InputProcessor.__init__, InputProcessor.process_inputs = make, take

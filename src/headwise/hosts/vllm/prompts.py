@@ -19,6 +19,7 @@ class Prompt:
     Attributes:
         seen: tokens of the prompt whose queries were looked at.
         seconds: spent on choosing.
+        step: in which it last was in a batch.
         queries: of each layer, the newest, as many as the policy looks at.
         pages: of each layer and head those that hold what stays, padded with 0; zeros before anything was chosen.
         counts: how many there are.
@@ -30,13 +31,14 @@ class Prompt:
     heads: int
     seen: int = 0
     seconds: float = 0.0
+    step: int = 0
     queries: dict[int, Tensor] = field(default_factory=dict)
     pages: Int[Tensor, "layers h most"] = field(init=False)
     counts: Int[Tensor, "layers h"] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.pages = torch.zeros(self.layers, self.heads, 0, dtype=torch.int32)
-        self.counts = torch.zeros(self.layers, self.heads, dtype=torch.int32)
+        self.pages = torch.zeros(self.layers, self.heads, 0, dtype=torch.int32, device="cpu")
+        self.counts = torch.zeros(self.layers, self.heads, dtype=torch.int32, device="cpu")
 
     def observe(self, layer: int, queries: Float[Tensor, "1 h g q d"]) -> Float[Tensor, "1 h g r d"]:
         """Take in the queries of a pass; gives all that the policy looks at, of what there is."""
@@ -56,16 +58,16 @@ class Prompt:
             first: ids of these blocks.
             rows: of each head, a whole number of pages.
         """
-        free = (first.long()[:, None] * self.heads + torch.arange(self.heads)).flatten().int()
+        free = (first.long()[:, None] * self.heads + torch.arange(self.heads, device="cpu")).flatten().int()
         counts = [len(own) // self.blocks.size for own in rows]
         if max(counts) > self.pages.shape[2]:
-            wider = torch.zeros(self.layers, self.heads, max(counts), dtype=torch.int32)
+            wider = torch.zeros(self.layers, self.heads, max(counts), dtype=torch.int32, device="cpu")
             wider[:, :, : self.pages.shape[2]] = self.pages
             self.pages = wider
         found = list(free.split(counts))
         for head, own in enumerate(found):
             self.pages[layer, head, : len(own)] = own
-        self.counts[layer] = torch.tensor(counts, dtype=torch.int32)
+        self.counts[layer] = torch.tensor(counts, dtype=torch.int32, device="cpu")
         self.queries.pop(layer, None)
         return found
 
@@ -81,11 +83,11 @@ def tables(
     layers, heads = prompts[0].counts.shape
     later = [own[prompt.blocks.whole :] for prompt, own in zip(prompts, blocks, strict=True)]
     width = max(p.pages.shape[2] + len(own) for p, own in zip(prompts, later, strict=True))
-    table = torch.zeros(layers, len(prompts), heads, width, dtype=torch.int32)
+    table = torch.zeros(layers, len(prompts), heads, width, dtype=torch.int32, device="cpu")
     for at, (prompt, own) in enumerate(zip(prompts, later, strict=True)):
         table[:, at, :, : prompt.pages.shape[2]] = prompt.pages
-        pages = own.int()[None, :] * heads + torch.arange(heads, dtype=torch.int32)[:, None]
-        behind = prompt.counts[:, :, None].long() + torch.arange(len(own))
+        pages = own.int()[None, :] * heads + torch.arange(heads, dtype=torch.int32, device="cpu")[:, None]
+        behind = prompt.counts[:, :, None].long() + torch.arange(len(own), device="cpu")
         table[:, at].scatter_(2, behind, pages.expand(layers, -1, -1))
     rows = torch.stack([prompt.counts * prompt.blocks.size for prompt in prompts], dim=1)
     return table.flatten(1, 2), rows.flatten(1, 2)

@@ -14,6 +14,10 @@ from headwise.hosts.vllm.door import ROWS
 from headwise.hosts.vllm.prompts import Prompt, tables
 from headwise.types import Float, Int, Tensor
 
+# Steps after which a prompt that was begun is not expected to be gone on with. If it is, the policy does without what
+# it asked before.
+_PATIENCE = 200
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -72,8 +76,8 @@ class Compacted:
     def of_head(self, head: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " requests_and_one"]]:
         """Rows of the sequences of one head, as `by_head` has them, and where they begin among themselves."""
         firsts, stops = (each[head :: self.heads].tolist() for each in (self.starts[:-1], self.starts[1:]))
-        rows = torch.cat([torch.arange(first, stop) for first, stop in zip(firsts, stops, strict=True)])
-        return rows, torch.tensor([0, *self.queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        rows = torch.cat([torch.arange(first, stop, device="cpu") for first, stop in zip(firsts, stops, strict=True)])
+        return rows, torch.tensor([0, *self.queries], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
 
 
 @dataclass
@@ -109,10 +113,12 @@ class StepMaker:
         self._heads, self._size = heads, block_size
         # By their first block, which is nobody else's as long as they hold it.
         self._prompts: dict[int, Prompt] = {}
-        self._held: tuple[Any, Tensor, Tensor] | None = None
+        self._held: tuple[list[Prompt], list[tuple[int, int]], tuple[Tensor, Tensor]] | None = None
+        self._steps = 0
 
     def make(self, batch: CommonAttentionMetadata) -> Step | None:
         """Sort a batch; None where no request in it is compressed."""
+        self._steps += 1
         rows = {index: row for index, row in ROWS.items() if index < batch.num_reqs}
         if not rows:
             return None
@@ -130,8 +136,10 @@ class StepMaker:
             table = batch.block_table_tensor[index, : -(-length // self._size)]
             key = int(table[0])
             if before == 0:
+                self._forget()
                 self._prompts[key] = Prompt(row.options, blocks, len(self._layers), self._heads)
             prompt = self._prompts[key]
+            prompt.step = self._steps
             if before >= row.tokens:
                 compacted.append((prompt, table, length, slice(first, stop)))
                 continue
@@ -148,6 +156,12 @@ class StepMaker:
             step.compacted = self._batch(*(list(each) for each in zip(*compacted, strict=True)))
         return step
 
+    def _forget(self) -> None:
+        """Let go of queries of prompts that were not gone on with for long: their requests were cancelled."""
+        for prompt in self._prompts.values():
+            if prompt.queries and self._steps - prompt.step > _PATIENCE:
+                prompt.queries.clear()
+
     def _whole(self, step: Step, batch: CommonAttentionMetadata, parts: Sequence[tuple[int, int, int, int]]) -> None:
         """What attends over whole blocks: the batch itself, or requests of it with all or some of their queries."""
         if not parts:
@@ -156,10 +170,10 @@ class StepMaker:
         if sum(counts) == batch.num_actual_tokens and len(parts) == batch.num_reqs:
             step.whole = batch
             return
-        index = torch.tensor([each[0] for each in parts])
-        starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        lengths = torch.tensor([each[3] for each in parts], dtype=batch.seq_lens.dtype)
-        step.whole_tokens = torch.cat([torch.arange(first, stop) for _, first, stop, _ in parts])
+        index = torch.tensor([each[0] for each in parts], device="cpu")
+        starts = torch.tensor([0, *counts], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+        lengths = torch.tensor([each[3] for each in parts], dtype=batch.seq_lens.dtype, device="cpu")
+        step.whole_tokens = torch.cat([torch.arange(first, stop, device="cpu") for _, first, stop, _ in parts])
         step.whole = replace(
             batch,
             query_start_loc=starts,
@@ -175,10 +189,13 @@ class StepMaker:
 
     def _batch(self, prompts: list[Prompt], blocks: list[Tensor], lengths: list[int], tokens: list[slice]) -> Compacted:
         """Their tables are made anew when a request came or went, or has a block more."""
-        known = [(id(prompt), len(own), int(own[-1])) for prompt, own in zip(prompts, blocks, strict=True)]
-        if self._held is None or self._held[0] != known:
-            self._held = known, *tables(prompts, blocks)
-        return batch_of(prompts, blocks, lengths, tokens, self._held[1:])
+        ends = [(len(own), int(own[-1])) for own in blocks]
+        held = self._held
+        # Prompts are compared as objects, which are held as long as they are.
+        same = held is not None and held[1] == ends and len(held[0]) == len(prompts)
+        if held is None or not same or any(one is not other for one, other in zip(held[0], prompts, strict=True)):
+            self._held = held = (prompts, ends, tables(prompts, blocks))
+        return batch_of(prompts, blocks, lengths, tokens, held[2])
 
 
 def batch_of(
@@ -199,7 +216,7 @@ def batch_of(
     table, rows = tables(prompts, blocks) if made is None else made
     heads, queries = prompts[0].heads, tuple(each.stop - each.start for each in tokens)
     later = [length - prompt.blocks.candidates for prompt, length in zip(prompts, lengths, strict=True)]
-    behind = torch.tensor(later, dtype=torch.int32).repeat_interleave(heads)
-    starts = torch.tensor([0, *(count for count in queries for _ in range(heads))], dtype=torch.int32)
-    at = torch.cat([torch.arange(each.start, each.stop) for each in tokens])
+    behind = torch.tensor(later, dtype=torch.int32, device="cpu").repeat_interleave(heads)
+    starts = torch.tensor([0, *(count for count in queries for _ in range(heads))], dtype=torch.int32, device="cpu")
+    at = torch.cat([torch.arange(each.start, each.stop, device="cpu") for each in tokens])
     return Compacted(at, table, rows + behind, starts.cumsum(0, dtype=torch.int32), queries, heads)
