@@ -68,6 +68,9 @@ def test_where_no_layer_shows_its_positions_none_is_taken_to_have_no_rotation():
     assert [layer.rotation for layer in read_facts(model)[0].layers] == [None, None]
     with pytest.raises(UnsupportedModelError, match=r"makes positions is not known; take SnapKV.* without it"):
         headwise.HeadwiseCache(model, headwise.Match(headwise.SnapKV(keep=9)))
+    for policy in (headwise.ExpectedAttention(9), headwise.AdaKV(9, over="expected-attention")):
+        with pytest.raises(UnsupportedModelError, match="turns queries to positions to come"):
+            headwise.HeadwiseCache(model, policy)
 
 
 def turned_width(config):

@@ -38,7 +38,7 @@ class Options:
     """
 
     policy: str = "adakv:over=snapkv"
-    ratio: float = 0.25
+    ratio: int | float = 0.25
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
