@@ -97,7 +97,8 @@ serve-vllm: $(VLLM_VENV)/.ready
 
 $(VLLM_VENV)/.ready: pyproject.toml hatch_build.py $(wildcard src/headwise/kernels/cpu/csrc/*)
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip $(PIP_INSTALL) "$(VLLM)" -e ".[vllm]" "pytest>=9" "hypothesis>=6.150"
+	$(VLLM_VENV)/bin/python -m pip $(PIP_INSTALL) "$(VLLM)" -e ".[vllm]" \
+		"pytest>=9" "hypothesis>=6.150" "jaxtyping>=0.3.4"
 # They come with it, for another torch, and are not needed.
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
