@@ -12,7 +12,7 @@ import engines
 
 def answers(folder, processes, *policies):
     command = [sys.executable, str(Path(__file__).with_name("parallel.py")), str(folder), str(processes), *policies]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -52,7 +52,7 @@ class Server:
         given.pop(metrics.FOLDER, None)
         with log.open("w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, env=given, start_new_session=True)
-        until = time.monotonic() + 150
+        until = time.monotonic() + 300
         while not self.ready():
             assert self.process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
             time.sleep(0.5)
