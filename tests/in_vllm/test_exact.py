@@ -125,7 +125,7 @@ def test_what_is_counted(llm, tmp_path, monkeypatch):
     metrics._COUNTED.clear()
     (tmp_path / "1.json").write_text(json.dumps([["blocks_freed", "tova", 7]]))
     (tmp_path / "2.json").write_text("{ half of a file")
-    given = [params("tova", 0.25), params("snapkv", 0.5), params("snapkv", 0.5), params(None)]
+    given = [params("tova", 0.25), params("snapkv", 0.5), params("snapkv:window=16", 0.5), params(None)]
     llm.generate([{"prompt_token_ids": prompt(40 * engines.BLOCK, seed)} for seed in range(4)], given)
     found = metrics.totals()
     seconds = {key: found.pop(key) for key in list(found) if key[0] == "choosing_seconds"}

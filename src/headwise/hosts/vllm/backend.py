@@ -75,10 +75,10 @@ class HeadwiseBuilder(CPUAttentionMetadataBuilder):
         step = None if self._steps is None else self._steps.make(common_attn_metadata)
         if step is None:
             return found
-        if step.whole is not None and step.whole_tokens is not None:
-            step.own = super().build(common_prefix_len, step.whole, fast_build)
+        if step.whole is common_attn_metadata:
+            step.own = found
         elif step.whole is not None:
-            step.own = found if step.whole is common_attn_metadata else super().build(0, step.whole, fast_build)
+            step.own = super().build(common_prefix_len, step.whole, fast_build)
         return HeadwiseMetadata(**vars(found), step=step)
 
 
@@ -132,7 +132,7 @@ class HeadwiseImpl(CPUAttentionBackendImpl):
             micro_pages.write_rows(kv_cache, own, keys[0, head, chosen], values[0, head, chosen], layer.isa)
         prompt.seconds += time.perf_counter() - started
         if index == prompt.layers - 1:
-            count("choosing_seconds", prompt.seconds, prompt.options.policy)
+            count("choosing_seconds", prompt.seconds, prompt.options.name)
         if reading.later is not None:
             batch = batch_of([prompt], [reading.blocks], [reading.tokens], [reading.later])
             output[batch.tokens] = self._attend(layer, index, query[batch.tokens], kv_cache, batch)

@@ -34,7 +34,7 @@ class HeadwiseManager(FullAttentionManager):
         options = options_of(None if request.sampling_params is None else request.sampling_params.extra_args)
         if options is not None:
             if request.request_id not in self._options and not request.num_preemptions:
-                count("requests", 1, options.policy)
+                count("requests", 1, options.name)
             self._options[request.request_id] = options
         elif self._caches_prefixes:
             super().cache_blocks(request, *given, **named)
@@ -52,8 +52,8 @@ class HeadwiseManager(FullAttentionManager):
             self._remove_blocks_in_range(request_id, stay, whole)
             freed = self.block_pool.get_num_free_blocks() - before
             if freed:
-                count("blocks_kept", stay, options.policy)
-                count("blocks_freed", freed, options.policy)
+                count("blocks_kept", stay, options.name)
+                count("blocks_freed", freed, options.name)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request."""

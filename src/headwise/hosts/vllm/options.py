@@ -47,6 +47,11 @@ class Options:
             raise ConfigurationError(f"{KEY}: policy must be a text such as 'snapkv', got {self.policy!r}")
         self.keeping(1)
 
+    @property
+    def name(self) -> str:
+        """The policy's, without its parameters, of which a client may think up any number."""
+        return self.policy.partition(":")[0].strip()
+
     def keeping(self, rows: int) -> Policy:
         """The policy with room for so many rows of every KV head, as a mean over the heads of a layer."""
         return _policy(self.policy, rows)
