@@ -113,7 +113,7 @@ class StepMaker:
         self._heads, self._size = heads, block_size
         # By their first block, which is nobody else's as long as they hold it.
         self._prompts: dict[int, Prompt] = {}
-        self._held: tuple[list[Prompt], list[tuple[int, int]], tuple[Tensor, Tensor]] | None = None
+        self._held: tuple[list[Prompt], list[int], tuple[Tensor, Tensor]] | None = None
         self._steps = 0
 
     def make(self, batch: CommonAttentionMetadata) -> Step | None:
@@ -189,12 +189,11 @@ class StepMaker:
 
     def _batch(self, prompts: list[Prompt], blocks: list[Tensor], lengths: list[int], tokens: list[slice]) -> Compacted:
         """Their tables are made anew when a request came or went, or has a block more."""
-        ends = [(len(own), int(own[-1])) for own in blocks]
-        held = self._held
-        # Prompts are compared as objects, which are held as long as they are.
-        same = held is not None and held[1] == ends and len(held[0]) == len(prompts)
+        counts, held = [len(own) for own in blocks], self._held
+        # Prompts are compared as objects, which are held as long as they are; one has its blocks for as long as it is.
+        same = held is not None and held[1] == counts
         if held is None or not same or any(one is not other for one, other in zip(held[0], prompts, strict=True)):
-            self._held = held = (prompts, ends, tables(prompts, blocks))
+            self._held = held = (prompts, counts, tables(prompts, blocks))
         return batch_of(prompts, blocks, lengths, tokens, held[2])
 
 
