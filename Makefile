@@ -84,8 +84,9 @@ $(OLD_VENV)/.ready: $(VENV)/.ready
 # An environment of its own, of about 3.4 GB: vLLM wants other releases.
 vllm: $(VLLM_VENV)/.ready
 
+# vLLM takes long to import where nothing compiled may be kept, and every server here does so anew.
 test-vllm: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest -o filterwarnings=default --durations=10 tests/in_vllm
+	PYTHONDONTWRITEBYTECODE= $(VLLM_VENV)/bin/python -m pytest -o filterwarnings=default --durations=10 tests/in_vllm
 
 # The OpenAI server with the default model, in which every request keeps a quarter of its prompt unless it says otherwise.
 PORT ?= 8000
@@ -98,7 +99,7 @@ serve-vllm: $(VLLM_VENV)/.ready
 $(VLLM_VENV)/.ready: pyproject.toml hatch_build.py $(wildcard src/headwise/kernels/cpu/csrc/*)
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip $(PIP_INSTALL) "$(VLLM)" -e ".[vllm]" \
-		"pytest>=9" "hypothesis>=6.150" "jaxtyping>=0.3.4"
+		"lm-eval[api]>=0.4.12" "pytest>=9" "hypothesis>=6.150" "jaxtyping>=0.3.4"
 # They come with it, for another torch, and are not needed.
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

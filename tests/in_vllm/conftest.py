@@ -20,3 +20,22 @@ def folder(tmp_path_factory):
 def llm(folder):
     """The one engine of this process."""
     return engines.start(folder)
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """Of a small model that is spoken to in text."""
+    import servers
+
+    return servers.save_model(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def server(served, tmp_path_factory):
+    """One that tests of clients share."""
+    import servers
+
+    forced = ("--logits-processors", "headwise.hosts.vllm.forced:Forced", "--max-logprobs", "4000")
+    made = servers.Server(served, tmp_path_factory.mktemp("log") / "server.log", *forced)
+    yield made
+    made.stop()

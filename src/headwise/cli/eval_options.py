@@ -18,6 +18,7 @@ from headwise.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from headwise.eval.executor import Executor
+    from headwise.eval.model_source import ModelSource
 
 WORKLOAD = "Workload"
 _RUN = "Run"
@@ -87,6 +88,15 @@ RayCpus = Annotated[
     int, typer.Option("--ray-cpus", metavar="N", min=1, help="Processors per item.", rich_help_panel=_RUN)
 ]
 RayGpus = Annotated[float, typer.Option("--ray-gpus", metavar="N", min=0, help="GPUs per item.", rich_help_panel=_RUN)]
+ServerUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="URL",
+        help="Of a vLLM server with headwise in it, which is asked instead of loading the model; see docs/vllm.md.",
+        rich_help_panel=_RUN,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +114,7 @@ class RunOptions:
     ray_address: RayAddress = None
     ray_cpus: RayCpus = 1
     ray_gpus: RayGpus = 0.0
+    server: ServerUrl = None
     model: options.Model = None
     dtype: options.Dtype = "auto"
     device: options.Device = None
@@ -127,9 +138,22 @@ class RunOptions:
             parse_device(self.device)
         rows = None if parse_dtype(self.cache_dtype) is None else self.cache_dtype
         source = ModelSource(self.model, dtype, self.device, self.kernel, self.evict_every, rows)
+        if self.server is not None:
+            return self._of_server(source, ray)
         if not ray:
             return LocalExecutor(source)
         return RayExecutor(source, self.ray_address, self.ray_cpus, self.ray_gpus)
+
+    def _of_server(self, source: ModelSource, ray: bool) -> Executor:
+        from headwise.eval.server_executor import ServerExecutor
+
+        theirs = {"--ray": ray, "--device": self.device, "--cache-dtype": source.cache_dtype}
+        theirs |= {"--kernel": self.kernel != "auto", "--evict-every": self.evict_every != 16}
+        given = next((name for name, value in theirs.items() if value), None)
+        if given is not None:
+            raise ConfigurationError(f"{given} does not go with --server, which is how it was started")
+        assert self.server is not None
+        return ServerExecutor(source, self.server)
 
 
 def with_run_options(act: Callable[[T, RunOptions], None]) -> Callable[[Callable[..., T]], Callable[..., None]]:

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from headwise.eval.cache_kinds import CacheKind
 from headwise.eval.passages import Passages
-from headwise.eval.task import Item, Measured, Subject
+from headwise.eval.server import Served, ServedPrompt, Server
+from headwise.eval.task import Item, Measured, Subject, measured_served
+from headwise.hosts.vllm.options import Options
 from headwise.types import Float, Int, Tensor
 
 
@@ -33,6 +35,7 @@ class Fidelity(Passages):
     name: ClassVar[str] = "fidelity"
     primary: ClassVar[str] = "kl"
     higher_is_better: ClassVar[bool] = False
+    through_server: ClassVar[bool] = True
 
     def reference(self, subject: Subject, item: Item) -> Float[Tensor, "steps vocabulary"]:
         """Log-probabilities of the full cache, from one pass over the passage."""
@@ -51,6 +54,30 @@ class Fidelity(Passages):
         rows = subject.feed(context.cache, ids[:, self.context : -1]).float().log_softmax(dim=-1)
         metrics, nll = compare(reference, rows, ids[0, self.context + 1 :])
         return context.measured(metrics, nll=nll, document=item.data["document"], start=item.data["start"])
+
+    def prompt_tokens(self, item: Item) -> int:
+        """The context."""
+        return self.context
+
+    def reference_served(self, server: Server, item: Item) -> Float[Tensor, "steps vocabulary"]:
+        """Log-probabilities of the full cache."""
+        return self._followed(server, item, None)[0]
+
+    def measure_served(
+        self, server: Server, item: Item, prompt: ServedPrompt, reference: Float[Tensor, "steps vocabulary"]
+    ) -> Measured:
+        """Give the context as a prompt, and let the rest be written."""
+        rows, served = self._followed(server, item, prompt.options)
+        metrics, nll = compare(reference, rows, torch.tensor(item.data["ids"][self.context + 1 :]))
+        details = {"nll": nll, "document": item.data["document"], "start": item.data["start"]}
+        return measured_served(prompt, served, metrics, **details)
+
+    def _followed(self, server: Server, item: Item, options: Options | None) -> tuple[Tensor, Served]:
+        ids = item.data["ids"]
+        served = server.write(ids[: self.context], self.steps + 1, options, ids[self.context :], rows=True)
+        assert served.rows is not None
+        # What the context's last token predicts is left out, as above.
+        return served.rows[1:], served
 
 
 def compare(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import takewhile
 
 import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from headwise.eval.task import Context, Subject
 
@@ -15,7 +16,7 @@ def continue_greedily(subject: Subject, context: Context, limit: int) -> list[in
 
     The model's own settings for generation, such as a penalty on repetition, have no part in it.
     """
-    ends = _end_ids(subject)
+    ends = end_ids(getattr(subject.model, "generation_config", None), subject.tokenizer)
     new: list[int] = []
     logits = context.logits
     with torch.inference_mode():
@@ -27,10 +28,9 @@ def continue_greedily(subject: Subject, context: Context, limit: int) -> list[in
     return new
 
 
-def _end_ids(subject: Subject) -> set[int]:
-    """The tokens that end a text, by the model's settings and its tokenizer's."""
-    generation = getattr(subject.model, "generation_config", None)
-    stated = [getattr(generation, "eos_token_id", None), subject.tokenizer.eos_token_id]
+def end_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a text, by a model's settings and its tokenizer's."""
+    stated = [getattr(generation, "eos_token_id", None), tokenizer.eos_token_id]
     return {int(end) for ends in stated if ends is not None for end in (ends if isinstance(ends, list) else [ends])}
 
 

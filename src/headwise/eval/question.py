@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from headwise.errors import ConfigurationError
 from headwise.eval.cache_kinds import CacheKind
 from headwise.eval.greedy import common_prefix, continue_greedily
-from headwise.eval.task import Context, Item, Measured, Query, Subject, Task
+from headwise.eval.server import ServedPrompt, Server
+from headwise.eval.task import Context, Item, Measured, Query, Subject, Task, measured_served
 from headwise.policies.checks import check_count
 from headwise.types import Int, Tensor
 
@@ -99,6 +100,21 @@ class QuestionTask(Task):
         answer = str(subject.tokenizer.decode(new, skip_special_tokens=True))
         metrics = {"recall": found(item.data["expected"], answer)}
         return context.measured(metrics, answer=answer, expected=item.data["expected"], **item.data["details"])
+
+    def prompt_tokens(self, item: Item) -> int:
+        """The document, and with it the question where it is there while compressing."""
+        return int(item.data["context"])
+
+    def measure_served(self, server: Server, item: Item, prompt: ServedPrompt, reference: None) -> Measured:
+        """Give the context as a prompt, let the rest of it be written, and the answer behind it."""
+        context, rest = (
+            item.data["ids"][at] for at in (slice(item.data["context"]), slice(item.data["context"], None))
+        )
+        served = server.write(context, len(rest) + item.data["limit"], prompt.options, rest)
+        answer = str(server.tokenizer.decode(served.ids[len(rest) :], skip_special_tokens=True))
+        metrics = {"recall": found(item.data["expected"], answer)}
+        details = {"answer": answer, "expected": item.data["expected"], **item.data["details"]}
+        return measured_served(prompt, served, metrics, **details)
 
     def read(self, subject: Subject, item: Item, kind: CacheKind, ids: Int[Tensor, "1 t"]) -> Context:
         """Read and compress the context."""

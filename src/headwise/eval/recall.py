@@ -37,6 +37,7 @@ class Recall(QuestionTask):
     undo_marks: bool = False
 
     name: ClassVar[str] = "recall"
+    through_server: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

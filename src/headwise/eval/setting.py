@@ -21,7 +21,7 @@ def describe_setting(results: Mapping[str, Any]) -> dict[str, str]:
         f"{model['kv_heads']} KV heads",
         "machine": f"{machine.get('gpu', machine['processor'])}, {machine['device']}, threads: {machine['threads']}",
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-        "kernel": f"{source['kernel']}, evicting every {source['evict_every']} tokens",
+        **_describe_place(source, machine),
         **({"rows": source["cache_dtype"]} if source.get("cache_dtype") else {}),
         "seed": str(configuration["seed"]),
     }
@@ -31,6 +31,13 @@ def describe_setting(results: Mapping[str, Any]) -> dict[str, str]:
     if results["interrupted"]:
         said["interrupted"] = "not all items are finished: rows may be of different ones"
     return said
+
+
+def _describe_place(source: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, str]:
+    """Who attended: kernels of headwise, or a server."""
+    if "server" in source:
+        return {"server": f"{source['server']}, blocks of {machine['block_size']} tokens"}
+    return {"kernel": f"{source['kernel']}, evicting every {source['evict_every']} tokens"}
 
 
 def _describe_task(task: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:

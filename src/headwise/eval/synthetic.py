@@ -42,6 +42,7 @@ class Synthetic(QuestionTask):
     hops: int = 4
 
     name: ClassVar[str] = "synthetic"
+    through_server: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

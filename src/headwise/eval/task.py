@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.errors import InputError
 from headwise.eval.cache_kinds import CacheKind
+from headwise.eval.server import Served, ServedPrompt, Server
 from headwise.hosts.transformers.cache import HeadwiseCache
 from headwise.measure.model_info import positions
 from headwise.report.report import Report
@@ -155,12 +156,20 @@ class Task(ABC):
             there is none.
         primary: the metric that curves and rankings are made of.
         higher_is_better: of the primary metric.
+        through_server: whether a vLLM server can be asked instead of a model here; said by every class anew.
     """
 
     name: ClassVar[str]
     query: Query = "none"
     primary: ClassVar[str]
     higher_is_better: ClassVar[bool]
+    through_server: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """What a class changes of another's measuring, a server knows nothing of, unless it says so."""
+        super().__init_subclass__(**options)
+        if "through_server" not in vars(cls):
+            cls.through_server = False
 
     @property
     def title(self) -> str:
@@ -187,3 +196,21 @@ class Task(ABC):
     @abstractmethod
     def measure(self, subject: Subject, item: Item, kind: CacheKind, reference: Any) -> Measured:
         """One item with one kind of cache, which may be the full one."""
+
+    def prompt_tokens(self, item: Item) -> int:
+        """How many tokens of an item a server compresses; of tasks that can be measured `through_server`."""
+        raise NotImplementedError
+
+    def reference_served(self, server: Server, item: Item) -> Any:
+        """What all policies are compared with, made once per item; None where nothing is."""
+        return None
+
+    def measure_served(self, server: Server, item: Item, prompt: ServedPrompt, reference: Any) -> Measured:
+        """One item by a server, its prompt compressed in that way."""
+        raise NotImplementedError
+
+
+def measured_served(prompt: ServedPrompt, served: Served, metrics: dict[str, float], **details: Any) -> Measured:
+    """Those metrics, with what the compression took and left."""
+    left = prompt.kept_ratio, prompt.used_bytes, prompt.full_bytes
+    return Measured(metrics, *left, served.seconds, served.choosing, details)

@@ -187,6 +187,25 @@ def describe_policy(policy: Policy) -> dict[str, Any]:
     return {"name": policy.name, "parameters": {name: plain(value) for name, value in policy.parameters().items()}}
 
 
+def policy_words(policy: Policy, without: Sequence[str] = ()) -> str:
+    """The policy as `parse_policy` reads it, without what is left at its default, and without those parameters.
+
+    Raises:
+        ConfigurationError: for a parameter that has no words, such as a policy with parameters of its own.
+    """
+    from headwise.policies.base import parameter_fields
+
+    said = []
+    for field in parameter_fields(type(policy)):
+        value = getattr(policy, field.name)
+        if field.name in without or value == field.default:
+            continue
+        if not isinstance(value, bool | int | float | str):
+            raise ConfigurationError(f"{policy}: {field.name} cannot be said in words")
+        said.append(f"{field.name}={str(value).lower() if isinstance(value, bool) else value}")
+    return policy.name + (f":{','.join(said)}" if said else "")
+
+
 def plain(value: object) -> Any:
     """A parameter's value as JSON can hold it: rules become their labels."""
     from headwise.policies.base import Policy, Rule

@@ -17,6 +17,8 @@ from headwise.policies.wrapper import Wrapper
 # Of a request: one key with both, where values may be objects; over HTTP they are numbers and texts.
 KEY, POLICY, RATIO = "headwise", "headwise_policy", "headwise_ratio"
 OFF = "off"
+# Beside them, where something is measured: tokens that are to be written (`forced.py`).
+FORCED = "forced_ids"
 
 # Of a policy's windows, strides and the like: anybody may ask a server for them.
 _MOST = 65_536
