@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import headwise
-from headwise.hosts.vllm.choice import PromptBlocks, choose_rows, query_rows
+from headwise.gate.gate import LayerGate
+from headwise.gate.inputs import gate_inputs
+from headwise.hosts.vllm.choice import Asked, Known, PromptBlocks, choose_rows, mass_of, needs_mass, query_rows
 from headwise.hosts.vllm.options import Options, options_of
 from headwise.hosts.vllm.whole_pages import pages_of_heads, rows_in_pages
 from headwise.policies import AdaKV, SnapKV, StreamingLLM
-from headwise.types import LogitOptions
+from headwise.types import Kind, LogitOptions
 
 NAN = float("nan")
 POLICIES = ("adakv:over=snapkv", "snapkv:window=5", "keydiff", "tova", "streamingllm", "keynorm")
@@ -63,11 +65,15 @@ def test_what_holds_for_all_is_changed_by_a_request():
         ({"headwise": {"policy": "snapkv+int8"}}, "and nothing beside"),
         ({"headwise": {"policy": "snapkv+match"}}, "and nothing beside"),
         ({"headwise": {"policy": "pyramidkv"}}, "all layers of a request have the same blocks"),
-        ({"headwise": {"policy": "fastgen"}}, "known only when the prompt was read"),
-        ({"headwise": {"policy": "auto"}}, "cannot be served"),
-        ({"headwise": {"policy": "kvzip"}}, "cannot be served"),
-        ({"headwise": {"policy": "h2o"}}, "that vLLM's kernels do not give"),
-        ({"headwise": {"policy": "punctuation"}}, "the kind of each token"),
+        ({"headwise": {"policy": "fastgen:recovery=0.9"}}, "is said by headwise_ratio; leave recovery out"),
+        ({"headwise": {"policy": "fastgen:local=8,keep=0.5"}}, "leave keep out"),
+        ({"headwise": {"policy": "snapkv:keep=64"}}, "leave keep out"),
+        ({"headwise": {"policy": "h2o:recent=0.5"}}, "leave recent out"),
+        ({"headwise": {"policy": "auto"}}, "in fewer bits"),
+        ({"headwise": {"policy": "auto:gate=true"}}, "in fewer bits"),
+        ({"headwise": {"policy": "kvzip"}}, "would have to repeat the prompt"),
+        ({"headwise": {"policy": "kvzip:gate=some/folder"}}, "the folder it was started with"),
+        ({"headwise": {"policy": "punctuation"}}, "has no budget"),
         ({"headwise": {"policy": "full"}}, "has no budget"),
         ({"headwise": {"policy": "expected-attention:future=2000000"}}, "future is above 65,536"),
         ({"headwise": {"policy": "snapkv:window=1000000000"}}, "window is above 65,536"),
@@ -139,7 +145,7 @@ def test_rows_that_a_policy_chooses(words):
     # A head that looks at few tokens, and others that look at all.
     keys[:, 0] *= 4
     values = torch.randn(1, heads, tokens, 16)
-    rows = choose_rows(options, blocks, queries, keys, values, LogitOptions(0.25), None)
+    rows = choose_rows(options, blocks, Asked(queries), keys, values, LogitOptions(0.25), Known())
     assert sum(map(len, rows)) == blocks.stay * heads * size == 20 * 3 * 8
     assert all(len(own) % size == 0 and own.tolist() == sorted(set(own.tolist())) for own in rows)
     assert max(int(own.max()) for own in rows) < blocks.candidates == 400
@@ -154,3 +160,78 @@ def test_rows_that_a_policy_chooses(words):
         logits = (queries[0, :, :, -1:] @ keys[0, :, None].mT * 0.25).softmax(dim=-1)
         best = logits.mean(dim=(0, 1))[0, :400].argsort(descending=True)[:160].sort().values
         assert all(own.tolist() == best.tolist() for own in rows)
+
+
+def asked_for(words, queries, keys, passes, ratio=0.4, size=8, kinds=None):
+    """Rows that stay of a prompt that is read in so many passes."""
+    options, tokens = Options(words, ratio), keys.shape[2]
+    blocks, asked, end = PromptBlocks.of(options, tokens, size), Asked(queries), 0
+    for part in queries.chunk(passes, dim=3):
+        end += part.shape[3]
+        mass = mass_of(options, blocks, part, keys[:, :, :end], LogitOptions(0.25))
+        asked.mass = mass if asked.mass is None else asked.mass + mass
+    return choose_rows(options, blocks, asked, keys, keys, LogitOptions(0.25), Known(kinds)), blocks, asked
+
+
+def test_mass_of_a_prompt_in_parts():
+    """Heavy hitters are those that got most attention from all queries, whatever passes they came in."""
+    torch.manual_seed(2)
+    tokens, heads = 211, 3
+    queries, keys = torch.randn(1, heads, 2, tokens, 16), 3 * torch.randn(1, heads, tokens, 16)
+    logits = queries @ keys[:, :, None].mT * 0.25
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    wanted = logits.masked_fill(~causal, -torch.inf).softmax(dim=-1).sum(dim=(2, 3))
+    assert needs_mass(Options("h2o")) and needs_mass(Options("fastgen")) and not needs_mass(Options("adakv"))
+    for passes in (1, 5):
+        rows, blocks, asked = asked_for("h2o", queries, keys, passes)
+        torch.testing.assert_close(asked.mass.score, wanted, rtol=1e-4, atol=1e-4)
+        # Eleven of 26 blocks, and three tokens that fill none: half of these rows are the newest.
+        assert (blocks.stay, blocks.rows) == (11, 91)
+        recent = set(range(tokens - 46, blocks.candidates))
+        for head, own in enumerate(rows):
+            before = wanted[0, head, : tokens - 46].argsort(descending=True)[: 88 - len(recent)]
+            assert set(own.tolist()) == recent | set(before.tolist())
+
+
+def test_fastgen_gives_each_head_what_it_looks_at_within_a_given_size():
+    """One head looks at punctuation, one at its neighbours, one at everything."""
+    torch.manual_seed(3)
+    tokens, size = 256, 8
+    kinds = torch.zeros(1, tokens, dtype=torch.uint8)
+    kinds[:, ::16] = int(Kind.PUNCTUATION)
+    keys, queries = torch.zeros(1, 3, tokens, 16), torch.zeros(1, 3, 1, tokens, 16)
+    keys[0, 0, ::16, 0] = queries[0, 0, ..., 0] = 8.0
+    angle = torch.arange(tokens) / 40
+    for vectors in (keys[0, 1], queries[0, 1, 0]):
+        vectors[:, 0], vectors[:, 1] = 12 * angle.cos(), 12 * angle.sin()
+    words = "fastgen:ladder=special+punctuation,special+punctuation+local,full,local=0.25"
+    rows, blocks, _ = asked_for(words, queries, keys, 2, ratio=0.5, kinds=kinds)
+    assert sum(map(len, rows)) == 3 * blocks.stay * size
+    # What they need is 16, 76 and 256 rows, of 384: what is over goes to those that can have more.
+    assert [len(own) for own in rows] == [32, 96, 256]
+    assert set(range(0, tokens, 16)) <= set(rows[0].tolist())
+    assert set(range(tokens - 64, tokens)) <= set(rows[1].tolist())
+
+
+def test_gates_say_what_stays():
+    torch.manual_seed(4)
+    tokens, heads, size, width = 200, 3, 8, 5
+    keys, channels = torch.randn(1, heads, tokens, 16), heads * 16 + 4
+    shapes = {"mean": channels, "scale": channels, "bias": width, "level": heads}
+    gate = LayerGate(
+        into=torch.randn(channels, width) / 9, out=torch.randn(width, heads),
+        **{name: torch.rand(length) + 1 for name, length in shapes.items()} | {"level": torch.tensor([-9.0, -8, -10])},
+    )  # fmt: skip
+    options = Options("kvzip:gate=true", 0.5)
+    blocks = PromptBlocks.of(options, tokens, size)
+    rows = choose_rows(options, blocks, Asked(keys[:, :, None, :0]), keys, keys, LogitOptions(1), Known(gate=gate))
+    inputs = gate_inputs(keys, torch.arange(tokens)[None], torch.tensor([[[tokens]]]), None)
+    scores = gate.predict(inputs)[0].T
+    # The best of the layer, whatever their head, in as many pages as come nearest to them.
+    scores[:, :4] = torch.inf
+    keep = scores >= scores.flatten().sort(descending=True).values[blocks.rows * heads - 1]
+    counts = keep.sum(dim=1)
+    assert int(counts.min()) < 60 and int(counts.max()) > 140
+    pages = pages_of_heads(counts, blocks.stay * heads, blocks.whole)
+    wanted = rows_in_pages(keep, scores, pages, size)
+    assert [own.tolist() for own in rows] == [own.tolist() for own in wanted]

@@ -142,13 +142,16 @@ class WeightsFolder(Generic[Whole]):
             raise InputError(f"the {self.what} in {str(folder)!r} cannot be read: {error}") from error
         return self.whole(whole, about, sample, str(folder))
 
-    def check(self, weights: Whole, model: nn.Module) -> None:
+    def check(self, weights: Whole, model: nn.Module | Mapping[str, Tensor]) -> None:
         """Refuse what was trained for another model.
+
+        Args:
+            model: or what `sampled` gives of its parameters, by name.
 
         Raises:
             MismatchError: saying which parameter is not the same, or how far they differ.
         """
-        ours, theirs = sample_weights(model), weights.sample
+        ours, theirs = sample_weights(model) if isinstance(model, nn.Module) else model, weights.sample
         trained_for = (
             f"the {self.what} in {weights.name!r} were trained for {weights.about.get('model', 'another model')}"
         )
@@ -170,7 +173,7 @@ class WeightsFolder(Generic[Whole]):
 
 def sample_weights(model: nn.Module) -> dict[str, Float[Tensor, " n"]]:
     """A few numbers of every parameter, by name: what a model is known by where it may have been rounded."""
-    samples = ((name, _sampled(parameter)) for name, parameter in parameters_of(model))
+    samples = ((name, sampled(parameter)) for name, parameter in parameters_of(model))
     return {name: sample.float().cpu().clone() for name, sample in samples}
 
 
@@ -179,10 +182,11 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in chain(parameters_of(model), packed_of(model)):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(_sampled(parameter).double().cpu().numpy().tobytes())
+        digest.update(sampled(parameter).double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _sampled(parameter: Tensor) -> Tensor:
+def sampled(parameter: Tensor) -> Float[Tensor, " n"]:
+    """A few of its numbers."""
     flat = parameter.flatten()
     return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED]

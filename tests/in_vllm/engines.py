@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from headwise.gate.checkpoint import save_gates
+from headwise.gate.gate import Gates, LayerGate
 from headwise.hosts.vllm import prompts
+from headwise.hosts.vllm.options import GATES
+from headwise.weights import sample_weights
 
 # The engine in this process, so that tests see its blocks; and threads as the tests have them.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -35,8 +40,20 @@ def save_model(folder, vocabulary=211):
         eos_token_id=None,
         bos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    save_gates(some_gates(model), Path(folder) / "gates")
     return folder
+
+
+def some_gates(model):
+    """Not trained: what they predict is as good as any for what becomes of it."""
+    channels, width, layers = KV_HEADS * DIM + 4, 5, {}
+    for index in range(LAYERS):
+        level = torch.linspace(-12, -8, KV_HEADS)
+        networks = torch.randn(channels, width) / 9, torch.randn(width), torch.randn(width, KV_HEADS), level
+        layers[index] = LayerGate(torch.zeros(channels), torch.ones(channels), *networks)
+    return Gates(layers, {"model": "this one"}, sample_weights(model))
 
 
 def start(folder, *, megabytes=16, **options):
@@ -54,6 +71,7 @@ def start(folder, *, megabytes=16, **options):
         "max_num_seqs": 16,
         "seed": 0,
     }
+    os.environ[GATES] = str(Path(folder) / "gates")
     return LLM(**given | options)
 
 

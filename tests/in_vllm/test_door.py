@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import engines
 import pytest
 import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
+import chatty
 import headwise
-from headwise.hosts.vllm import engine, plugin
+from headwise.hosts.vllm import engine, model, plugin
 from headwise.hosts.vllm.door import ROWS, Door, Row
 from headwise.hosts.vllm.engine import DEFAULT, ENGINE, RESUMABLE, UNKNOWN, Engine
-from headwise.hosts.vllm.options import Options
+from headwise.hosts.vllm.options import GATES, Options
+from headwise.types import Kind
 
 UNCACHED = {"enable_prefix_caching": False}
 SNAPKV = {"headwise": {"policy": "snapkv", "ratio": 0.5}}
@@ -23,8 +26,9 @@ def config(model=None, parallel=None, cache=None, text=None, **engine):
     """Of an engine that can compress, but for what is given."""
     text = {"model_type": "llama", "rope_parameters": {"rope_type": "default"}} | (text or {})
     plain = {"use_mla": False, "runner_type": "generate", "uses_alibi": False, "enable_prompt_embeds": False}
-    plain |= {"get_head_size": lambda: 32, "dtype": torch.float32}
-    spread = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    plain |= {"get_head_size": lambda: 32, "dtype": torch.float32, "skip_tokenizer_init": False}
+    plain |= {"is_multimodal_model": False, "model": "nowhere", "revision": None}
+    spread = {"tensor_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
     held = {"cache_dtype": "auto", "block_size": 32, "enable_prefix_caching": True}
     given = {"speculative_config": None, "kv_transfer_config": None, "use_v2_model_runner": False}
     return SimpleNamespace(
@@ -158,6 +162,58 @@ def test_policies_that_turn_queries_need_to_know_how(text, known):
                 Door.validate_params(params)
 
 
+@pytest.mark.parametrize("changes", [{"skip_tokenizer_init": True}, {"is_multimodal_model": True}])
+def test_policies_that_look_at_kinds_of_tokens_need_a_tokenizer(changes):
+    asked = {"headwise": {"policy": "fastgen"}}
+    note(config())
+    Door.validate_params(SamplingParams(extra_args=dict(asked)))
+    note(config(model=changes))
+    with pytest.raises(ValueError, match="looks at the kinds of tokens, for which this engine has no tokenizer"):
+        Door.validate_params(SamplingParams(extra_args=dict(asked)))
+    # A ladder without them.
+    Door.validate_params(SamplingParams(extra_args={"headwise_policy": "fastgen:ladder=frequent,full"}))
+
+
+def test_gates_are_those_of_the_model(folder, tmp_path, monkeypatch):
+    """They are held against the files that the model is read from."""
+    asked, gates = {"headwise_policy": "kvzip:gate=true"}, model._gates
+
+    def refused(match, **changes):
+        gates.cache_clear()
+        note(config(**changes))
+        with pytest.raises(ValueError, match=match):
+            Door.validate_params(SamplingParams(extra_args=dict(asked)))
+
+    monkeypatch.setenv(GATES, str(folder / "gates"))
+    gates.cache_clear()
+    note(config(model={"model": str(folder)}))
+    Door.validate_params(SamplingParams(extra_args=dict(asked)))
+    refused("each process has some of them", model={"model": str(folder)}, parallel={"tensor_parallel_size": 2})
+    refused("how this model makes positions is not known", model={"model": str(folder)}, text={"model_type": "other"})
+    other = engines.save_model(tmp_path / "other", vocabulary=64)
+    refused("were trained for this one; the weights of this one differ by", model={"model": str(other)})
+    (tmp_path / "empty").mkdir()
+    refused("has none in safetensors", model={"model": str(tmp_path / "empty")})
+    monkeypatch.setenv(GATES, str(tmp_path / "empty"))
+    refused("no gates in", model={"model": str(folder)})
+    monkeypatch.delenv(GATES)
+    # Those that come with headwise are for its default model.
+    refused("were trained for", model={"model": str(folder)})
+    gates.cache_clear()
+
+
+def test_kinds_of_a_prompt(monkeypatch):
+    tokenizer = chatty.tokenizer()
+    monkeypatch.setattr("vllm.tokenizers.cached_tokenizer_from_config", lambda given: tokenizer)
+    ids = [*tokenizer("Ask, the cat!<|im_end|>")["input_ids"], 10**6]
+    made = model.Model(config())
+    assert made.kinds(Options("snapkv"), ids) is None
+    found = made.kinds(Options("fastgen"), ids)[0].tolist()
+    wanted = {"<|im_end|>": Kind.SPECIAL, ",": Kind.PUNCTUATION, "!": Kind.PUNCTUATION}
+    assert found == [int(wanted.get(tokenizer.decode([id]).strip(), 0)) for id in ids[:-1]] + [0]
+    assert {*found} == {0, 1, 2}
+
+
 def test_a_default(monkeypatch):
     monkeypatch.setenv(DEFAULT, '{"policy": "tova"}')
     note(config())
@@ -180,7 +236,7 @@ def test_a_default(monkeypatch):
 def test_rows_come_go_and_move():
     door = Door(None, None, False)
     compressed, plain = (SamplingParams(extra_args=each) for each in (SNAPKV, None))
-    one, two = Row(Options("snapkv", 0.5), 1), Row(Options("snapkv", 0.5), 2)
+    one, two = Row(Options("snapkv", 0.5), [7]), Row(Options("snapkv", 0.5), [7, 8])
     door.update_state(None)
     door.update_state(
         BatchUpdate(3, [], [(0, compressed, [7], []), (1, plain, [7], []), (2, compressed, [7, 8], [])], [])

@@ -9,7 +9,10 @@ import engines
 import pytest
 from engines import Kept, check, free_blocks, params, prompt
 
-POLICIES = ("adakv:over=snapkv", "snapkv:window=16", "expected-attention", "keydiff", "tova", "streamingllm", "keynorm")
+POLICIES = (
+    *("adakv:over=snapkv", "snapkv:window=16", "expected-attention", "keydiff", "tova", "streamingllm", "keynorm"),
+    *("h2o", "fastgen:ladder=frequent,frequent+local,full", "kvzip:gate=true", "scissorhands"),
+)
 
 
 def run(llm, requests, arrive=lambda number: 0, cancel=frozenset()):
@@ -163,9 +166,9 @@ def test_what_a_cancelled_prompt_asked_is_not_kept_for_good(llm, monkeypatch):
     engine.add_request("gone", {"prompt_token_ids": prompt(2000, 3)}, params("expected-attention", 0.25, 2))
     engine.step()
     engine.abort_request(["gone"])
-    assert len(made) == 1 and made[0].queries
+    assert len(made) == 1 and made[0].asked
     engine.add_request("plain", {"prompt_token_ids": prompt(40, 4)}, params(None, tokens=6))
     while engine.has_unfinished_requests():
         engine.step()
     llm.generate([{"prompt_token_ids": prompt(640, 5)}], params("snapkv", 0.25, 2))
-    assert len(made) == 2 and not made[0].queries
+    assert len(made) == 2 and not made[0].asked

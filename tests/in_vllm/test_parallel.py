@@ -22,7 +22,7 @@ def test_two_processes_write_what_one_does(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "KV_HEADS", 4)
     folder = engines.save_model(tmp_path)
     # By the scores of each head alone, which are the same wherever it is; AdaKV shares among the heads of a process.
-    alone = ("snapkv:window=16", "keydiff", "streamingllm")
+    alone = ("snapkv:window=16", "h2o", "keydiff", "streamingllm")
     one, two = (answers(folder, processes, *alone, "adakv:over=snapkv") for processes in (1, 2))
     assert {policy: two[policy] for policy in alone} == {policy: one[policy] for policy in alone}
     assert len(two["adakv:over=snapkv"][0]) == 20

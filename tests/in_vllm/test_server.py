@@ -43,13 +43,22 @@ def test_streams_chats_and_many_at_once(server):
     assert texts[0] == {whole} and all(len(each) == 1 for each in texts)
 
 
+def test_policies_that_look_at_all_attention_and_at_kinds_of_tokens(server):
+    plain = server.complete()
+    for policy in ("fastgen", "h2o"):
+        keeps = {"headwise_policy": policy, "headwise_ratio": 0.25}
+        found, whole = (server.complete(keeps={**keeps, **more}) for more in ({}, {"headwise_ratio": 1}))
+        assert whole.choices[0].text == plain.choices[0].text != found.choices[0].text
+
+
 def test_metrics_stand_beside_those_of_vllm(server):
     server.complete(keeps=KEEPS)
     told = server.get("/metrics")
     assert "vllm:num_requests_running" in told
     for name in ("requests", "blocks_kept", "blocks_freed", "choosing_seconds"):
-        (line,) = [each for each in told.splitlines() if each.startswith(f"headwise:{name}_total")]
-        assert 'policy="adakv"' in line and float(line.split()[-1]) > 0
+        start = f'headwise:{name}_total{{policy="adakv"}}'
+        (line,) = [each for each in told.splitlines() if each.startswith(start)]
+        assert float(line.split()[-1]) > 0
     assert "headwise:kept_ratio 0." in told
 
 
@@ -57,7 +66,8 @@ def test_metrics_stand_beside_those_of_vllm(server):
     ("keeps", "why"),
     [
         ({"headwise_policy": "snapkw"}, "did you mean snapkv"),
-        ({"headwise_policy": "fastgen"}, "known only when the prompt was read"),
+        ({"headwise_policy": "fastgen:recovery=0.9"}, "leave recovery out"),
+        ({"headwise_policy": "kvzip:gate=true"}, "were trained for"),
         ({"headwise_ratio": 0}, "ratio must be above 0"),
         ({"headwise_ratios": 0.5}, "has no 'headwise_ratios'"),
         ({"headwise": "on"}, "is an object such as"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import unicodedata
 from collections.abc import Collection, Sequence
 from weakref import WeakKeyDictionary
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headwise.errors import ConfigurationError
 from headwise.hosts.transformers.placeholders import placeholders
+from headwise.hosts.vocabulary import kinds_of_vocabulary
 from headwise.policies.base import Policy
 from headwise.stages.token_log import TokenLog
 from headwise.types import Bool, Int, Kind, Tensor, UInt8
@@ -43,7 +43,7 @@ class KindTable:
         self._table = torch.zeros(1, dtype=torch.uint8, device="cpu")
         if tokenizer is not None:
             if tokenizer not in _TABLES:
-                _TABLES[tokenizer] = _kinds_of_vocabulary(tokenizer)
+                _TABLES[tokenizer] = kinds_of_vocabulary(tokenizer)
             self._table = _TABLES[tokenizer]
         if placeholders:
             missing = max(0, max(placeholders) + 1 - len(self._table))
@@ -152,25 +152,6 @@ def kind_table(
             f"{type(model).__name__} has none (image_token_id, video_token_id, audio_token_id); take the policy inside"
         )
     return KindTable(tokenizer, markers, found)
-
-
-def is_punctuation(text: str) -> bool:
-    """Whether a decoded token, stripped of blanks, is not empty and all Unicode category P."""
-    text = text.strip()
-    return bool(text) and all(unicodedata.category(character).startswith("P") for character in text)
-
-
-def _kinds_of_vocabulary(tokenizer: PreTrainedTokenizerBase) -> UInt8[Tensor, " vocabulary"]:
-    size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
-    table = torch.zeros(size, dtype=torch.uint8, device="cpu")
-    texts = tokenizer.batch_decode([[token] for token in range(size)], clean_up_tokenization_spaces=False)
-    for token, text in enumerate(texts):
-        if is_punctuation(text):
-            table[token] |= int(Kind.PUNCTUATION)
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    for token in special | set(tokenizer.all_special_ids):
-        table[token] = int(Kind.SPECIAL)
-    return table
 
 
 def _marker_ids(tokenizer: PreTrainedTokenizerBase | None, markers: Sequence[str]) -> list[Int[Tensor, " marker"]]:

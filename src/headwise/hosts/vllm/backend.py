@@ -22,9 +22,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from headwise.hosts.vllm import micro_pages
-from headwise.hosts.vllm.choice import choose_rows
+from headwise.hosts.vllm.choice import Known, choose_rows, mass_of, needs_mass
 from headwise.hosts.vllm.manager import HeadwiseSpec
 from headwise.hosts.vllm.metrics import count
+from headwise.hosts.vllm.model import Model, layer_gate
 from headwise.hosts.vllm.rotation import known_rotation
 from headwise.hosts.vllm.step import Compacted, Reading, Step, StepMaker, batch_of
 from headwise.types import Float, Int, LogitOptions, Tensor
@@ -65,7 +66,9 @@ class HeadwiseBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], *given: Any, **named: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, *given, **named)
         compacts = isinstance(kv_cache_spec, HeadwiseSpec) and kv_cache_spec.sliding_window is None
-        self._steps = StepMaker(layer_names, self.num_kv_heads, self.block_size) if compacts else None
+        self._steps = None
+        if compacts:
+            self._steps = StepMaker(layer_names, self.num_kv_heads, self.block_size, Model(self.vllm_config))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -121,12 +124,19 @@ class HeadwiseImpl(CPUAttentionBackendImpl):
         """Look at what a prompt asks; when it is at its end, choose, and attend with what was written after it."""
         prompt, blocks = reading.prompt, reading.prompt.blocks
         asked = query[reading.asked].view(1, -1, self.num_kv_heads, self.num_queries_per_kv, self.head_size)
-        held = prompt.observe(index, asked.permute(0, 2, 3, 1, 4))
+        queries, mass, started = asked.permute(0, 2, 3, 1, 4), None, time.perf_counter()
+        looks = needs_mass(prompt.options)
+        if looks or reading.complete:
+            read = micro_pages.read_blocks(kv_cache, reading.filled)
+            keys, values = (each[None, :, : prompt.seen] for each in read)
+        if looks:
+            mass = mass_of(prompt.options, blocks, queries, keys, self._logits())
+        held = prompt.observe(index, queries, mass)
         if not reading.complete:
+            prompt.seconds += time.perf_counter() - started
             return
-        started = time.perf_counter()
-        keys, values = (each[None, :, : blocks.tokens] for each in micro_pages.read_blocks(kv_cache, reading.filled))
-        rows = choose_rows(prompt.options, blocks, held, keys, values, self._logits(), known_rotation(self.head_size))
+        known = Known(prompt.kinds, known_rotation(self.head_size), layer_gate(prompt.options, layer.layer_name))
+        rows = choose_rows(prompt.options, blocks, held, keys, values, self._logits(), known)
         pages = prompt.place(index, reading.filled[: blocks.stay], rows)
         for head, (own, chosen) in enumerate(zip(pages, rows, strict=True)):
             micro_pages.write_rows(kv_cache, own, keys[0, head, chosen], values[0, head, chosen], layer.isa)

@@ -7,15 +7,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from headwise.gate.gate import LayerGate
 from headwise.hosts.vllm.options import Options
 from headwise.hosts.vllm.whole_pages import pages_of_heads, rows_in_pages
-from headwise.kernels.backends import REFERENCE, choose
+from headwise.kernels.backends import AUTO, REFERENCE, choose
 from headwise.kernels.interface import AttentionMap
+from headwise.policies.choice import FormatLoss
 from headwise.stages.config import CacheConfig, LayerConfig
+from headwise.stages.mass_profile import MassProfile
 from headwise.stages.plan import make_plans, summarise
 from headwise.stages.profile import Observations
 from headwise.stages.token_log import TokenLog
-from headwise.types import Float, Int, LogitOptions, Rotation, Tensor
+from headwise.types import Float, Int, LogitOptions, Rotation, Tensor, UInt8
 
 
 @dataclass(frozen=True)
@@ -50,36 +53,99 @@ class PromptBlocks:
         return self.tokens - self.candidates + self.stay * self.size
 
 
-def choose_rows(
+@dataclass
+class Asked:
+    """What a layer was asked while a prompt is read.
+
+    Attributes:
+        queries: the newest, as many as the policy looks at.
+        mass: attention that every column got, where the policy looks at that.
+    """
+
+    queries: Float[Tensor, "1 h g q d"] | None = None
+    mass: MassProfile | None = None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a model and of a prompt, beside what its layers compute.
+
+    Attributes:
+        kinds: of the prompt's tokens, where the policy looks at them.
+        rotation, gate: of the layer, where the policy looks through them.
+    """
+
+    kinds: UInt8[Tensor, "1 t"] | None = None
+    rotation: Rotation | None = None
+    gate: LayerGate | None = None
+
+
+def needs_mass(options: Options) -> bool:
+    """Whether the policy looks at the attention that every column got from all queries."""
+    policy = options.keeping(1)
+    return policy.selection is not None or "score" in policy.facts
+
+
+def mass_of(
     options: Options,
     blocks: PromptBlocks,
     queries: Float[Tensor, "1 h g q d"],
     keys: Float[Tensor, "1 h t d"],
-    values: Float[Tensor, "1 h t e"],
     logits: LogitOptions,
-    rotation: Rotation | None,
-) -> Sequence[Int[Tensor, " rows"]]:
-    """Rows of each head among the candidates, in order, in whole pages.
+) -> MassProfile:
+    """Attention that every column got from the queries of a pass.
 
     Args:
-        queries: the newest, as many as the policy looks at.
+        keys: of all tokens so far.
     """
+    observed = _observations(options, blocks, keys, Known())[0]
+    observed.observe(AttentionMap(queries, keys, None, logits))
+    assert observed.mass is not None
+    return observed.mass
+
+
+def choose_rows(
+    options: Options,
+    blocks: PromptBlocks,
+    asked: Asked,
+    keys: Float[Tensor, "1 h t d"],
+    values: Float[Tensor, "1 h t e"],
+    logits: LogitOptions,
+    known: Known,
+) -> Sequence[Int[Tensor, " rows"]]:
+    """Rows of each head among the candidates, in order, in whole pages."""
     policy = options.keeping(blocks.rows)
-    cache = CacheConfig(choose(REFERENCE, keys.device, keys.dtype), prompt_columns=blocks.tokens)
-    config, log = LayerConfig(0, policy, cache, rotation), TokenLog(needs_kinds=False)
-    log.extend(1, blocks.tokens, None, keys.device)
-    observed = Observations(config, log)
-    observed.asked.add(AttentionMap(queries, keys, None, logits), None)
-    assessed = policy.assess(observed.evidence(keys, values)) if policy.needs_evidence else (None, None)
+    observed, log = _observations(options, blocks, keys, known)
+    assessed: tuple[Tensor | None, FormatLoss | None] = (None, None)
+    if policy.needs_evidence:
+        assert asked.queries is not None
+        observed.asked.add(AttentionMap(asked.queries, keys, None, logits), None)
+        assessed = policy.assess(observed.evidence(keys, values))
     columns = torch.arange(blocks.tokens, device=keys.device).expand(1, keys.shape[1], -1)
     valid = torch.ones_like(columns, dtype=torch.bool)
-    facts = log.facts(columns, valid, None, blocks.tokens, None, 0, 1)
+    mass = None if asked.mass is None else asked.mass.score
+    facts = log.facts(columns, valid, mass, blocks.tokens, None, 0, 1)
     # What does not fill a block stays in any case, and counts.
-    summary = summarise(policy, replace(facts, pinned=columns >= blocks.candidates), None, assessed)
+    summary = summarise(policy, replace(facts, pinned=columns >= blocks.candidates), asked.mass, assessed)
     keep = make_plans(policy, [summary])[0].keep[0, :, : blocks.candidates]
-    score = None if summary.score is None else summary.score[0, :, : blocks.candidates]
+    worth = mass if summary.score is None else summary.score
+    score = None if worth is None else worth[0, :, : blocks.candidates]
     pages = pages_of_heads(keep.sum(dim=1), blocks.stay * keep.shape[0], blocks.whole)
     return rows_in_pages(keep, score, pages, blocks.size)
+
+
+def _observations(
+    options: Options, blocks: PromptBlocks, keys: Float[Tensor, "1 h t d"], known: Known
+) -> tuple[Observations, TokenLog]:
+    """What looks at so many tokens of a prompt, and the log of them."""
+    # All attention is a second prefill, and compiled kernels are made for it.
+    kernels = choose(AUTO if needs_mass(options) else REFERENCE, keys.device, keys.dtype)
+    cache = CacheConfig(kernels, prompt_columns=blocks.tokens)
+    config = LayerConfig(0, options.keeping(blocks.rows), cache, known.rotation, known.gate)
+    log = TokenLog(needs_kinds=known.kinds is not None)
+    log.announce(known.kinds)
+    log.extend(1, keys.shape[2], None, keys.device)
+    return Observations(config, log), log
 
 
 def query_rows(options: Options) -> int | None:

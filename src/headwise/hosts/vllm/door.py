@@ -7,6 +7,7 @@ row of a batch. This one leaves the logits as they are.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +33,16 @@ class Row:
     """A compressed request in a batch.
 
     Attributes:
-        tokens: of its prompt.
+        ids: of its prompt's tokens.
     """
 
     options: Options
-    tokens: int
+    ids: Sequence[int]
+
+    @property
+    def tokens(self) -> int:
+        """Of its prompt."""
+        return len(self.ids)
 
 
 # Of the batch that this process computes, by index; rows that are not compressed are left out.
@@ -95,7 +101,7 @@ class Door(*_INTERFACES):  # type: ignore[misc]  # as many as there are
             ROWS.pop(index, None)
             options = options_of(params.extra_args)
             if options is not None and prompt is not None:
-                ROWS[index] = Row(options, len(prompt))
+                ROWS[index] = Row(options, prompt)
         for one, other, direction in batch_update.moved:
             moved, back = ROWS.pop(one, None), ROWS.pop(other, None)
             if moved is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 import vllm
 from vllm.platforms import current_platform
 
 from headwise.errors import ConfigurationError, UnsupportedModelError
+from headwise.hosts.vllm.model import gates_obstacle
 from headwise.hosts.vllm.options import KEY, Options, options_of
 
 # For engines: the same JSON object as a request has it.
@@ -32,6 +34,7 @@ class Engine:
         obstacle: why nothing can be compressed in it; None where it can.
         default: for requests that say nothing.
         turns: whether it is known how its model makes positions.
+        tells_kinds: whether its tokenizer says what kinds of tokens a text has.
 
     Raises:
         ConfigurationError: when the default for all requests cannot be what it says.
@@ -40,9 +43,18 @@ class Engine:
     def __init__(self, config: Any = None) -> None:
         self.obstacle: str | None = "its plugin was not loaded (VLLM_PLUGINS)" if config is None else obstacle(config)
         self.turns = config is not None and _turns(config.model_config.hf_text_config)
+        self._config = config
+        self.tells_kinds = config is not None and not (
+            config.model_config.skip_tokenizer_init or config.model_config.is_multimodal_model
+        )
         self.default: Options | None = None if config is None else _default(getattr(config, "additional_config", None))
         if self.default is not None:
             self.check(self.default)
+
+    @cached_property
+    def gates_obstacle(self) -> str | None:
+        """Why gates cannot be asked for; None where they can. The model's files are read for it, once."""
+        return gates_obstacle(self._config)
 
     def check(self, options: Options) -> None:
         """Refuse what this engine cannot do.
@@ -56,10 +68,18 @@ class Engine:
             )
         if self.obstacle is not None:
             raise ConfigurationError(f"{KEY}: this engine cannot compress requests: {self.obstacle}")
-        if options.keeping(1).needs_rotation and not self.turns:
+        policy = options.keeping(1)
+        if (policy.needs_rotation or policy.gates is not False) and not self.turns:
             raise ConfigurationError(
                 f"{KEY}: {options.policy!r} turns queries to positions to come, and how this model makes positions is "
                 "not known; take adakv or snapkv"
+            )
+        if policy.gates is not False and self.gates_obstacle is not None:
+            raise ConfigurationError(f"{KEY}: {options.policy!r} cannot be served: {self.gates_obstacle}")
+        if policy.reads_kinds and not self.tells_kinds:
+            raise ConfigurationError(
+                f"{KEY}: {options.policy!r} looks at the kinds of tokens, for which this engine has no tokenizer, or "
+                "whose model sees and hears; take adakv or snapkv"
             )
 
 

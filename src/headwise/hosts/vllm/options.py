@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -22,6 +23,9 @@ FORCED = "forced_ids"
 
 # Of a policy's windows, strides and the like: anybody may ask a server for them.
 _MOST = 65_536
+
+# For engines: folder of the gates that predict what a repetition would find, in place of those that come with headwise.
+GATES = "HEADWISE_VLLM_GATES"
 
 # 0.07 * 100 is 7.000000000000001 in floating point, and must not become 8 blocks.
 _FLOAT_NOISE = 1e-9
@@ -106,6 +110,12 @@ def options_of(extra: Mapping[str, Any] | None, default: Options | None = None) 
 @lru_cache(maxsize=256)
 def _policy(words: str, rows: int) -> Policy:
     policy = parse_policy(words, budgeted=True)
+    stated = _stated_size(words, policy)
+    if stated is not None:
+        raise ConfigurationError(f"{KEY}: {words!r}: how much stays is said by {RATIO}; leave {stated} out")
+    if policy.selection is not None and "keep" in policy.parameters():
+        # By what is given, in place of the mass to be retained.
+        policy = policy.with_keep(rows)
     if "of" in policy.parameters():
         # Chosen once, at the end of the prompt.
         policy = replace(policy, of="prompt")  # type: ignore[type-var]  # policies are dataclasses
@@ -113,6 +123,16 @@ def _policy(words: str, rows: int) -> Policy:
     if reason is not None:
         raise ConfigurationError(f"{KEY}: {words!r} cannot be served: {reason}; take adakv, snapkv or another")
     return policy.with_keep(rows)
+
+
+def _stated_size(words: str, policy: Policy) -> str | None:
+    """A parameter in the words that the ratio is going to replace; None where there is none."""
+    before = policy.parameters()
+    if "keep" not in before and type(policy).with_keep is Policy.with_keep:
+        return None
+    small, large = (policy.with_keep(rows).parameters() for rows in (2, 4))
+    sizes = [name for name in small if small[name] != large[name] or small[name] is None is not before[name]]
+    return next((name for name in sizes if re.search(rf"[:,]\s*{name}\s*=", words)), None)
 
 
 def _obstacle(policy: Policy) -> str | None:
@@ -125,16 +145,14 @@ def _obstacle(policy: Policy) -> str | None:
         return "blocks of vLLM hold rows as the model computes them, and nothing beside"
     if isinstance(policy, PyramidKV):
         return "all layers of a request have the same blocks, and it gives layers different sizes"
-    if policy.needs_all_layers:
-        return "it chooses over all layers at once, and a layer is compacted when it has read the prompt"
-    if policy.selection is not None:
-        return "how much it keeps is known only when the prompt was read, and vLLM plans blocks before"
-    if "score" in policy.facts or policy.needs_repetition:
-        return "it looks at attention that vLLM's kernels do not give"
-    if policy.reads_kinds:
-        return "it looks at the kind of each token"
+    if policy.precision is not None:
+        return "it stores rows in fewer bits, and blocks of vLLM hold them as the model computes them"
+    if policy.needs_repetition:
+        return "the model would have to repeat the prompt; with gates it need not (kvzip:gate=true)"
+    if isinstance(policy.gates, str):
+        return f"a server reads gates from the folder it was started with ({GATES}); say gate=true"
+    if "media" in policy.facts:
+        return "it looks for images, videos and sounds"
     if policy.again is not None:
         return "it goes on choosing while text is written"
-    if policy.gates is not False:
-        return "its gates know a model by its weights, which vLLM holds in another form"
     return None

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from headwise.hosts.vllm.choice import PromptBlocks, query_rows
+from headwise.hosts.vllm.choice import Asked, PromptBlocks, query_rows
 from headwise.hosts.vllm.options import Options
-from headwise.types import Float, Int, Tensor
+from headwise.stages.mass_profile import MassProfile
+from headwise.types import Float, Int, Tensor, UInt8
 
 
 @dataclass
@@ -20,7 +21,8 @@ class Prompt:
         seen: tokens of the prompt whose queries were looked at.
         seconds: spent on choosing.
         step: in which it last was in a batch.
-        queries: of each layer, the newest, as many as the policy looks at.
+        kinds: of its tokens, where the policy looks at them.
+        asked: of each layer, what the policy looks at.
         pages: of each layer and head those that hold what stays, padded with 0; zeros before anything was chosen.
         counts: how many there are.
     """
@@ -29,10 +31,11 @@ class Prompt:
     blocks: PromptBlocks
     layers: int
     heads: int
+    kinds: UInt8[Tensor, "1 t"] | None = None
     seen: int = 0
     seconds: float = 0.0
     step: int = 0
-    queries: dict[int, Tensor] = field(default_factory=dict)
+    asked: dict[int, Asked] = field(default_factory=dict)
     pages: Int[Tensor, "layers h most"] = field(init=False)
     counts: Int[Tensor, "layers h"] = field(init=False)
 
@@ -40,16 +43,16 @@ class Prompt:
         self.pages = torch.zeros(self.layers, self.heads, 0, dtype=torch.int32, device="cpu")
         self.counts = torch.zeros(self.layers, self.heads, dtype=torch.int32, device="cpu")
 
-    def observe(self, layer: int, queries: Float[Tensor, "1 h g q d"]) -> Float[Tensor, "1 h g r d"]:
-        """Take in the queries of a pass; gives all that the policy looks at, of what there is."""
-        rows = query_rows(self.options)
-        before = self.queries.get(layer)
-        held = queries if before is None else torch.cat([before, queries], dim=3)
+    def observe(self, layer: int, queries: Float[Tensor, "1 h g q d"], mass: MassProfile | None) -> Asked:
+        """Take in the queries of a pass, and the attention they pay; gives what the policy looks at, so far."""
+        asked, rows = self.asked.setdefault(layer, Asked()), query_rows(self.options)
+        held = queries if asked.queries is None else torch.cat([asked.queries, queries], dim=3)
         if rows is not None:
             held = held[:, :, :, max(0, held.shape[3] - rows) :]
         # A view of a pass would hold on to all of it.
-        self.queries[layer] = held.clone()
-        return held
+        asked.queries = held.clone()
+        asked.mass = mass if asked.mass is None or mass is None else asked.mass + mass
+        return asked
 
     def place(self, layer: int, first: Int[Tensor, " stay"], rows: Sequence[Int[Tensor, " rows"]]) -> list[Tensor]:
         """Where the chosen rows of every head go in one layer: pages of the blocks that stay.
@@ -68,7 +71,7 @@ class Prompt:
         for head, own in enumerate(found):
             self.pages[layer, head, : len(own)] = own
         self.counts[layer] = torch.tensor(counts, dtype=torch.int32, device="cpu")
-        self.queries.pop(layer, None)
+        self.asked.pop(layer, None)
         return found
 
 

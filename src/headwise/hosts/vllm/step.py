@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from headwise.hosts.vllm.choice import PromptBlocks
 from headwise.hosts.vllm.door import ROWS
+from headwise.hosts.vllm.model import Model
 from headwise.hosts.vllm.prompts import Prompt, tables
 from headwise.types import Float, Int, Tensor
 
@@ -106,11 +107,12 @@ class StepMaker:
         layer_names: of the group, in order.
         heads: KV heads of a layer.
         block_size: tokens in a block.
+        model: that they are layers of.
     """
 
-    def __init__(self, layer_names: Sequence[str], heads: int, block_size: int) -> None:
+    def __init__(self, layer_names: Sequence[str], heads: int, block_size: int, model: Model) -> None:
         self._layers = {name: index for index, name in enumerate(layer_names)}
-        self._heads, self._size = heads, block_size
+        self._heads, self._size, self._model = heads, block_size, model
         # By their first block, which is nobody else's as long as they hold it.
         self._prompts: dict[int, Prompt] = {}
         self._held: tuple[list[Prompt], list[int], tuple[Tensor, Tensor]] | None = None
@@ -137,7 +139,9 @@ class StepMaker:
             key = int(table[0])
             if before == 0:
                 self._forget()
-                self._prompts[key] = Prompt(row.options, blocks, len(self._layers), self._heads)
+                self._prompts[key] = Prompt(
+                    row.options, blocks, len(self._layers), self._heads, self._model.kinds(row.options, row.ids)
+                )
             prompt = self._prompts[key]
             prompt.step = self._steps
             if before >= row.tokens:
@@ -157,10 +161,10 @@ class StepMaker:
         return step
 
     def _forget(self) -> None:
-        """Let go of queries of prompts that were not gone on with for long: their requests were cancelled."""
+        """Let go of what was asked by prompts that were not gone on with for long: their requests were cancelled."""
         for prompt in self._prompts.values():
-            if prompt.queries and self._steps - prompt.step > _PATIENCE:
-                prompt.queries.clear()
+            if prompt.asked and self._steps - prompt.step > _PATIENCE:
+                prompt.asked.clear()
 
     def _whole(self, step: Step, batch: CommonAttentionMetadata, parts: Sequence[tuple[int, int, int, int]]) -> None:
         """What attends over whole blocks: the batch itself, or requests of it with all or some of their queries."""
