@@ -141,9 +141,11 @@ def _observations(
     # All attention is a second prefill, and compiled kernels are made for it.
     kernels = choose(AUTO if needs_mass(options) else REFERENCE, keys.device, keys.dtype)
     cache = CacheConfig(kernels, prompt_columns=blocks.tokens)
-    config = LayerConfig(0, options.keeping(blocks.rows), cache, known.rotation, known.gate)
-    log = TokenLog(needs_kinds=known.kinds is not None)
-    log.announce(known.kinds)
+    gate = None if known.gate is None else known.gate.to(keys.device)
+    kinds = None if known.kinds is None else known.kinds.to(keys.device)
+    config = LayerConfig(0, options.keeping(blocks.rows), cache, known.rotation, gate)
+    log = TokenLog(needs_kinds=kinds is not None)
+    log.announce(kinds)
     log.extend(1, keys.shape[2], None, keys.device)
     return Observations(config, log), log
 

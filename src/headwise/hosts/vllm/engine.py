@@ -17,6 +17,8 @@ from headwise.hosts.vllm.options import KEY, Options, options_of
 
 # For engines: the same JSON object as a request has it.
 DEFAULT = "HEADWISE_VLLM_DEFAULT"
+# For engines on GPUs.
+GPU = "HEADWISE_VLLM_GPU"
 SUPPORTED = ("0.29", "0.30", "0.31", "0.32")
 
 
@@ -108,7 +110,7 @@ def layout_obstacle(config: Any) -> str | None:
     """Why blocks cannot be compacted on this processor; None where they can."""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-    from headwise.hosts.vllm.micro_pages import check_layout
+    from headwise.hosts.vllm.cpu_pages import check_layout
 
     model, cache = config.model_config, config.cache_config
     size, dim = cache.block_size, model.get_head_size()
@@ -118,6 +120,25 @@ def layout_obstacle(config: Any) -> str | None:
         # vLLM's kernels refuse sizes that they have not by the latter.
         return str(error).splitlines()[0]
     return None
+
+
+def gpu_obstacle(config: Any) -> str | None:
+    """Why blocks cannot be compacted on this kind of device; None where they can."""
+    if current_platform.is_cpu():
+        return None
+    if not tries_gpu():
+        return (
+            f"blocks are compacted on CPUs so far; {GPU}=1 has it tried on NVIDIA's GPUs, where nothing of it was run"
+        )
+    backend = getattr(getattr(config, "attention_config", None), "backend", None)
+    if getattr(backend, "name", None) != "FLASH_ATTN":
+        return "on GPUs blocks are compacted with FlashAttention alone: start it with --attention-backend FLASH_ATTN"
+    return None
+
+
+def tries_gpu() -> bool:
+    """Whether there is a GPU of NVIDIA's, and what was not run on one is asked for."""
+    return bool(current_platform.is_cuda()) and os.environ.get(GPU) == "1"
 
 
 def _mixed(config: Any) -> bool:
@@ -133,7 +154,7 @@ def obstacle(config: Any) -> str | None:
     model, parallel = config.model_config, config.parallel_config
     reasons = {
         version_obstacle(): version_obstacle() is not None,
-        "blocks are compacted on CPUs so far": not current_platform.is_cpu(),
+        gpu_obstacle(config): gpu_obstacle(config) is not None,
         "the model has latent attention (MLA), whose rows belong to all heads": model.use_mla,
         "the model counts distances between rows (ALiBi), which lie elsewhere afterwards": model.uses_alibi,
         "the model does not generate text": model.runner_type != "generate",
@@ -149,10 +170,13 @@ def obstacle(config: Any) -> str | None:
         "the cache is in 8 bits": config.cache_config.cache_dtype.startswith("fp8"),
         "contexts are spread over processes (context parallel)": parallel.decode_context_parallel_size > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "the newer model runner (V2) is used": bool(getattr(config, "use_v2_model_runner", False)),
+        "the newer model runner (V2) is used (VLLM_USE_V2_MODEL_RUNNER=0 starts the other)": bool(
+            getattr(config, "use_v2_model_runner", False)
+        ),
         "prompts may come as embeddings, whose lengths workers are not told": model.enable_prompt_embeds,
     }
-    return next((str(reason) for reason, there in reasons.items() if there), None) or layout_obstacle(config)
+    found = next((str(reason) for reason, there in reasons.items() if there), None)
+    return found or (layout_obstacle(config) if current_platform.is_cpu() else None)
 
 
 def _default(additional: Any) -> Options | None:

@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from headwise.hosts.vllm import metrics
-from headwise.hosts.vllm.engine import ENGINE, RESUMABLE, UNKNOWN, Engine, version_obstacle
+from headwise.hosts.vllm.engine import ENGINE, RESUMABLE, UNKNOWN, Engine, tries_gpu, version_obstacle
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,9 @@ def register() -> None:
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(HeadwiseSpec, HeadwiseManager, FullAttentionSpec)
     # A backend of its own is refused on CPUs.
-    register_backend(AttentionBackendEnum.CPU_ATTN, "headwise.hosts.vllm.backend.HeadwiseBackend")
+    register_backend(AttentionBackendEnum.CPU_ATTN, "headwise.hosts.vllm.cpu.HeadwiseBackend")
+    if tries_gpu():
+        register_backend(AttentionBackendEnum.FLASH_ATTN, "headwise.hosts.vllm.flash.HeadwiseFlashBackend")
     metrics.tell()
     _look_at_engines()
 

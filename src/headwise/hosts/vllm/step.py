@@ -125,6 +125,7 @@ class StepMaker:
         if not rows:
             return None
         starts, lengths = batch.query_start_loc_cpu.tolist(), batch.seq_lens.tolist()
+        blocks_of_all = batch.block_table_tensor.cpu()
         step = Step(self._layers)
         whole: list[tuple[int, int, int, int]] = []
         compacted: list[tuple[Prompt, Tensor, int, slice]] = []
@@ -135,7 +136,7 @@ class StepMaker:
             if row is None or blocks is None or blocks.stay == blocks.whole:
                 whole.append((index, first, stop, length))
                 continue
-            table = batch.block_table_tensor[index, : -(-length // self._size)]
+            table = blocks_of_all[index, : -(-length // self._size)]
             key = int(table[0])
             if before == 0:
                 self._forget()
@@ -177,12 +178,13 @@ class StepMaker:
         index = torch.tensor([each[0] for each in parts], device="cpu")
         starts = torch.tensor([0, *counts], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
         lengths = torch.tensor([each[3] for each in parts], dtype=batch.seq_lens.dtype, device="cpu")
+        device = batch.seq_lens.device
         step.whole_tokens = torch.cat([torch.arange(first, stop, device="cpu") for _, first, stop, _ in parts])
         step.whole = replace(
             batch,
-            query_start_loc=starts,
+            query_start_loc=starts.to(device),
             query_start_loc_cpu=starts,
-            seq_lens=lengths,
+            seq_lens=lengths.to(device),
             num_reqs=len(parts),
             num_actual_tokens=sum(counts),
             max_query_len=max(counts),
