@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 import headwise
 from headwise.gate.gate import LayerGate
 from headwise.gate.inputs import gate_inputs
-from headwise.hosts.vllm.choice import Asked, Known, PromptBlocks, choose_rows, mass_of, needs_mass, query_rows
+from headwise.hosts.vllm.choice import (
+    Asked,
+    Known,
+    PromptBlocks,
+    choose_rows,
+    mass_of,
+    needs_mass,
+    query_rows,
+    summary_of,
+)
 from headwise.hosts.vllm.options import Options, options_of
 from headwise.hosts.vllm.whole_pages import pages_of_heads, rows_in_pages
 from headwise.policies import AdaKV, SnapKV, StreamingLLM
@@ -64,7 +73,6 @@ def test_what_holds_for_all_is_changed_by_a_request():
         ({"headwise": {"policy": "snapkv:windows=3"}}, "has no parameter 'windows'"),
         ({"headwise": {"policy": "snapkv+int8"}}, "and nothing beside"),
         ({"headwise": {"policy": "snapkv+match"}}, "and nothing beside"),
-        ({"headwise": {"policy": "pyramidkv"}}, "all layers of a request have the same blocks"),
         ({"headwise": {"policy": "fastgen:recovery=0.9"}}, "is said by headwise_ratio; leave recovery out"),
         ({"headwise": {"policy": "fastgen:local=8,keep=0.5"}}, "leave keep out"),
         ({"headwise": {"policy": "snapkv:keep=64"}}, "leave keep out"),
@@ -134,6 +142,11 @@ def test_rows_in_pages():
     assert [each.tolist() for each in newest] == [[0, 2, 4, 5], [4, 5], [4, 5]]
 
 
+def chosen(options, blocks, *given):
+    """Rows of a single layer."""
+    return choose_rows(options, blocks, [summary_of(options, blocks, *given)])
+
+
 @pytest.mark.shapes
 @pytest.mark.parametrize("words", POLICIES)
 def test_rows_that_a_policy_chooses(words):
@@ -145,7 +158,7 @@ def test_rows_that_a_policy_chooses(words):
     # A head that looks at few tokens, and others that look at all.
     keys[:, 0] *= 4
     values = torch.randn(1, heads, tokens, 16)
-    rows = choose_rows(options, blocks, Asked(queries), keys, values, LogitOptions(0.25), Known())
+    (rows,) = chosen(options, blocks, Asked(queries), keys, values, LogitOptions(0.25), Known())
     assert sum(map(len, rows)) == blocks.stay * heads * size == 20 * 3 * 8
     assert all(len(own) % size == 0 and own.tolist() == sorted(set(own.tolist())) for own in rows)
     assert max(int(own.max()) for own in rows) < blocks.candidates == 400
@@ -170,7 +183,8 @@ def asked_for(words, queries, keys, passes, ratio=0.4, size=8, kinds=None):
         end += part.shape[3]
         mass = mass_of(options, blocks, part, keys[:, :, :end], LogitOptions(0.25))
         asked.mass = mass if asked.mass is None else asked.mass + mass
-    return choose_rows(options, blocks, asked, keys, keys, LogitOptions(0.25), Known(kinds)), blocks, asked
+    (rows,) = chosen(options, blocks, asked, keys, keys, LogitOptions(0.25), Known(kinds))
+    return rows, blocks, asked
 
 
 def test_mass_of_a_prompt_in_parts():
@@ -224,7 +238,7 @@ def test_gates_say_what_stays():
     )  # fmt: skip
     options = Options("kvzip:gate=true", 0.5)
     blocks = PromptBlocks.of(options, tokens, size)
-    rows = choose_rows(options, blocks, Asked(keys[:, :, None, :0]), keys, keys, LogitOptions(1), Known(gate=gate))
+    (rows,) = chosen(options, blocks, Asked(keys[:, :, None, :0]), keys, keys, LogitOptions(1), Known(gate=gate))
     inputs = gate_inputs(keys, torch.arange(tokens)[None], torch.tensor([[[tokens]]]), None)
     scores = gate.predict(inputs)[0].T
     # The best of the layer, whatever their head, in as many pages as come nearest to them.
@@ -235,3 +249,35 @@ def test_gates_say_what_stays():
     pages = pages_of_heads(counts, blocks.stay * heads, blocks.whole)
     wanted = rows_in_pages(keep, scores, pages, size)
     assert [own.tolist() for own in rows] == [own.tolist() for own in wanted]
+
+
+def test_layers_that_share_what_stays():
+    """PyramidKV gives lower layers more; gates whichever has the best rows; together as much as they may have."""
+    torch.manual_seed(5)
+    tokens, layers, size = 320, 4, 8
+    network = torch.randn(36, 3) / 9, torch.randn(3), torch.randn(3, 2)
+    for words in ("pyramidkv:window=4,steepness=4", "kvzip:gate=true", "fastgen:ladder=frequent,full,frequent=0.1"):
+        options = Options(words, 0.25)
+        assert options.spreads
+        blocks, summaries = PromptBlocks.of(options, tokens, size), []
+        for layer in range(layers):
+            keys, queries = torch.randn(1, 2, tokens, 16), torch.randn(1, 2, 1, tokens, 16)
+            keys[:, :, :20] *= 1 if layer % 2 else 6
+            gate = LayerGate(torch.zeros(36), torch.ones(36), *network, torch.full((2,), -9.0 - layer))
+            known = Known(gate=gate, layer=layer, layers=layers)
+            asked = Asked(queries[..., -4:, :])
+            if needs_mass(options):
+                asked.mass = mass_of(options, blocks, queries, keys, LogitOptions(0.25))
+            summaries.append(summary_of(options, blocks, asked, keys, keys, LogitOptions(0.25), known))
+        rows = choose_rows(options, blocks, summaries)
+        counts = [[len(own) // size for own in heads] for heads in rows]
+        assert sum(map(sum, counts)) == blocks.stay * 2 * layers == 80
+        assert all(count > 0 for heads in counts for count in heads)
+        if words.startswith("pyramidkv"):
+            # A mean of 80 rows, from 140 to 20 in equal steps: halves of pages go to one or the other.
+            shares = torch.tensor([[17.5], [12.5], [7.5], [2.5]])
+            assert bool(((torch.tensor(counts) - shares).abs() == 0.5).all())
+        elif words.startswith("kvzip"):
+            # Its level falls from layer to layer.
+            assert sum(counts[0]) > sum(counts[1]) > sum(counts[3])
+    assert not Options("adakv").spreads and not Options("h2o").spreads

@@ -107,9 +107,9 @@ class Kept:
 
     def __init__(self, monkeypatch):
         self.rows, self.choices = {}, 0
-        place = prompts.Prompt.place
+        place, place_all = prompts.Prompt.place, prompts.Prompt.place_all
 
-        def noted(own, layer, first, rows):
+        def note(own, layer, rows):
             before = self.rows.setdefault(own.blocks.tokens, {}).get(layer)
             chosen = [each.clone() for each in rows]
             if before is not None:
@@ -117,9 +117,18 @@ class Kept:
                 assert all(torch.equal(one, other) for one, other in zip(before, chosen, strict=True))
             self.rows[own.blocks.tokens][layer] = chosen
             self.choices += 1
+
+        def noted(own, layer, first, rows):
+            note(own, layer, rows)
             return place(own, layer, first, rows)
 
+        def all_noted(own, first, rows, places):
+            for layer, heads in enumerate(rows):
+                note(own, layer, [each.long() for each in heads])
+            return place_all(own, first, rows, places)
+
         monkeypatch.setattr(prompts.Prompt, "place", noted)
+        monkeypatch.setattr(prompts.Prompt, "place_all", all_noted)
 
 
 def expected(folder, prompt_ids, new, kept, block=BLOCK):

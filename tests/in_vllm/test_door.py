@@ -28,7 +28,12 @@ def config(model=None, parallel=None, cache=None, text=None, **engine):
     plain = {"use_mla": False, "runner_type": "generate", "uses_alibi": False, "enable_prompt_embeds": False}
     plain |= {"get_head_size": lambda: 32, "dtype": torch.float32, "skip_tokenizer_init": False}
     plain |= {"is_multimodal_model": False, "model": "nowhere", "revision": None}
-    spread = {"tensor_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    spread = {
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+    }
     held = {"cache_dtype": "auto", "block_size": 32, "enable_prefix_caching": True}
     given = {"speculative_config": None, "kv_transfer_config": None, "use_v2_model_runner": False}
     return SimpleNamespace(
@@ -162,12 +167,31 @@ def test_policies_that_turn_queries_need_to_know_how(text, known):
                 Door.validate_params(params)
 
 
-@pytest.mark.parametrize("changes", [{"skip_tokenizer_init": True}, {"is_multimodal_model": True}])
-def test_policies_that_look_at_kinds_of_tokens_need_a_tokenizer(changes):
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"parallel": {"pipeline_parallel_size": 2}}, "each process has some of the layers"),
+        ({"lora_config": object()}, "with adapters or media"),
+        ({"model": {"is_multimodal_model": True}}, "with adapters or media"),
+        ({"release": "0.30.2"}, "their rows lie together since vLLM 0.31, and this is 0.30.2"),
+    ],
+)
+def test_engines_in_which_layers_cannot_share(changes, why, monkeypatch):
+    monkeypatch.setattr(engine.vllm, "__version__", changes.pop("release", "0.31.0"))
+    for policy in ("pyramidkv", "kvzip:gate=true", "fastgen"):
+        note(config(**changes))
+        with pytest.raises(ValueError, match=f"'{policy}' layers share what stays, which cannot be served: .*{why}"):
+            Door.validate_params(SamplingParams(extra_args={"headwise_policy": policy}))
+    Door.validate_params(SamplingParams(extra_args={"headwise_policy": "h2o"}))
+    note(config())
+    Door.validate_params(SamplingParams(extra_args={"headwise_policy": "pyramidkv"}))
+
+
+def test_policies_that_look_at_kinds_of_tokens_need_a_tokenizer():
     asked = {"headwise": {"policy": "fastgen"}}
     note(config())
     Door.validate_params(SamplingParams(extra_args=dict(asked)))
-    note(config(model=changes))
+    note(config(model={"skip_tokenizer_init": True}))
     with pytest.raises(ValueError, match="looks at the kinds of tokens, for which this engine has no tokenizer"):
         Door.validate_params(SamplingParams(extra_args=dict(asked)))
     # A ladder without them.

@@ -14,13 +14,14 @@ import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from headwise.hosts.vllm.choice import Known, choose_rows, mass_of, needs_mass
+from headwise.hosts.vllm.choice import Known, choose_rows, mass_of, needs_mass, summary_of
 from headwise.hosts.vllm.manager import HeadwiseSpec
 from headwise.hosts.vllm.metrics import count
 from headwise.hosts.vllm.micro_pages import MicroPages
 from headwise.hosts.vllm.model import Model, layer_gate
 from headwise.hosts.vllm.rotation import known_rotation
-from headwise.hosts.vllm.step import Compacted, Reading, StepMaker, batch_of
+from headwise.hosts.vllm.spread import attend_before, compact
+from headwise.hosts.vllm.step import Compacted, Reading, Step, StepMaker, batch_of
 from headwise.types import Float, LogitOptions, Tensor
 
 
@@ -94,12 +95,12 @@ class CompactingImpl(AttentionImpl):
             at = step.compacted.tokens
             output[at] = self.attend(index, query[at], pages, step.compacted)
         for reading in step.readings:
-            self._read(layer, index, query, pages, reading, output)
+            self._read(layer, query, pages, step, reading, output)
         return output
 
-    def _read(self, layer: Any, index: int, query: Tensor, held: MicroPages, reading: Reading, output: Tensor) -> None:
+    def _read(self, layer: Any, query: Tensor, held: MicroPages, step: Step, reading: Reading, output: Tensor) -> None:
         """Look at what a prompt asks; when it is at its end, choose, and attend with what was written after it."""
-        prompt, blocks = reading.prompt, reading.prompt.blocks
+        prompt, blocks, index = reading.prompt, reading.prompt.blocks, step.layers[layer.layer_name]
         asked = query[reading.asked].view(1, -1, self.num_kv_heads, self.num_queries_per_kv, self.head_size)
         queries, mass, started = asked.permute(0, 2, 3, 1, 4), None, time.perf_counter()
         looks = needs_mass(prompt.options)
@@ -111,17 +112,35 @@ class CompactingImpl(AttentionImpl):
         if not reading.complete:
             prompt.seconds += time.perf_counter() - started
             return
-        known = Known(prompt.kinds, known_rotation(self.head_size), layer_gate(prompt.options, layer.layer_name))
-        rows = choose_rows(prompt.options, blocks, seen, keys, values, self._logits(), known)
-        pages = prompt.place(index, reading.filled[: blocks.stay], rows)
-        for head, (own, chosen) in enumerate(zip(pages, rows, strict=True)):
-            held.write(own, keys[0, head, chosen], values[0, head, chosen])
+        spreads, gate = prompt.options.spreads, layer_gate(prompt.options, layer.layer_name)
+        known = Known(prompt.kinds, known_rotation(self.head_size), gate, *((index, prompt.layers) if spreads else ()))
+        if prompt.before is None:
+            prompt.summaries[index] = summary_of(prompt.options, blocks, seen, keys, values, self._logits(), known)
+        if spreads:
+            self._share(index, query, held, step, reading, output)
+        else:
+            (rows,) = choose_rows(prompt.options, blocks, [prompt.summaries.pop(index)])
+            pages = prompt.place(index, reading.filled[: blocks.stay], rows)
+            for head, (own, chosen) in enumerate(zip(pages, rows, strict=True)):
+                held.write(own, keys[0, head, chosen], values[0, head, chosen])
         prompt.seconds += time.perf_counter() - started
         if index == prompt.layers - 1:
             count("choosing_seconds", prompt.seconds, prompt.options.name)
-        if reading.later is not None:
+        if reading.later is not None and not spreads:
             batch = batch_of([prompt], [reading.blocks], [reading.tokens], [reading.later])
             output[batch.tokens] = self.attend(index, query[batch.tokens], held, batch)
+
+    def _share(self, index: int, query: Tensor, held: MicroPages, step: Step, reading: Reading, output: Tensor) -> None:
+        """Note a layer of those that share what stays; behind the last of them, compact all."""
+        prompt = reading.prompt
+        prompt.held[index] = held
+        if reading.later is not None:
+            asked = query[reading.later].view(-1, self.num_kv_heads, self.num_queries_per_kv, self.head_size)
+            keys, values = (each[:, : reading.tokens] for each in held.read(reading.blocks))
+            found = attend_before(prompt, index, asked, keys, values, self._logits())
+            output[reading.later] = found.view(-1, self.num_heads, self.head_size)
+        if len(prompt.held) == prompt.layers:
+            compact(prompt, reading.filled, step.chosen)
 
     def attend(
         self, index: int, query: Float[Tensor, "n heads d"], pages: MicroPages, batch: Compacted

@@ -12,7 +12,7 @@ from headwise.hosts.vllm.options import Options
 from headwise.hosts.vllm.whole_pages import pages_of_heads, rows_in_pages
 from headwise.kernels.backends import AUTO, REFERENCE, choose
 from headwise.kernels.interface import AttentionMap
-from headwise.policies.choice import FormatLoss
+from headwise.policies.choice import FormatLoss, PromptSummary
 from headwise.stages.config import CacheConfig, LayerConfig
 from headwise.stages.mass_profile import MassProfile
 from headwise.stages.plan import make_plans, summarise
@@ -73,11 +73,14 @@ class Known:
     Attributes:
         kinds: of the prompt's tokens, where the policy looks at them.
         rotation, gate: of the layer, where the policy looks through them.
+        layer, layers: index of the layer, and how many share what stays.
     """
 
     kinds: UInt8[Tensor, "1 t"] | None = None
     rotation: Rotation | None = None
     gate: LayerGate | None = None
+    layer: int = 0
+    layers: int = 1
 
 
 def needs_mass(options: Options) -> bool:
@@ -104,7 +107,7 @@ def mass_of(
     return observed.mass
 
 
-def choose_rows(
+def summary_of(
     options: Options,
     blocks: PromptBlocks,
     asked: Asked,
@@ -112,8 +115,8 @@ def choose_rows(
     values: Float[Tensor, "1 h t e"],
     logits: LogitOptions,
     known: Known,
-) -> Sequence[Int[Tensor, " rows"]]:
-    """Rows of each head among the candidates, in order, in whole pages."""
+) -> PromptSummary:
+    """What is known of a layer at the end of a prompt, to choose by."""
     policy = options.keeping(blocks.rows)
     observed, log = _observations(options, blocks, keys, known)
     assessed: tuple[Tensor | None, FormatLoss | None] = (None, None)
@@ -124,14 +127,29 @@ def choose_rows(
     columns = torch.arange(blocks.tokens, device=keys.device).expand(1, keys.shape[1], -1)
     valid = torch.ones_like(columns, dtype=torch.bool)
     mass = None if asked.mass is None else asked.mass.score
-    facts = log.facts(columns, valid, mass, blocks.tokens, None, 0, 1)
+    facts = log.facts(columns, valid, mass, blocks.tokens, None, known.layer, known.layers)
     # What does not fill a block stays in any case, and counts.
-    summary = summarise(policy, replace(facts, pinned=columns >= blocks.candidates), asked.mass, assessed)
-    keep = make_plans(policy, [summary])[0].keep[0, :, : blocks.candidates]
-    worth = mass if summary.score is None else summary.score
-    score = None if worth is None else worth[0, :, : blocks.candidates]
-    pages = pages_of_heads(keep.sum(dim=1), blocks.stay * keep.shape[0], blocks.whole)
-    return rows_in_pages(keep, score, pages, blocks.size)
+    return summarise(policy, replace(facts, pinned=columns >= blocks.candidates), asked.mass, assessed)
+
+
+def choose_rows(
+    options: Options, blocks: PromptBlocks, layers: Sequence[PromptSummary]
+) -> list[list[Int[Tensor, " rows"]]]:
+    """Rows of each head of each layer among the candidates, in order, in whole pages.
+
+    Args:
+        layers: one, or all of them where they share what stays.
+    """
+    policy = options.keeping(blocks.rows)
+    keeps = [plan.keep[0, :, : blocks.candidates] for plan in make_plans(policy, layers)]
+    kept = torch.cat([keep.sum(dim=1) for keep in keeps])
+    pages = pages_of_heads(kept, blocks.stay * len(kept), blocks.whole).split([len(keep) for keep in keeps])
+    found = []
+    for layer, keep, own in zip(layers, keeps, pages, strict=True):
+        worth = layer.tokens.score if layer.score is None else layer.score
+        score = None if worth is None else worth[0, :, : blocks.candidates]
+        found.append(rows_in_pages(keep, score, own, blocks.size))
+    return found
 
 
 def _observations(

@@ -32,10 +32,19 @@ class CpuPages(MicroPages):
     isa: str
     impl: Any = None
 
+    @property
+    def place(self) -> int:
+        """Since 0.31 all layers lie in one piece of memory; before that every layer is one."""
+        return self.kv_cache.storage_offset() // (self.kv_cache.shape[2] * self.kv_cache.shape[3])
+
     def views(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all pages, as vLLM's kernels take them: `[blocks * h, 1, size, d]`."""
-        blocks, heads, size, both = self.kv_cache.shape
-        keys, values = self.kv_cache.view(blocks * heads, 1, size * 2, both // 2).chunk(2, dim=2)
+        """Keys and values of all pages of all layers, as vLLM's kernels take them: `[pages, 1, size, d]`."""
+        size, both = self.kv_cache.shape[2:]
+        page = size * both
+        first, end = self.kv_cache.storage_offset() % page, self.kv_cache.untyped_storage().nbytes()
+        count = (end // self.kv_cache.element_size() - first) // page
+        shape, strides = (count, 1, size * 2, both // 2), (page, page, both // 2, 1)
+        keys, values = self.kv_cache.as_strided(shape, strides, first).chunk(2, dim=2)
         return keys, values
 
     def read(self, blocks: Int[Tensor, " n"]) -> tuple[Float[Tensor, "h t d"], Float[Tensor, "h t d"]]:
@@ -50,7 +59,7 @@ class CpuPages(MicroPages):
         """Fill those pages, which belong to one head, from the first on."""
         page_keys, page_values = self.views()
         size = self.kv_cache.shape[2]
-        slots = (pages.long()[:, None] * size + torch.arange(size, device=pages.device)).flatten()
+        slots = ((pages.long()[:, None] + self.place) * size + torch.arange(size, device=pages.device)).flatten()
         rows = keys[:, None].contiguous(), values[:, None].contiguous()
         ops.cpu_attn_reshape_and_cache(*rows, page_keys, page_values, slots, self.isa)
 
@@ -90,7 +99,7 @@ class CpuPages(MicroPages):
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=table.contiguous(),
+            block_table=table + self.place,
             softcap=self.impl.logits_soft_cap,
             scheduler_metadata=work,
             s_aux=sinks,

@@ -36,6 +36,7 @@ class Engine:
         obstacle: why nothing can be compressed in it; None where it can.
         default: for requests that say nothing.
         turns: whether it is known how its model makes positions.
+        spread_obstacle: why layers cannot share what stays; None where they can.
         tells_kinds: whether its tokenizer says what kinds of tokens a text has.
 
     Raises:
@@ -49,6 +50,7 @@ class Engine:
         self.tells_kinds = config is not None and not (
             config.model_config.skip_tokenizer_init or config.model_config.is_multimodal_model
         )
+        self.spread_obstacle = None if config is None else spread_obstacle(config)
         self.default: Options | None = None if config is None else _default(getattr(config, "additional_config", None))
         if self.default is not None:
             self.check(self.default)
@@ -75,6 +77,11 @@ class Engine:
             raise ConfigurationError(
                 f"{KEY}: {options.policy!r} turns queries to positions to come, and how this model makes positions is "
                 "not known; take adakv or snapkv"
+            )
+        if options.spreads and self.spread_obstacle is not None:
+            raise ConfigurationError(
+                f"{KEY}: with {options.policy!r} layers share what stays, which cannot be served: "
+                f"{self.spread_obstacle}; take adakv or snapkv"
             )
         if policy.gates is not False and self.gates_obstacle is not None:
             raise ConfigurationError(f"{KEY}: {options.policy!r} cannot be served: {self.gates_obstacle}")
@@ -134,6 +141,21 @@ def gpu_obstacle(config: Any) -> str | None:
     if getattr(backend, "name", None) != "FLASH_ATTN":
         return "on GPUs blocks are compacted with FlashAttention alone: start it with --attention-backend FLASH_ATTN"
     return None
+
+
+def spread_obstacle(config: Any) -> str | None:
+    """Why layers cannot share what stays of a prompt; None where they can."""
+    reasons = {
+        f"their rows lie together since vLLM 0.31, and this is {vllm.__version__}": vllm.__version__.startswith(
+            ("0.29.", "0.30.")
+        ),
+        "it is done on CPUs so far": not current_platform.is_cpu(),
+        "each process has some of the layers (pipeline parallel)": config.parallel_config.pipeline_parallel_size > 1,
+        "what was chosen is remembered by a prompt's tokens, and with adapters or media they do not say all": (
+            getattr(config, "lora_config", None) is not None or config.model_config.is_multimodal_model
+        ),
+    }
+    return next((reason for reason, there in reasons.items() if there), None)
 
 
 def tries_gpu() -> bool:

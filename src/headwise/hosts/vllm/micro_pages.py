@@ -1,6 +1,7 @@
 """Micro pages: vLLM's cache of a layer, however its kernels lay it out -> pages of one KV head each.
 
 One block holds as many of them as there are heads; the page of a head in a block has the number `block * h + head`.
+Those of other layers may be named too, where all lie in one piece of memory, by how far they are from a layer's own.
 Nothing is copied to see a cache so, and vLLM's own kernel attends to them as if every head were a request.
 """
 
@@ -13,6 +14,11 @@ from headwise.types import Float, Int, Tensor
 
 class MicroPages(ABC):
     """A layer's cache."""
+
+    @property
+    def place(self) -> int | None:
+        """Where the layer's pages begin among those of all layers; None where they do not lie together."""
+        return None
 
     @abstractmethod
     def read(self, blocks: Int[Tensor, " n"]) -> tuple[Float[Tensor, "h t d"], Float[Tensor, "h t d"]]:

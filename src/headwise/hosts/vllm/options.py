@@ -67,6 +67,12 @@ class Options:
         whole = prompt // block_size
         return whole, min(whole, max(1, math.ceil(self.ratio * whole - _FLOAT_NOISE)))
 
+    @property
+    def spreads(self) -> bool:
+        """Whether layers share what stays, so that none is compacted before all have read the prompt."""
+        policy = self.keeping(1)
+        return policy.needs_all_layers or isinstance(policy, PyramidKV)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a request has them."""
         return asdict(self)
@@ -143,8 +149,6 @@ def _obstacle(policy: Policy) -> str | None:
         return f"its {large} is above {_MOST:,}, for which a server has neither room nor time"
     if isinstance(policy, Wrapper):
         return "blocks of vLLM hold rows as the model computes them, and nothing beside"
-    if isinstance(policy, PyramidKV):
-        return "all layers of a request have the same blocks, and it gives layers different sizes"
     if policy.precision is not None:
         return "it stores rows in fewer bits, and blocks of vLLM hold them as the model computes them"
     if policy.needs_repetition:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from headwise.hosts.vllm.choice import Asked, PromptBlocks, query_rows
+from headwise.hosts.vllm.micro_pages import MicroPages
 from headwise.hosts.vllm.options import Options
+from headwise.policies.choice import PromptSummary
 from headwise.stages.mass_profile import MassProfile
 from headwise.types import Float, Int, Tensor, UInt8
 
@@ -22,9 +24,13 @@ class Prompt:
         seconds: spent on choosing.
         step: in which it last was in a batch.
         kinds: of its tokens, where the policy looks at them.
+        ids: of its tokens.
         asked: of each layer, what the policy looks at.
         pages: of each layer and head those that hold what stays, padded with 0; zeros before anything was chosen.
         counts: how many there are.
+        summaries, held: of the layers that share what stays, as far as they have read the prompt: what is known of
+            them, and their caches.
+        before: rows of every layer and head that were chosen of this prompt before; None where none were.
     """
 
     options: Options
@@ -36,6 +42,10 @@ class Prompt:
     seconds: float = 0.0
     step: int = 0
     asked: dict[int, Asked] = field(default_factory=dict)
+    summaries: dict[int, PromptSummary] = field(default_factory=dict)
+    held: dict[int, MicroPages] = field(default_factory=dict)
+    before: list[list[Tensor]] | None = None
+    ids: Sequence[int] = ()
     pages: Int[Tensor, "layers h most"] = field(init=False)
     counts: Int[Tensor, "layers h"] = field(init=False)
 
@@ -61,18 +71,39 @@ class Prompt:
             first: ids of these blocks.
             rows: of each head, a whole number of pages.
         """
-        free = (first.long()[:, None] * self.heads + torch.arange(self.heads, device="cpu")).flatten().int()
-        counts = [len(own) // self.blocks.size for own in rows]
+        return self._set(layer, list(self._numbers(first).split([len(own) // self.blocks.size for own in rows])))
+
+    def place_all(
+        self, first: Int[Tensor, " stay"], rows: Sequence[Sequence[Int[Tensor, " rows"]]], places: Sequence[int]
+    ) -> list[list[Tensor]]:
+        """The same for all layers, which take one another's pages.
+
+        Args:
+            places: where each layer's pages begin among those of all.
+
+        Returns:
+            pages of each head of each layer; numbers are as though they were the layer's own.
+        """
+        free = torch.cat([self._numbers(first) + place for place in places])
+        counts = [[len(own) // self.blocks.size for own in heads] for heads in rows]
+        layers = free.split([sum(own) for own in counts])
+        return [self._set(layer, list((own - places[layer]).split(counts[layer]))) for layer, own in enumerate(layers)]
+
+    def _numbers(self, first: Int[Tensor, " stay"]) -> Int[Tensor, " pages"]:
+        """Of all pages of some blocks in one layer."""
+        return (first.long()[:, None] * self.heads + torch.arange(self.heads, device="cpu")).flatten().int()
+
+    def _set(self, layer: int, pages: list[Tensor]) -> list[Tensor]:
+        counts = [len(own) for own in pages]
         if max(counts) > self.pages.shape[2]:
             wider = torch.zeros(self.layers, self.heads, max(counts), dtype=torch.int32, device="cpu")
             wider[:, :, : self.pages.shape[2]] = self.pages
             self.pages = wider
-        found = list(free.split(counts))
-        for head, own in enumerate(found):
+        for head, own in enumerate(pages):
             self.pages[layer, head, : len(own)] = own
         self.counts[layer] = torch.tensor(counts, dtype=torch.int32, device="cpu")
         self.asked.pop(layer, None)
-        return found
+        return pages
 
 
 def tables(

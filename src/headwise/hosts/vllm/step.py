@@ -10,9 +10,10 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from headwise.hosts.vllm.choice import PromptBlocks
-from headwise.hosts.vllm.door import ROWS
+from headwise.hosts.vllm.door import ROWS, Row
 from headwise.hosts.vllm.model import Model
 from headwise.hosts.vllm.prompts import Prompt, tables
+from headwise.hosts.vllm.spread import Chosen
 from headwise.types import Float, Int, Tensor
 
 # Steps after which a prompt that was begun is not expected to be gone on with. If it is, the policy does without what
@@ -87,12 +88,14 @@ class Step:
 
     Attributes:
         layers: their indices in the group.
+        chosen: of their prompts.
         whole: what attends over whole blocks; None where nothing does.
         whole_tokens: of the batch; None for the first of it.
         own: what vLLM's backend made of `whole`.
     """
 
     layers: dict[str, int]
+    chosen: Chosen
     whole: CommonAttentionMetadata | None = None
     whole_tokens: Int[Tensor, " n"] | None = None
     readings: list[Reading] = field(default_factory=list)
@@ -108,11 +111,15 @@ class StepMaker:
         heads: KV heads of a layer.
         block_size: tokens in a block.
         model: that they are layers of.
+
+    Attributes:
+        chosen: rows of prompts whose layers share what stays.
     """
 
     def __init__(self, layer_names: Sequence[str], heads: int, block_size: int, model: Model) -> None:
         self._layers = {name: index for index, name in enumerate(layer_names)}
         self._heads, self._size, self._model = heads, block_size, model
+        self.chosen = Chosen()
         # By their first block, which is nobody else's as long as they hold it.
         self._prompts: dict[int, Prompt] = {}
         self._held: tuple[list[Prompt], list[int], tuple[Tensor, Tensor]] | None = None
@@ -126,7 +133,7 @@ class StepMaker:
             return None
         starts, lengths = batch.query_start_loc_cpu.tolist(), batch.seq_lens.tolist()
         blocks_of_all = batch.block_table_tensor.cpu()
-        step = Step(self._layers)
+        step = Step(self._layers, self.chosen)
         whole: list[tuple[int, int, int, int]] = []
         compacted: list[tuple[Prompt, Tensor, int, slice]] = []
         for index in range(batch.num_reqs):
@@ -140,9 +147,7 @@ class StepMaker:
             key = int(table[0])
             if before == 0:
                 self._forget()
-                self._prompts[key] = Prompt(
-                    row.options, blocks, len(self._layers), self._heads, self._model.kinds(row.options, row.ids)
-                )
+                self._prompts[key] = self._begun(row, blocks)
             prompt = self._prompts[key]
             prompt.step = self._steps
             if before >= row.tokens:
@@ -160,6 +165,11 @@ class StepMaker:
         if compacted:
             step.compacted = self._batch(*(list(each) for each in zip(*compacted, strict=True)))
         return step
+
+    def _begun(self, row: Row, blocks: PromptBlocks) -> Prompt:
+        kinds = self._model.kinds(row.options, row.ids)
+        before = self.chosen.of(row.options, row.ids) if row.options.spreads else None
+        return Prompt(row.options, blocks, len(self._layers), self._heads, kinds, before=before, ids=row.ids)
 
     def _forget(self) -> None:
         """Let go of what was asked by prompts that were not gone on with for long: their requests were cancelled."""
