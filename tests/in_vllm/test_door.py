@@ -183,6 +183,7 @@ def test_engines_in_which_layers_cannot_share(changes, why, monkeypatch):
         with pytest.raises(ValueError, match=f"'{policy}' layers share what stays, which cannot be served: .*{why}"):
             Door.validate_params(SamplingParams(extra_args={"headwise_policy": policy}))
     Door.validate_params(SamplingParams(extra_args={"headwise_policy": "h2o"}))
+    monkeypatch.setattr(engine.vllm, "__version__", "0.31.0")
     note(config())
     Door.validate_params(SamplingParams(extra_args={"headwise_policy": "pyramidkv"}))
 
