@@ -32,7 +32,7 @@ def cpu_pages(dtype, impl):
 
 def flash_pages(layout, dtype, impl):
     """A cache as vLLM has it on GPUs: heads inside blocks or blocks inside heads, alone or with other layers' rows."""
-    if layout == "before 0.32":
+    if layout == "keys and values apart":
         cache = torch.zeros(2, BLOCKS, SIZE, HEADS, DIM, dtype=dtype)
     elif layout == "heads inside":
         cache = torch.zeros(BLOCKS, SIZE, HEADS, 2 * DIM, dtype=dtype).transpose(1, 2)
@@ -46,7 +46,7 @@ def flash_pages(layout, dtype, impl):
 
 
 PAGES = {"cpu": cpu_pages}
-for layout in ("before 0.32", "heads inside", "heads outside", "layers inside"):
+for layout in ("keys and values apart", "heads inside", "heads outside", "layers inside"):
     PAGES[layout] = partial(flash_pages, layout)
 
 

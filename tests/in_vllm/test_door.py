@@ -173,17 +173,17 @@ def test_policies_that_turn_queries_need_to_know_how(text, known):
         ({"parallel": {"pipeline_parallel_size": 2}}, "each process has some of the layers"),
         ({"lora_config": object()}, "with adapters or media"),
         ({"model": {"is_multimodal_model": True}}, "with adapters or media"),
-        ({"release": "0.30.2"}, "their rows lie together since vLLM 0.31, and this is 0.30.2"),
+        ({"release": "0.29.1"}, "their rows lie together since vLLM 0.30, and this is 0.29.1"),
     ],
 )
 def test_engines_in_which_layers_cannot_share(changes, why, monkeypatch):
-    monkeypatch.setattr(engine.vllm, "__version__", changes.pop("release", "0.31.0"))
+    monkeypatch.setattr(engine.vllm, "__version__", changes.pop("release", "0.30.0"))
     for policy in ("pyramidkv", "kvzip:gate=true", "fastgen"):
         note(config(**changes))
         with pytest.raises(ValueError, match=f"'{policy}' layers share what stays, which cannot be served: .*{why}"):
             Door.validate_params(SamplingParams(extra_args={"headwise_policy": policy}))
     Door.validate_params(SamplingParams(extra_args={"headwise_policy": "h2o"}))
-    monkeypatch.setattr(engine.vllm, "__version__", "0.31.0")
+    monkeypatch.setattr(engine.vllm, "__version__", "0.30.0")
     note(config())
     Door.validate_params(SamplingParams(extra_args={"headwise_policy": "pyramidkv"}))
 

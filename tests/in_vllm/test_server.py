@@ -84,11 +84,18 @@ def test_a_default_for_all_and_a_worker_that_dies(served, tmp_path, server):
     """A request may change it, or do without; when a process is killed, the server says so."""
     whole, kept = (server.complete(keeps=keeps).choices[0].text for keeps in (None, KEEPS))
     default = json.dumps({"policy": KEEPS["headwise_policy"], "ratio": KEEPS["headwise_ratio"]})
-    other = Server(served, tmp_path / "log", HEADWISE_VLLM_DEFAULT=default)
+    # As where several servers are asked for metrics.
+    (tmp_path / "shared").mkdir()
+    shared = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "shared")}
+    other = Server(served, tmp_path / "log", HEADWISE_VLLM_DEFAULT=default, **shared)
     try:
         assert other.complete().choices[0].text == kept
         assert other.complete(keeps={"headwise": "off"}).choices[0].text == whole
         assert other.complete(keeps={"headwise_ratio": 1}).choices[0].text == whole
+        told = other.get("/metrics")
+        for name in ("requests", "blocks_kept", "blocks_freed", "choosing_seconds"):
+            (line,) = [each for each in told.splitlines() if each.startswith(f"headwise:{name}_total{{")]
+            assert 'policy="adakv"' in line and float(line.split()[-1]) > 0
         workers = [
             each for each in psutil.Process(other.process.pid).children(recursive=True) if "Worker" in each.name()
         ]

@@ -34,7 +34,7 @@ class CpuPages(MicroPages):
 
     @property
     def place(self) -> int:
-        """Since 0.31 all layers lie in one piece of memory; before that every layer is one."""
+        """Since 0.30 all layers lie in one piece of memory; before that every layer is one."""
         return self.kv_cache.storage_offset() // (self.kv_cache.shape[2] * self.kv_cache.shape[3])
 
     def views(self) -> tuple[Tensor, Tensor]:

@@ -146,8 +146,8 @@ def gpu_obstacle(config: Any) -> str | None:
 def spread_obstacle(config: Any) -> str | None:
     """Why layers cannot share what stays of a prompt; None where they can."""
     reasons = {
-        f"their rows lie together since vLLM 0.31, and this is {vllm.__version__}": vllm.__version__.startswith(
-            ("0.29.", "0.30.")
+        f"their rows lie together since vLLM 0.30, and this is {vllm.__version__}": vllm.__version__.startswith(
+            "0.29."
         ),
         "it is done on CPUs so far": not current_platform.is_cpu(),
         "each process has some of the layers (pipeline parallel)": config.parallel_config.pipeline_parallel_size > 1,

@@ -33,7 +33,7 @@ class FlashPages(MicroPages):
 
     @classmethod
     def of_cache(cls, kv_cache: Tensor, dim: int, kernel: Callable[..., Any]) -> FlashPages:
-        """Of what vLLM hands to a layer: `[blocks, h, size, 2 d]`, and before 0.32 `[2, blocks, size, h, d]`.
+        """Of what vLLM hands to a layer: `[blocks, h, size, 2 d]`, and in older releases `[2, blocks, size, h, d]`.
 
         Raises:
             UnsupportedModelError: for another shape.

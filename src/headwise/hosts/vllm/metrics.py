@@ -1,7 +1,8 @@
 """Metrics: what the processes of vLLM do for compressed requests -> numbers beside vLLM's own, in Prometheus form.
 
 The process that chooses, and the one that plans blocks, are not the one that is asked for metrics: each writes what it
-counted into a file of its own, and the last adds them up.
+counted into a file of its own, and the last adds them up. Where several are asked (`--api-server-count`), the files are
+those of Prometheus' client, and vLLM adds them up.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 # Names the folder of these files to the processes that vLLM starts.
 FOLDER = "HEADWISE_VLLM_METRICS"
+# The same of Prometheus' client; set by vLLM where it is needed.
+_SHARED = "PROMETHEUS_MULTIPROC_DIR"
 
 _TOLD = {
     "requests": "compressed requests that were let in, by policy",
@@ -33,6 +37,8 @@ _COUNTED: Counter[tuple[str, str]] = Counter()
 def count(name: str, more: float, policy: str = "") -> None:
     """Add to a number, and write all of this process down."""
     _COUNTED[name, policy] += more  # type: ignore[assignment]  # seconds are no whole numbers
+    if _SHARED in os.environ:
+        _shared(name).labels(policy).inc(more)
     folder = os.environ.get(FOLDER)
     if folder is None:
         return
@@ -42,6 +48,14 @@ def count(name: str, more: float, policy: str = "") -> None:
     with contextlib.suppress(OSError):
         own.with_suffix(".new").write_text(json.dumps(rows), encoding="utf-8")
         os.replace(own.with_suffix(".new"), own)
+
+
+@cache
+def _shared(name: str) -> Any:
+    from prometheus_client import Counter as SharedCounter
+
+    # What it counts goes into a file, whether or not this process is asked for it.
+    return SharedCounter(f"headwise:{name}", _TOLD[name], ["policy"], registry=None)
 
 
 def totals() -> Counter[tuple[str, str]]:
