@@ -21,7 +21,7 @@ CONTRACT_TESTS := $(addprefix tests/test_,generate_matrix.py contract_*.py persi
 PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --durations=30
 SHAPES := --jaxtyping-packages=headwise,beartype.beartype
 
-.PHONY: demo test test-all test-oldest soak check check-memory format results model vllm test-vllm serve-vllm clean
+.PHONY: demo test test-all test-oldest soak check check-memory format results model vllm test-vllm serve-vllm serve-vllm-measured clean
 
 demo: model
 	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
@@ -89,12 +89,18 @@ test-vllm: $(VLLM_VENV)/.ready
 	PYTHONDONTWRITEBYTECODE= $(VLLM_VENV)/bin/python -m pytest -o filterwarnings=default --durations=10 tests/in_vllm
 
 # The OpenAI server with the default model, in which every request keeps a quarter of its prompt unless it says otherwise.
+# SERVE takes more options.
 PORT ?= 8000
+SERVE ?=
+# The same, for `headwise eval --server`.
+MEASURED := --dtype float32 --logits-processors headwise.hosts.vllm.forced:Forced --max-logprobs 4000
+serve-vllm-measured: SERVE += $(MEASURED)
+serve-vllm-measured: serve-vllm
 serve-vllm: $(VLLM_VENV)/.ready
 	HEADWISE_VLLM_DEFAULT='{"policy": "adakv:over=snapkv", "ratio": 0.25}' \
 	$(VLLM_VENV)/bin/python -m vllm.entrypoints.openai.api_server --port $(PORT) --served-model-name default \
 		--model "$$($(VLLM_VENV)/bin/python -c 'from headwise.hosts.transformers import models; print(models.find_default_model())')" \
-		--block-size 32 --kv-cache-memory-bytes 1073741824 --enforce-eager
+		--block-size 32 --kv-cache-memory-bytes 1073741824 --enforce-eager $(SERVE)
 
 $(VLLM_VENV)/.ready: pyproject.toml hatch_build.py $(wildcard src/headwise/kernels/cpu/csrc/*)
 	$(PYTHON) -m venv $(VLLM_VENV)

@@ -16,6 +16,7 @@ from headwise.errors import ConfigurationError
 from headwise.eval.model_source import ModelSource
 from headwise.eval.server import Server
 from headwise.eval.server_executor import ServerExecutor
+from headwise.eval.setting import describe_setting
 from headwise.hosts.vllm.options import Options
 from headwise.policies.words import parse_policy, policy_words
 
@@ -29,6 +30,7 @@ class Fake:
 
     def __init__(self):
         self.asked, self.obeys, self.active, self.says, self.seconds = [], True, True, 7, 0.0
+        self.tokenizer, self.most = chatty.tokenizer(), None
 
     def answer(self, asked):
         """Status, and an object or the parts of a stream."""
@@ -60,16 +62,24 @@ def fake():
             self.wfile.write(text.encode())
 
         def do_GET(self):
-            told = {"/v1/models": json.dumps({"data": [{"id": "m"}]}), "/version": json.dumps({"version": "0.99"})}
+            told = {
+                "/v1/models": json.dumps({"data": [{"id": "m", "root": "some/model"}]}),
+                "/version": json.dumps({"version": "0.99"}),
+            }
             told["/metrics"] = METRICS + f'headwise:choosing_seconds_total{{policy="a"}} {fake.seconds}\n'
             self.send(200 if self.path in told else 404, told.get(self.path, "?"))
 
         def do_POST(self):
-            status, said = fake.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/tokenize":
+                ids = fake.tokenizer(asked["prompt"], add_special_tokens=asked["add_special_tokens"])["input_ids"]
+                return self.send(200, json.dumps({"tokens": ids}))
+            status, said = fake.answer(asked)
             if isinstance(said, dict):
                 self.send(status, json.dumps(said))
-            else:
-                self.send(status, "".join(f"data: {json.dumps(part)}\n\n" for part in said) + "data: [DONE]\n\n")
+                return None
+            text = "".join(f"data: {json.dumps(part)}\n\n" for part in said[: fake.most])
+            return self.send(status, text + "data: [DONE]\n\n")
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
@@ -113,7 +123,13 @@ def test_servers_that_cannot_be_used_are_refused(fake):
     fake.obeys = False
     with pytest.raises(ConfigurationError, match=r"does not write what it is told to: start it with --logits-proc"):
         asked(fake).write([1], 2, None, [3])
-    fake.active = False
+    fake.obeys, fake.most = True, 3
+    with pytest.raises(ConfigurationError, match="broke off after 3 of 5 tokens"):
+        asked(fake).write([1], 5, None, [3])
+    fake.most, fake.tokenizer = None, lambda text, **_: {"input_ids": [1, 2]}
+    with pytest.raises(ConfigurationError, match="has 'some/model', whose tokens are not those of the model given"):
+        asked(fake)
+    fake.tokenizer, fake.active = chatty.tokenizer(), False
     with pytest.raises(ConfigurationError, match="headwise is not active in"):
         asked(fake)
     for url in ("http://127.0.0.1:9", "nowhere"):
@@ -141,6 +157,8 @@ def test_fidelity_is_measured_behind_the_prompt(fake, folder, tmp_path, capsys):
     results = json.loads(capsys.readouterr().out)
     reference, full, kept, drawn = fake.asked
     assert len(reference["prompt"]) == 45 and len(reference["vllm_xargs"]["forced_ids"]) == 7
+    # Read anew: what was read before would cost nothing.
+    assert reference.pop("cache_salt") != full.pop("cache_salt")
     assert reference == full
     assert kept["vllm_xargs"].items() >= {"headwise_policy": "snapkv:window=4", "headwise_ratio": 0.3}.items()
     # Five blocks of eight, of which two stay, and five tokens that fill none.
@@ -165,15 +183,17 @@ def test_a_question_is_read_before_or_behind_the_choice(fake, folder, tmp_path, 
     lengths = {len(r["prompt"]) + len(r["vllm_xargs"].get("forced_ids", ())) for r in fake.asked[::2]}
     assert len(fake.asked) == 4 and min(lengths) > 60
     assert {unit["details"]["answer"] for unit in results["units"]} == {"99999"}
-    assert results["configuration"]["source"]["server"] == fake.url
+    assert results["configuration"]["source"]["server"] == results["machine"]["server"] == fake.url
+    assert results["machine"]["root"] == "some/model" and results["versions"]["vllm"] == "0.99"
+    assert fake.url in describe_setting(results)["machine"] and "kernel" not in describe_setting(results)
 
 
 @pytest.mark.parametrize(
     ("words", "why"),
     [
         (("fidelity", "--policy", "snapkv:keep=0.5"), "say of=prompt"),
-        (("fidelity", "--policy", "snapkv:keep=64,of=prompt"), "a share of the prompt, such as keep=0.25"),
-        (("fidelity", "--policy", "h2o:heavy=0.2,recent=0.2"), "a share of the prompt, such as keep=0.25"),
+        (("fidelity", "--policy", "snapkv:keep=64,of=prompt"), "has a size that is no share of the prompt"),
+        (("fidelity", "--policy", "h2o:heavy=0.2,recent=0.2"), "has no keep"),
         (("fidelity", "--policy", "transformers:quanto-int4"), "cannot be asked of a server"),
         (("long", "--policy", "full"), "'long' cannot be measured through a server"),
         (("turns", "--policy", "full"), "cannot be measured through a server"),

@@ -75,6 +75,7 @@ def alone():
         ({"parallel": {"decode_context_parallel_size": 2}}, "context parallel"),
         ({"parallel": {"prefill_context_parallel_size": 2}}, "context parallel"),
         ({"use_v2_model_runner": True}, "V2"),
+        ({"parallel": {"use_ubatching": True}}, "in parts"),
         ({"text": {"num_kv_shared_layers": 10}}, "read the keys of others"),
         ({"text": {"sliding_window": 64}}, "--no-enable-prefix-caching"),
         ({"text": {"layer_types": ["full_attention", "linear_attention"]}}, "--no-enable-prefix-caching"),
@@ -172,11 +173,14 @@ def test_policies_that_turn_queries_need_to_know_how(text, known):
     [
         ({"parallel": {"pipeline_parallel_size": 2}}, "each process has some of the layers"),
         ({"lora_config": object()}, "with adapters or media"),
+        ({"text": {"sliding_window": 64}, "cache": UNCACHED}, "whose blocks are not the same"),
         ({"model": {"is_multimodal_model": True}}, "with adapters or media"),
         ({"release": "0.29.1"}, "their rows lie together since vLLM 0.30, and this is 0.29.1"),
     ],
 )
 def test_engines_in_which_layers_cannot_share(changes, why, monkeypatch):
+    monkeypatch.setattr(engine.Engine, "kinds_obstacle", None)
+    changes = dict(changes)
     monkeypatch.setattr(engine.vllm, "__version__", changes.pop("release", "0.30.0"))
     for policy in ("pyramidkv", "kvzip:gate=true", "fastgen"):
         note(config(**changes))
@@ -188,12 +192,18 @@ def test_engines_in_which_layers_cannot_share(changes, why, monkeypatch):
     Door.validate_params(SamplingParams(extra_args={"headwise_policy": "pyramidkv"}))
 
 
-def test_policies_that_look_at_kinds_of_tokens_need_a_tokenizer():
+def test_policies_that_look_at_kinds_of_tokens_need_a_tokenizer(monkeypatch):
     asked = {"headwise": {"policy": "fastgen"}}
+    monkeypatch.setattr("vllm.tokenizers.cached_tokenizer_from_config", lambda given: chatty.tokenizer())
     note(config())
     Door.validate_params(SamplingParams(extra_args=dict(asked)))
     note(config(model={"skip_tokenizer_init": True}))
-    with pytest.raises(ValueError, match="looks at the kinds of tokens, for which this engine has no tokenizer"):
+    with pytest.raises(ValueError, match="looks at the kinds of tokens, which this engine does not tell: it has no"):
+        Door.validate_params(SamplingParams(extra_args=dict(asked)))
+    # One that does not speak as those of transformers do.
+    monkeypatch.setattr("vllm.tokenizers.cached_tokenizer_from_config", lambda given: ["a", "b"])
+    note(config())
+    with pytest.raises(ValueError, match=r"does not tell: its tokenizer fails \(AttributeError"):
         Door.validate_params(SamplingParams(extra_args=dict(asked)))
     # A ladder without them.
     Door.validate_params(SamplingParams(extra_args={"headwise_policy": "fastgen:ladder=frequent,full"}))

@@ -34,10 +34,12 @@ def show_results(results: dict[str, Any]) -> None:
 
 
 def _setting(results: dict[str, Any]) -> Table:
-    model, machine = results["model"], results["machine"]
+    from headwise.eval.setting import machine_words
+
+    model = results["model"]
     table = facts_table()
     table.add_row("model", f"{model['name']}, {model['dtype']}")
-    table.add_row("machine", f"{machine.get('gpu', machine['processor'])}, threads: {machine['threads']}")
+    table.add_row("machine", machine_words(results["machine"]))
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items()))
     if results["interrupted"]:
         table.add_row("", Text("interrupted: rows may be of different items", style="yellow"))

@@ -13,6 +13,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,9 @@ from headwise.types import Float, Tensor
 _TOP = 4000
 
 _TIMEOUT_SECONDS = 900
+
+# By which tokenizers are told apart.
+_SAMPLE = "The quick brown fox, aged 37½, jumps over 12,345 lazy dogs – naïvely; def f(x): return x**2  # 漢字"
 _START = (
     f"start it with --logits-processors headwise.hosts.vllm.forced:Forced --max-logprobs {_TOP}, as docs/vllm.md says"
 )
@@ -78,21 +82,24 @@ class Server:
     Attributes:
         block_size: tokens in a block of its cache.
         release: of vLLM.
+        model: as the server calls it, and where it has it from.
 
     Raises:
-        ConfigurationError: when it does not answer, or headwise is not in it.
+        ConfigurationError: when it does not answer, headwise is not in it, or its tokenizer is another.
     """
 
     def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Set[int]) -> None:
         self.tokenizer = tokenizer
         self._ends = ends
         self._root, self._vocabulary = url.rstrip("/").removesuffix("/v1"), vocabulary
-        self._model = str(self._json("/v1/models")["data"][0]["id"])
+        told = self._json("/v1/models")["data"][0]
+        self.model = {"id": str(told["id"]), "root": str(told.get("root", ""))}
         self.release = str(self._json("/version")["version"])
         size = re.search(r'vllm:cache_config_info\{[^}]*\bblock_size="(\d+)"', self._get("/metrics"))
         if size is None:
             raise ConfigurationError(f"{self._root} does not say how large its blocks are: is it vLLM?")
         self.block_size = int(size[1])
+        self._check_tokenizer()
         self._check_headwise()
 
     def write(
@@ -121,16 +128,24 @@ class Server:
         before, started, first = self._choosing_seconds(), time.perf_counter(), math.nan
         ids: list[int] = []
         found: list[Tensor] = []
-        for choice in self._stream(asked):
+        for choice in self._parts(asked):
             first = time.perf_counter() - started if math.isnan(first) else first
             said = choice.get("logprobs") or {"tokens": [], "top_logprobs": []}
             ids += [_id(token) for token in said["tokens"]]
             found += [self._row(top) for top in said["top_logprobs"]] if rows else []
-        if ids[: len(forced)] != list(forced[: len(ids)]) or len(ids) < min(limit, len(forced)):
+        if ids[: len(forced)] != list(forced[: len(ids)]):
             raise ConfigurationError(f"{self._root} does not write what it is told to: {_START}")
+        if len(ids) != limit:
+            raise ConfigurationError(f"{self._root} broke off after {len(ids)} of {limit} tokens")
         stop = next((at + 1 for at in range(len(forced), len(ids)) if ids[at] in self._ends), len(ids))
         told = torch.stack(found[:stop]) if found else None
         return Served(ids[:stop], told, first, self._choosing_seconds() - before)
+
+    def _parts(self, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._stream(asked)
+        except (OSError, http.client.HTTPException) as error:
+            raise ConfigurationError(f"{self._root} broke off: {error}") from error
 
     def _row(self, top: dict[str, float]) -> Float[Tensor, " vocabulary"]:
         ids = torch.tensor([_id(token) for token in top])
@@ -138,6 +153,18 @@ class Server:
         others = max(self._vocabulary - len(known), 1)
         left = max(1.0 - float(known.double().exp().sum()), torch.finfo(torch.float32).tiny)
         return torch.full((self._vocabulary,), math.log(left / others)).scatter(0, ids, known)
+
+    def _check_tokenizer(self) -> None:
+        """Ids mean something else to another model, and the answer would look like one."""
+        asked = {"model": self.model["id"], "prompt": _SAMPLE, "add_special_tokens": False}
+        with self._open("/tokenize", json.dumps(asked).encode()) as answer:
+            theirs = json.loads(answer.read())["tokens"]
+        ours = self.tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
+        if list(theirs) != list(ours):
+            raise ConfigurationError(
+                f"{self._root} has {self.model['root'] or self.model['id']!r}, whose tokens are not those of the model "
+                "given here; say with --model which it is"
+            )
 
     def _check_headwise(self) -> None:
         """What nobody can mean is refused where headwise is."""
@@ -156,8 +183,10 @@ class Server:
 
     def _stream(self, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """What comes of a completion, part by part."""
-        always = {"model": self._model, "temperature": 0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0}
-        body = {"stream": True, "return_tokens_as_token_ids": True, **always, **asked}
+        always = {"model": self.model["id"], "temperature": 0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0}
+        # A prompt that was read before would cost nothing.
+        fresh = {"cache_salt": uuid.uuid4().hex}
+        body = {"stream": True, "return_tokens_as_token_ids": True, **fresh, **always, **asked}
         with self._open("/v1/completions", json.dumps(body).encode()) as answer:
             for line in answer:
                 text = line.decode().removeprefix("data:").strip()

@@ -22,10 +22,10 @@ from headwise.eval.task import Task
 from headwise.hosts.transformers.model_facts import kv_heads
 from headwise.hosts.transformers.models import find_default_model
 from headwise.hosts.vllm.options import Options
-from headwise.measure.machine import describe_machine, describe_versions
 from headwise.measure.model_info import describe_model
 from headwise.policies import Full
 from headwise.policies.words import policy_words
+from headwise.version import __version__
 
 
 class ServerExecutor(Executor):
@@ -65,8 +65,9 @@ class ServerExecutor(Executor):
         shape, server = self._model(), self._asked()
         items = {task.label: task.items(server.tokenizer) for task in tasks}
         model = describe_model(shape, self._source.name) | {"dtype": f"torch.{self._source.dtype}"}
-        versions = describe_versions() | {"vllm": server.release}
-        machine = describe_machine(torch.device("cpu")) | {"block_size": server.block_size}
+        # What else takes part is the server's, which does not say.
+        versions: dict[str, str | None] = {"vllm": server.release, "headwise here": __version__}
+        machine = {"server": self._url, "block_size": server.block_size, **server.model}
         return Prepared(items, model, machine, versions)
 
     def measure(self, jobs: Sequence[Job]) -> Iterator[Unit]:
@@ -140,7 +141,10 @@ def _options(contender: Contender) -> Options | None:
     given = policy.parameters()
     keep = given.get("keep")
     if not isinstance(keep, float):
-        raise ConfigurationError(f"{contender.label!r}: a server is asked for a share of the prompt, such as keep=0.25")
+        why = "has no keep" if "keep" not in given else "has a size that is no share of the prompt"
+        raise ConfigurationError(
+            f"{contender.label!r} {why}: a server can be asked for policies with keep=0.25 and such"
+        )
     if given.get("of", "prompt") != "prompt":
         raise ConfigurationError(
             f"{contender.label!r}: a server keeps a share of the prompt and all that is written, not a share of all; "

@@ -14,14 +14,14 @@ _KNOWN = ("query",)
 
 def describe_setting(results: Mapping[str, Any]) -> dict[str, str]:
     """What any table of the run must say: model, dtype, lengths, items, machine, versions, and the command."""
-    model, machine = results["model"], results["machine"]
+    model = results["model"]
     configuration, source = results["configuration"], results["configuration"]["source"]
     said = {
         "model": f"{model['name']}, {model['dtype']}, {model['layers']} layers, {model['heads']} heads, "
         f"{model['kv_heads']} KV heads",
-        "machine": f"{machine.get('gpu', machine['processor'])}, {machine['device']}, threads: {machine['threads']}",
+        "machine": machine_words(results["machine"]),
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-        **_describe_place(source, machine),
+        **_describe_place(source),
         **({"rows": source["cache_dtype"]} if source.get("cache_dtype") else {}),
         "seed": str(configuration["seed"]),
     }
@@ -33,10 +33,17 @@ def describe_setting(results: Mapping[str, Any]) -> dict[str, str]:
     return said
 
 
-def _describe_place(source: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, str]:
-    """Who attended: kernels of headwise, or a server."""
+def machine_words(machine: Mapping[str, Any]) -> str:
+    """Where it was measured; of a server, what it says of itself."""
+    if "server" in machine:
+        return f"{machine['server']}, model {machine['id']}, blocks of {machine['block_size']} tokens"
+    return f"{machine.get('gpu', machine['processor'])}, {machine['device']}, threads: {machine['threads']}"
+
+
+def _describe_place(source: Mapping[str, Any]) -> dict[str, str]:
+    """Who attended, where it was not a server."""
     if "server" in source:
-        return {"server": f"{source['server']}, blocks of {machine['block_size']} tokens"}
+        return {}
     return {"kernel": f"{source['kernel']}, evicting every {source['evict_every']} tokens"}
 
 

@@ -14,6 +14,7 @@ import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
+from headwise.errors import UnsupportedModelError
 from headwise.hosts.vllm.choice import Known, choose_rows, mass_of, needs_mass, summary_of
 from headwise.hosts.vllm.manager import HeadwiseSpec
 from headwise.hosts.vllm.metrics import count
@@ -37,6 +38,11 @@ class CompactingBuilder(AttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], *given: Any, **named: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, *given, **named)
+        if isinstance(kv_cache_spec, HeadwiseSpec) and getattr(kv_cache_spec, "page_size_padded", None):
+            raise UnsupportedModelError(
+                "headwise: blocks of this model are padded to those of its other layers, and cannot be compacted; "
+                'start vLLM with VLLM_PLUGINS=""'
+            )
         self.compacts = isinstance(kv_cache_spec, HeadwiseSpec) and kv_cache_spec.sliding_window is None
         self._steps = None
         if self.compacts:
@@ -124,11 +130,12 @@ class CompactingImpl(AttentionImpl):
             for head, (own, chosen) in enumerate(zip(pages, rows, strict=True)):
                 held.write(own, keys[0, head, chosen], values[0, head, chosen])
         prompt.seconds += time.perf_counter() - started
-        if index == prompt.layers - 1:
-            count("choosing_seconds", prompt.seconds, prompt.options.name)
         if reading.later is not None and not spreads:
             batch = batch_of([prompt], [reading.blocks], [reading.tokens], [reading.later])
             output[batch.tokens] = self.attend(index, query[batch.tokens], held, batch)
+        if index == prompt.layers - 1:
+            count("choosing_seconds", prompt.seconds, prompt.options.name)
+            prompt.forget()
 
     def _share(self, index: int, query: Tensor, held: MicroPages, step: Step, reading: Reading, output: Tensor) -> None:
         """Note a layer of those that share what stays; behind the last of them, compact all."""

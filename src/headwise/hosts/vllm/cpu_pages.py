@@ -6,6 +6,7 @@ A block `[h, size, 2 d]` holds h of them: first the keys of a head, transposed t
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -36,6 +37,16 @@ class CpuPages(MicroPages):
     def place(self) -> int:
         """Since 0.30 all layers lie in one piece of memory; before that every layer is one."""
         return self.kv_cache.storage_offset() // (self.kv_cache.shape[2] * self.kv_cache.shape[3])
+
+    @property
+    def memory(self) -> Hashable:
+        """Pages of two layers are alike where they are as large, and as far from the beginning of the same memory."""
+        page = self.kv_cache.shape[2] * self.kv_cache.shape[3]
+        return (
+            self.kv_cache.untyped_storage().data_ptr(),
+            self.kv_cache.stride(0),
+            self.kv_cache.storage_offset() % page,
+        )
 
     def views(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all pages of all layers, as vLLM's kernels take them: `[pages, 1, size, d]`."""

@@ -12,7 +12,7 @@ import vllm
 from vllm.platforms import current_platform
 
 from headwise.errors import ConfigurationError, UnsupportedModelError
-from headwise.hosts.vllm.model import gates_obstacle
+from headwise.hosts.vllm.model import Model, gates_obstacle
 from headwise.hosts.vllm.options import KEY, Options, options_of
 
 # For engines: the same JSON object as a request has it.
@@ -37,7 +37,6 @@ class Engine:
         default: for requests that say nothing.
         turns: whether it is known how its model makes positions.
         spread_obstacle: why layers cannot share what stays; None where they can.
-        tells_kinds: whether its tokenizer says what kinds of tokens a text has.
 
     Raises:
         ConfigurationError: when the default for all requests cannot be what it says.
@@ -47,9 +46,6 @@ class Engine:
         self.obstacle: str | None = "its plugin was not loaded (VLLM_PLUGINS)" if config is None else obstacle(config)
         self.turns = config is not None and _turns(config.model_config.hf_text_config)
         self._config = config
-        self.tells_kinds = config is not None and not (
-            config.model_config.skip_tokenizer_init or config.model_config.is_multimodal_model
-        )
         self.spread_obstacle = None if config is None else spread_obstacle(config)
         self.default: Options | None = None if config is None else _default(getattr(config, "additional_config", None))
         if self.default is not None:
@@ -59,6 +55,11 @@ class Engine:
     def gates_obstacle(self) -> str | None:
         """Why gates cannot be asked for; None where they can. The model's files are read for it, once."""
         return gates_obstacle(self._config)
+
+    @cached_property
+    def kinds_obstacle(self) -> str | None:
+        """Why kinds of tokens are not known; None where they are. The vocabulary is read for it, once."""
+        return Model(self._config).kinds_obstacle()
 
     def check(self, options: Options) -> None:
         """Refuse what this engine cannot do.
@@ -85,10 +86,10 @@ class Engine:
             )
         if policy.gates is not False and self.gates_obstacle is not None:
             raise ConfigurationError(f"{KEY}: {options.policy!r} cannot be served: {self.gates_obstacle}")
-        if policy.reads_kinds and not self.tells_kinds:
+        if policy.reads_kinds and self.kinds_obstacle is not None:
             raise ConfigurationError(
-                f"{KEY}: {options.policy!r} looks at the kinds of tokens, for which this engine has no tokenizer, or "
-                "whose model sees and hears; take adakv or snapkv"
+                f"{KEY}: {options.policy!r} looks at the kinds of tokens, which this engine does not tell: "
+                f"{self.kinds_obstacle}; take adakv or snapkv"
             )
 
 
@@ -149,6 +150,7 @@ def spread_obstacle(config: Any) -> str | None:
         f"their rows lie together since vLLM 0.30, and this is {vllm.__version__}": vllm.__version__.startswith(
             "0.29."
         ),
+        "they are of several kinds, whose blocks are not the same": _mixed(config.model_config),
         "it is done on CPUs so far": not current_platform.is_cpu(),
         "each process has some of the layers (pipeline parallel)": config.parallel_config.pipeline_parallel_size > 1,
         "what was chosen is remembered by a prompt's tokens, and with adapters or media they do not say all": (
@@ -192,6 +194,7 @@ def obstacle(config: Any) -> str | None:
         "the cache is in 8 bits": config.cache_config.cache_dtype.startswith("fp8"),
         "contexts are spread over processes (context parallel)": parallel.decode_context_parallel_size > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "batches are computed in parts (--enable-dbo)": bool(getattr(parallel, "use_ubatching", False)),
         "the newer model runner (V2) is used (VLLM_USE_V2_MODEL_RUNNER=0 starts the other)": bool(
             getattr(config, "use_v2_model_runner", False)
         ),

@@ -111,17 +111,22 @@ def check_kernel(kernel: Callable[..., Any], dtype: torch.dtype, device: torch.d
     Raises:
         UnsupportedModelError: saying how far it is off.
     """
-    heads, blocks, length = 2, 5, 2 * size + 3
+    heads, group, blocks, length = 2, 2, 5, 2 * size + 3
     kv_cache = torch.randn(blocks, size, heads, 2 * dim, dtype=torch.float32, device=device).to(dtype).transpose(1, 2)
-    pages = FlashPages.of_cache(kv_cache, dim, kernel)
-    query = torch.randn(heads, 1, dim, dtype=torch.float32, device=device).to(dtype)
-    order = torch.tensor([3, 0, 4], dtype=torch.int32, device="cpu")
+    pages, order = FlashPages.of_cache(kv_cache, dim, kernel), torch.tensor([3, 0, 4], dtype=torch.int32, device="cpu")
     table = order[None] * heads + torch.arange(heads, dtype=torch.int32, device="cpu")[:, None]
     lengths = torch.full((heads,), length, dtype=torch.int32, device="cpu")
-    found = pages.attend(query, table, lengths, torch.arange(heads + 1, dtype=torch.int32, device="cpu"), None)
-    keys, values = (rows[:, :length].float() for rows in pages.read(order))
-    weights = (query.float() @ keys.mT * dim**-0.5).softmax(dim=-1)
-    off = float((found.float() - weights @ values).abs().max())
+    keys, values = (rows[:, None, :length].float() for rows in pages.read(order))
+    offs = []
+    for asked in (1, 3):
+        query = torch.randn(heads, group, asked, dim, dtype=torch.float32, device=device).to(dtype)
+        starts = torch.arange(heads + 1, dtype=torch.int32, device="cpu") * asked
+        found = pages.attend(query.transpose(1, 2).flatten(0, 1), table, lengths, starts, None)
+        later = torch.ones(asked, length, dtype=torch.bool, device=device).triu(length - asked + 1)
+        weights = (query.float() @ keys.mT * dim**-0.5).masked_fill(later, -torch.inf).softmax(dim=-1)
+        wanted = (weights @ values).transpose(1, 2).flatten(0, 1)
+        offs.append(float((found.float() - wanted).abs().max()))
+    off = max(offs)
     if not off < (1e-3 if dtype == torch.float32 else 3e-2):
         raise UnsupportedModelError(
             f"FlashAttention of this vLLM does not read pages of single heads: it is off by {off}"

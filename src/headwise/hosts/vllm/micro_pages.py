@@ -8,6 +8,7 @@ Nothing is copied to see a cache so, and vLLM's own kernel attends to them as if
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 
 from headwise.types import Float, Int, Tensor
 
@@ -16,8 +17,13 @@ class MicroPages(ABC):
     """A layer's cache."""
 
     @property
-    def place(self) -> int | None:
-        """Where the layer's pages begin among those of all layers; None where they do not lie together."""
+    def place(self) -> int:
+        """Where the layer's pages begin among those of the memory that they lie in."""
+        return 0
+
+    @property
+    def memory(self) -> Hashable:
+        """The same for layers that may take one another's pages; None where they may not."""
         return None
 
     @abstractmethod

@@ -33,6 +33,17 @@ class Model:
         # What is beyond the vocabulary is an ordinary token.
         return torch.nn.functional.pad(self._kinds, (0, 1))[found.clamp(0, len(self._kinds))][None]
 
+    def kinds_obstacle(self) -> str | None:
+        """Why its tokenizer does not tell them; None where it does."""
+        if self._config.skip_tokenizer_init:
+            return "it has no tokenizer"
+        if self._config.is_multimodal_model:
+            return "its model sees or hears, and what stands for that counts as special"
+        try:
+            return None if len(self._kinds) else "its vocabulary is empty"
+        except Exception as error:  # Tokenizers of vLLM's own do not all speak as those of transformers.
+            return f"its tokenizer fails ({type(error).__name__}: {error})"
+
     @cached_property
     def _kinds(self) -> UInt8[Tensor, " vocabulary"]:
         from vllm.tokenizers import cached_tokenizer_from_config

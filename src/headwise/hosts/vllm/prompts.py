@@ -53,6 +53,10 @@ class Prompt:
         self.pages = torch.zeros(self.layers, self.heads, 0, dtype=torch.int32, device="cpu")
         self.counts = torch.zeros(self.layers, self.heads, dtype=torch.int32, device="cpu")
 
+    def forget(self) -> None:
+        """Let go of what a prompt needs until it was read."""
+        self.ids, self.kinds, self.before = (), None, None
+
     def observe(self, layer: int, queries: Float[Tensor, "1 h g q d"], mass: MassProfile | None) -> Asked:
         """Take in the queries of a pass, and the attention they pay; gives what the policy looks at, so far."""
         asked, rows = self.asked.setdefault(layer, Asked()), query_rows(self.options)

@@ -21,8 +21,8 @@ from headwise.types import Float, Int, LogitOptions, Tensor
 
 _log = logging.getLogger(__name__)
 
-# Prompts whose choice is remembered: what was put off is read again before many others are.
-_REMEMBERED = 1024
+# Of rows that are remembered: what was put off is read again before many others are.
+_MOST_BYTES = 512 * 2**20
 
 Rows = list[list[Tensor]]
 
@@ -32,6 +32,7 @@ class Chosen:
 
     def __init__(self) -> None:
         self._rows: OrderedDict[tuple[Options, tuple[int, ...]], Rows] = OrderedDict()
+        self.bytes = 0
 
     def of(self, options: Options, ids: Sequence[int]) -> Rows | None:
         """By layer and head; None where nothing is known of that prompt."""
@@ -40,10 +41,16 @@ class Chosen:
     def note(self, options: Options, ids: Sequence[int], rows: Rows) -> None:
         """Remember, and forget what was remembered longest."""
         key = options, tuple(ids)
+        self.bytes -= _size(key, self._rows.pop(key, []))
         self._rows[key] = [[own.int().cpu() for own in heads] for heads in rows]
-        self._rows.move_to_end(key)
-        while len(self._rows) > _REMEMBERED:
-            self._rows.popitem(last=False)
+        self.bytes += _size(key, self._rows[key])
+        while self.bytes > _MOST_BYTES and len(self._rows) > 1:
+            self.bytes -= _size(*self._rows.popitem(last=False))
+
+
+def _size(key: tuple[Options, tuple[int, ...]], rows: Rows) -> int:
+    """Bytes, of which a token in a tuple takes about as many as a pointer and a number."""
+    return sum(own.nbytes for heads in rows for own in heads) + (36 * len(key[1]) if rows else 0)
 
 
 def compact(prompt: Prompt, blocks: Int[Tensor, " n"], chosen: Chosen) -> Rows:
@@ -53,17 +60,24 @@ def compact(prompt: Prompt, blocks: Int[Tensor, " n"], chosen: Chosen) -> Rows:
         blocks: ids of those that the prompt lies in.
     """
     held = [prompt.held[layer] for layer in range(prompt.layers)]
-    rows = prompt.before
+    together = len({pages.memory for pages in held}) == 1 and held[0].memory is not None
+    # An equal prompt may have been chosen from meanwhile, and be put off: it goes on with the rows that it had.
+    rows = prompt.before or chosen.of(prompt.options, prompt.ids)
     if rows is None:
         layers = [prompt.summaries[layer] for layer in range(prompt.layers)]
-        rows = choose_rows(prompt.options, prompt.blocks, layers)
+        shared = [layers] if together else [[layer] for layer in layers]
+        rows = [heads for own in shared for heads in choose_rows(prompt.options, prompt.blocks, own)]
         chosen.note(prompt.options, prompt.ids, rows)
     prompt.held.clear()
     prompt.summaries.clear()
     # Pages of one layer are written into those of another, which must have been read.
     kept = [_gather(*pages.read(blocks), own) for pages, own in zip(held, rows, strict=True)]
-    places = [0 if pages.place is None else pages.place for pages in held]
-    found = prompt.place_all(blocks[: prompt.blocks.stay], rows, places)
+    stay = blocks[: prompt.blocks.stay]
+    if together:
+        found = prompt.place_all(stay, rows, [pages.place for pages in held])
+    else:
+        _log.warning("headwise: rows of layers do not lie together in this vLLM; each has the same share")
+        found = [prompt.place(layer, stay, heads) for layer, heads in enumerate(rows)]
     for pages, numbers, heads in zip(held, found, kept, strict=True):
         for own, (keys, values) in zip(numbers, heads, strict=True):
             pages.write(own, keys, values)

@@ -15,13 +15,24 @@ def pages_of_heads(kept: Int[Tensor, " h"], pages: int, most: int) -> Int[Tensor
         pages: of all heads, at least one each.
         most: pages that one head can fill.
     """
-    share = kept.double() / kept.sum().clamp(min=1) * pages
+    share = torch.full_like(kept, most, dtype=torch.float64)
+    wants = kept.double().clamp(min=torch.finfo(torch.float64).tiny)
+    open_ = torch.ones_like(kept, dtype=torch.bool)
+    # Who can fill no more leaves the rest to the others.
+    while bool(open_.any()):
+        left = max(pages - most * int((~open_).sum()), 0)
+        part = wants / wants[open_].sum() * left
+        full = open_ & (part >= most)
+        if not bool(full.any()):
+            share[open_] = part[open_]
+            break
+        open_ &= ~full
     given = share.floor().long().clamp(1, most)
     while (left := pages - int(given.sum())) != 0:
         # The neediest first; where too many were given, since every head has one, the least needy gives back.
         need = share - given
-        open_ = given < most if left > 0 else given > 1
-        need = need.masked_fill(~open_, -torch.inf if left > 0 else torch.inf)
+        movable = given < most if left > 0 else given > 1
+        need = need.masked_fill(~movable, -torch.inf if left > 0 else torch.inf)
         at = int(need.argmax() if left > 0 else need.argmin())
         given[at] += 1 if left > 0 else -1
     return given
