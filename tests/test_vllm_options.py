@@ -232,12 +232,23 @@ def test_fastgen_gives_each_head_what_it_looks_at_within_a_given_size():
     for vectors in (keys[0, 1], queries[0, 1, 0]):
         vectors[:, 0], vectors[:, 1] = 12 * angle.cos(), 12 * angle.sin()
     words = "fastgen:ladder=special+punctuation,special+punctuation+local,full,local=0.25"
-    rows, blocks, _ = asked_for(words, queries, keys, 2, ratio=0.5, kinds=kinds)
+    rows, blocks, asked = asked_for(words, queries, keys, 2, ratio=0.5, kinds=kinds)
     assert sum(map(len, rows)) == 3 * blocks.stay * size
     # What they need is 16, 76 and 256 rows, of 384: what is over goes to those that can have more.
     assert [len(own) for own in rows] == [24, 104, 256]
     assert set(range(0, tokens, 16)) <= set(rows[0].tolist())
+    # What fills a page beyond that got the most attention of the others.
+    others = asked.mass.score[0, 0].index_fill(0, torch.arange(0, tokens, 16), -1)
+    assert set(rows[0].tolist()) - set(range(0, tokens, 16)) == set(others.topk(8).indices.tolist())
     assert set(range(tokens - 64, tokens)) <= set(rows[1].tolist())
+
+
+def test_what_fills_no_block_stays_in_any_case():
+    blocks, keys = PromptBlocks.of(Options("keynorm", 0.5), 45, 8), torch.randn(1, 2, 45, 16)
+    known = summary_of(Options("keynorm", 0.5), blocks, Asked(keys[:, :, None]), keys, keys, LogitOptions(1), Known())
+    assert blocks.candidates == 40
+    assert known.tokens.pinned[0, 0].tolist() == [False] * 40 + [True] * 5
+    assert bool(known.score[:, :, 40:].isposinf().all()) and bool(known.score[:, :, :40].isfinite().all())
 
 
 def test_gates_say_what_stays():
