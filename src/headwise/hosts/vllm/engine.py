@@ -76,8 +76,8 @@ class Engine:
         policy = options.keeping(1)
         if (policy.needs_rotation or policy.gates is not False) and not self.turns:
             raise ConfigurationError(
-                f"{KEY}: {options.policy!r} turns queries to positions to come, and how this model makes positions is "
-                "not known; take adakv or snapkv"
+                f"{KEY}: {options.policy!r} looks through the model's rotary embedding, and how this model makes "
+                "positions is not known; take adakv or snapkv"
             )
         if options.spreads and self.spread_obstacle is not None:
             raise ConfigurationError(
