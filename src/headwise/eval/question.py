@@ -107,9 +107,8 @@ class QuestionTask(Task):
 
     def measure_served(self, server: Server, item: Item, prompt: ServedPrompt, reference: None) -> Measured:
         """Give the context as a prompt, let the rest of it be written, and the answer behind it."""
-        context, rest = (
-            item.data["ids"][at] for at in (slice(item.data["context"]), slice(item.data["context"], None))
-        )
+        ids, end = item.data["ids"], item.data["context"]
+        context, rest = ids[:end], ids[end:]
         served = server.write(context, len(rest) + item.data["limit"], prompt.options, rest)
         answer = str(server.tokenizer.decode(served.ids[len(rest) :], skip_special_tokens=True))
         metrics = {"recall": found(item.data["expected"], answer)}

@@ -109,8 +109,9 @@ class CompactingImpl(AttentionImpl):
         prompt, blocks, index = reading.prompt, reading.prompt.blocks, step.layers[layer.layer_name]
         asked = query[reading.asked].view(1, -1, self.num_kv_heads, self.num_queries_per_kv, self.head_size)
         queries, mass, started = asked.permute(0, 2, 3, 1, 4), None, time.perf_counter()
-        looks = needs_mass(prompt.options)
-        if looks or reading.complete:
+        # What was chosen before holds, and nothing need be looked at again.
+        looks = prompt.before is None and needs_mass(prompt.options)
+        if looks or (prompt.before is None and reading.complete):
             keys, values = (each[None, :, : prompt.seen] for each in held.read(reading.filled))
         if looks:
             mass = mass_of(prompt.options, blocks, queries, keys, self._logits())

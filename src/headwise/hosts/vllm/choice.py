@@ -1,4 +1,4 @@
-"""Choice: queries, keys and values of a prompt in one layer -> the rows of every KV head that fill its pages."""
+"""Choice: what layers were asked and hold of a prompt -> the rows of every KV head that fill its pages."""
 
 from __future__ import annotations
 
