@@ -36,6 +36,8 @@ def flash_pages(layout, dtype, impl):
         cache = torch.zeros(2, BLOCKS, SIZE, HEADS, DIM, dtype=dtype)
     elif layout == "heads inside":
         cache = torch.zeros(BLOCKS, SIZE, HEADS, 2 * DIM, dtype=dtype).transpose(1, 2)
+    elif layout == "blocks inside heads":
+        cache = torch.zeros(HEADS, BLOCKS, SIZE, 2 * DIM, dtype=dtype).transpose(0, 1)
     elif layout == "heads outside":
         cache = torch.zeros(BLOCKS, HEADS, SIZE, 2 * DIM, dtype=dtype)
     else:
@@ -46,7 +48,7 @@ def flash_pages(layout, dtype, impl):
 
 
 PAGES = {"cpu": cpu_pages}
-for layout in ("keys and values apart", "heads inside", "heads outside", "layers inside"):
+for layout in ("keys and values apart", "heads inside", "heads outside", "blocks inside heads", "layers inside"):
     PAGES[layout] = partial(flash_pages, layout)
 
 
