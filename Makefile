@@ -81,7 +81,7 @@ $(OLD_VENV)/.ready: $(VENV)/.ready
 	$(BIN)/python -m pip --python $(OLD_VENV)/bin/python $(PIP_INSTALL) "$(OLDEST)"
 	touch $@
 
-# An environment of its own, of about 3.4 GB: vLLM wants other releases.
+# An environment of its own, of about 3.7 GB: vLLM wants other releases.
 vllm: $(VLLM_VENV)/.ready
 
 # vLLM takes long to import where nothing compiled may be kept, and every server here does so anew.
