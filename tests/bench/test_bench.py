@@ -34,6 +34,7 @@ def test_json_is_one_object_of_this_schema(told):
         "interrupted",
         "results",
         "profile",
+        "prefills",
         "written_for",
         "expectations",
     }

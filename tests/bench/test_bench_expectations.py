@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from benching import bench, measured, result_of, stock_measured
@@ -9,7 +11,7 @@ from benching import bench, measured, result_of, stock_measured
 from headwise.bench import expectations, plan
 from headwise.bench.bandwidth import Ceiling, KernelSpeed
 from headwise.bench.expectations import BOUNDLESS, MET, MISSED, NOT_RUN, Expectation
-from headwise.bench.record import Held, Prefill, ProfileCost, Record, Result
+from headwise.bench.record import EXACT, Held, Prefill, PrefillCosts, ProfileCost, Record, Result
 from headwise.errors import ConfigurationError
 
 # Expectations.
@@ -107,15 +109,45 @@ def test_profile_is_judged_by_medians_and_dtype():
     assert judge_one(share, Record(profile=ProfileCost(2048, "float32"))).verdict == NOT_RUN
 
 
+def test_kernel_over_codes_is_judged_apart():
+    """By its own bound, and from the context on that it is promised for."""
+    ceiling, dtype = Ceiling(100.0, "copy"), torch.float32
+    exact, codes = measured("a", kernel_speed=kernel(80.0)), {"coded": True, "kernel_speed": kernel(55.0)}
+    ran = [exact, measured("keep 50%, int8", **codes), measured("keep 50%, int4, graph", **codes)]
+    record = Record(results=[result_of(8, 8192, *ran, dtype=dtype, ceiling=ceiling)])
+    for bits, share in ((None, 0.8), ("int8", 0.55), ("int4", 0.55), ("k8v4", None)):
+        of = expectations.kernel_share(8, dtype, bits=bits, context=8192)
+        assert of(record) == (None if share is None else pytest.approx(share))
+    assert expectations.kernel_share(8, dtype, bits="int8", context=8193)(record) is None
+
+
+def test_a_prefill_is_judged_by_its_median_beyond_stocks():
+    costs = PrefillCosts(64, "float32", [1.0, 2.0, 9.0], {EXACT: [3.0, 2.2, 1.0]})
+    assert costs.excess(EXACT) == pytest.approx(0.1)
+    excess = expectations.prefill_excess(torch.float32, EXACT)
+    assert judge_one(excess, Record(prefills=costs), bound=0.15, at_least=False).verdict == MET
+    assert judge_one(excess, Record(prefills=costs), bound=0.05, at_least=False).verdict == MISSED
+    for nothing in (Record(), Record(prefills=PrefillCosts(64, "float32")), Record(prefills=replace(costs, dtype="x"))):
+        assert judge_one(excess, nothing).verdict == NOT_RUN
+    assert costs.to_dict()["excess"] == {EXACT: costs.excess(EXACT)}
+
+
+def test_stock_that_fails_otherwise_has_not_run_out_of_memory():
+    outlives = expectations.outlives_full(32, 16384, torch.float32, "keep 50%")
+    fails = Record(results=[result_of(32, 16384, stock_measured((), failure="ValueError: no"), measured())])
+    assert judge_one(outlives, fails).verdict == NOT_RUN
+
+
 def test_targets_run_everything_that_is_expected():
     everything = {"prefill": Prefill(1.0, 1, 0.1, 0.1, 9), "after_prompt": Held(9, 9, 1.0), "kernel_speed": kernel(1.0)}
     profile = ProfileCost(2048, "float32", [1.0], [1.0], [1.0])
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         results = []
         for made in plan.targets(device, dtype, "h2o"):
-            ran = [measured(c.name, c.kind, **everything) for c in made.contenders]
+            ran = [measured(c.name, c.kind, coded=c.coded, **everything) for c in made.contenders]
             results.append(Result(made, 1, ran, Ceiling(1.0, "sum")))
-        verdicts = expectations.judge(Record(results=results, profile=profile), device)
+        prefills = PrefillCosts(8192, "bfloat16", [1.0], {EXACT: [1.1]})
+        verdicts = expectations.judge(Record(results=results, profile=profile, prefills=prefills), device)
         assert verdicts
         assert not [verdict for verdict in verdicts if verdict.verdict == NOT_RUN]
     with pytest.raises(ConfigurationError, match="no targets"):

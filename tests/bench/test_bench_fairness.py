@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
 from benching import STEPS, TINY, Fake, a_plan, bench, run_by_hand
 
-import headwise
 import tiny
 from headwise import HeadwiseCache
 from headwise.bench import bandwidth, contenders, workload
@@ -76,15 +75,14 @@ def test_the_wrapper_that_times_attention_is_taken_off_again():
     assert len(calls) == 6
 
 
-def test_a_captured_contender_decodes_as_the_plain_one(monkeypatch):
+def test_a_captured_contender_decodes_as_the_plain_one():
     """Without a GPU the step is run again instead of replayed; the cache is held the same way."""
-    graph_of = partial(headwise.DecodeGraph, capture=lambda step: step)
-    monkeypatch.setattr("headwise.hosts.transformers.graph.DecodeGraph", graph_of)
+    plan = replace(a_plan(), capture=lambda step: step)
     plain = contenders.keeping("h2o", 0.5, 40)
     ids, model = tiny.prompt(70, batch=2), tiny.llama()
     held = []
     for contender in (plain, contenders.with_graph(plain)):
-        local = LocalRun(contender, model, None, a_plan())
+        local = LocalRun(contender, model, None, plan)
         local.prefill(ids[:, :40])
         local.decode(ids[:, 40:57])
         local.decode(ids[:, 57:])

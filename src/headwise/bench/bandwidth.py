@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headwise.kernels.interface import DecodeRequest, PageView
+from headwise.kernels.interface import Decoded, DecodeRequest, Kernels, PageView
 from headwise.store.store import RowStore
 from headwise.types import LogitOptions, Tensor
 from headwise.units import clock
@@ -19,8 +19,8 @@ from headwise.units import clock
 if TYPE_CHECKING:
     from headwise.hosts.transformers.cache import HeadwiseCache
 
-# Far beyond any last-level cache.
-_BUFFER_BYTES = 512 * 2**20
+# Far beyond any last-level cache; a GPU copies the smaller of them in a quarter of a millisecond.
+_BUFFER_BYTES, _GPU_BUFFER_BYTES = 512 * 2**20, 2**31
 _REPEATS = 5
 _KERNEL_REPEATS = 15
 
@@ -53,16 +53,17 @@ class KernelSpeed:
     beyond_cache: bool | None
 
 
-def measure_ceiling(device: torch.device, size: int = _BUFFER_BYTES) -> Ceiling:
+def measure_ceiling(device: torch.device, size: int | None = None) -> Ceiling:
     """Read a buffer with everything that is quick at it, and take the best."""
+    size = size or (_GPU_BUFFER_BYTES if device.type == "cuda" else _BUFFER_BYTES)
     # Written to: memory that was never touched is one page of zeros, which the cache holds.
-    buffer = torch.ones(size // 4, device=device)
+    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
     if device.type == "cuda":
-        target = torch.empty_like(buffer)
+        target = torch.empty_like(buffer.uniform_())
         methods: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(buffer)}
         moved = 2 * buffer.nbytes
     else:
-        matrix, vector = buffer.view(-1, 1024), torch.ones(1024, device=device)
+        matrix, vector = buffer.view(-1, 1024), torch.ones(1024, dtype=torch.float32, device=device)
         methods = {
             "sum": buffer.sum,
             "amax": buffer.amax,
@@ -83,22 +84,33 @@ def measure_kernel(cache: HeadwiseCache, group: int, size_of_cache: int | None) 
         group: query heads per KV head.
         size_of_cache: bytes of the last-level cache, where known.
     """
-    calls, moved = [], 0
-    for layer in cache.headwise_layers:
-        store = layer.core.store
-        if store is None:
-            continue
-        calls.append(_decode_call(store, layer.core.config.cache.kernels.ragged_decode, group))
-        moved += sum(_read_bytes(view) for view in store.view())
+    layers = [layer.core for layer in cache.headwise_layers if layer.core.store is not None]
+    stores = [core.store for core in layers if core.store is not None]
+    return measure_stores(stores, layers[0].config.cache.kernels, group, size_of_cache) if stores else None
+
+
+def measure_stores(
+    stores: Sequence[RowStore], kernels: Kernels, group: int, size_of_cache: int | None
+) -> KernelSpeed | None:
+    """The same for stores that lie on one device, all of them in turn.
+
+    On a GPU the launches are captured and replayed: one by one they would take longer than the kernels themselves.
+    """
+    calls = [_decode_call(store, kernels.ragged_decode, group) for store in stores]
+    moved, device = sum(_read_bytes(view) for store in stores for view in store.view()), stores[0].device
     if not moved:
         return None
 
-    def all_layers() -> None:
-        for call in calls:
-            call()
+    def all_stores() -> Tensor:
+        return [call().output for call in calls][-1]
 
-    all_layers()
-    seconds = [_timed(all_layers, cache.model.device) for _ in range(_KERNEL_REPEATS)]
+    all_stores()
+    turn: Callable[[], object] = all_stores
+    if device.type == "cuda":
+        from headwise.hosts.transformers.graph import cuda_graph
+
+        turn = cuda_graph(all_stores)
+    seconds = [_timed(turn, device) for _ in range(_KERNEL_REPEATS)]
     beyond = None if size_of_cache is None else moved > size_of_cache
     return KernelSpeed(moved, moved / min(seconds), moved / median(seconds), beyond)
 
@@ -123,14 +135,14 @@ def _read_bytes(view: PageView) -> int:
     return int(view.lengths.sum()) * sum(pool.shape[-1] * pool.element_size() for pool in pools)
 
 
-def _decode_call(store: RowStore, kernel: Callable[[DecodeRequest], object], group: int) -> Callable[[], object]:
+def _decode_call(store: RowStore, kernel: Callable[[DecodeRequest], Decoded], group: int) -> Callable[[], Decoded]:
     pages = store.view()
     batch, heads = store.lengths.shape
     exact = pages[0]
     key_dim, value_dim = exact.keys.shape[-1], exact.values.shape[-1]
 
     def row(*shape: int) -> Tensor:
-        return torch.randn(batch, heads, *shape, device=store.device).to(exact.keys.dtype)
+        return torch.randn(batch, heads, *shape, dtype=torch.float32, device=store.device).to(exact.keys.dtype)
 
     query, key, value = row(group, 1, key_dim), row(1, key_dim), row(1, value_dim)
     options = LogitOptions(scaling=key_dim**-0.5)
@@ -151,6 +163,14 @@ def _own_reader(buffer: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def _timed(action: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        # By the device's own clock: the host would count what it takes to launch and to wait.
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        action()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
     started = clock(device)
     action()
     return clock(device) - started

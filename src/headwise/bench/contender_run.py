@@ -87,7 +87,7 @@ class LocalRun(ContenderRun):
         """Read the prompt into a new cache."""
         ids = ids.to(self._device)
         # The old one goes first, or there would be two.
-        self._cache = self._graph = None
+        self.drop()
         self._cache = self._new_cache()
         with torch.inference_mode():
             with peak_memory(self._device) as peak:
@@ -109,7 +109,8 @@ class LocalRun(ContenderRun):
             if self.contender.graph and self._graph is None:
                 from headwise.hosts.transformers.graph import DecodeGraph
 
-                self._graph = DecodeGraph(self._model, self._cache, room=self._plan.new_tokens)
+                room, capture = self._plan.new_tokens, self._plan.capture
+                self._graph = DecodeGraph(self._model, self._cache, room=room, capture=capture)
             started = clock(self._device)
             for column in columns:
                 logits = self._forward(column).logits[:, -1] if self._graph is None else self._graph.step(column)
@@ -156,9 +157,14 @@ class LocalRun(ContenderRun):
         with torch.inference_mode():
             return measure_kernel(self._cache, self._group, last_level_cache(self._device))
 
+    def drop(self) -> None:
+        """Let go of the cache."""
+        self._cache = self._graph = None
+
     def close(self) -> None:
         """Drop the cache and its model."""
-        self._cache = self._graph = self._model = None
+        self.drop()
+        self._model = None
 
     def _forward(self, ids: Int[Tensor, "b t"]) -> Any:
         return self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._last_logits_only)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from headwise.bench.contenders import FULL, HEADWISE, dtype_name, keep_name
-from headwise.bench.record import Measurement, Record, Result
+from headwise.bench.plan import GPU_SIZES
+from headwise.bench.record import EXACT, OUT_OF_MEMORY, Measurement, Record, Result
 
 MET, MISSED, NOT_RUN = "met", "missed", "not run"
 
@@ -111,17 +112,22 @@ def speedup(batch: int, context: int, dtype: torch.dtype, name: str) -> Callable
     return of
 
 
-def kernel_share(batch: int, dtype: torch.dtype) -> Callable[[Record], float | None]:
-    """Bandwidth of the decode kernel against the ceiling: the least over all that was run with enough context."""
+def kernel_share(
+    batch: int, dtype: torch.dtype, *, bits: str | None = None, context: int = _KERNEL_CONTEXT
+) -> Callable[[Record], float | None]:
+    """Bandwidth of the decode kernel against the ceiling: the least over all that was run with enough context.
+
+    Args:
+        bits: of the rows, as `with_bits` takes them; None for exact ones.
+    """
 
     def of(record: Record) -> float | None:
         shares = [
             result.kernel_share(measurement)
             for result, measurement in _measured(record, dtype)
             if result.configuration.batch == batch
-            # What it takes to read codes is arithmetic, not bandwidth.
-            and not measurement.coded
-            and result.configuration.context >= _KERNEL_CONTEXT
+            and (bits in measurement.name.split(", ") if measurement.coded else bits is None)
+            and result.configuration.context >= context
             # What the last-level cache holds does not come from memory.
             and measurement.kernel_speed is not None
             and measurement.kernel_speed.beyond_cache is not False
@@ -153,6 +159,16 @@ def profile_share(dtype: torch.dtype, kind: str) -> Callable[[Record], float | N
     return of
 
 
+def prefill_excess(dtype: torch.dtype, look: str) -> Callable[[Record], float | None]:
+    """How much longer than stock's a prefill takes that looks at that."""
+
+    def of(record: Record) -> float | None:
+        costs = record.prefills
+        return None if costs is None or costs.dtype != dtype_name(dtype) else costs.excess(look)
+
+    return of
+
+
 def _measured(record: Record, dtype: torch.dtype) -> Iterable[tuple[Result, Measurement]]:
     """Every headwise contender that ran, in results of that dtype."""
     for result in record.results:
@@ -171,7 +187,7 @@ def outlives_full(batch: int, context: int, dtype: torch.dtype, name: str) -> Ca
             configuration = result.configuration
             if (configuration.batch, configuration.context, measurement.name) == (batch, context, name):
                 stock = result.stock
-                if stock is not None and stock.failure is not None and measurement.round_seconds:
+                if stock is not None and stock.failure == OUT_OF_MEMORY and measurement.round_seconds:
                     return BOUNDLESS
         return ratio(record)
 
@@ -201,27 +217,40 @@ def _cpu() -> tuple[Expectation, ...]:
     )
 
 
-def _gpu() -> tuple[Expectation, ...]:
-    dtype = torch.bfloat16
-    half, quarter = keep_name(0.5), keep_name(0.25)
+def gpu(dtype: torch.dtype = torch.bfloat16, sizes: tuple[tuple[int, int], ...] = GPU_SIZES) -> tuple[Expectation, ...]:
+    """What is expected of a GPU.
 
-    def decode(batch: int, context: int, name: str, bound: float) -> Expectation:
-        title = f"decode, batch {batch}, context {context:,}, {name}, against stock"
-        return Expectation(title, bound, True, "x", speedup(batch, context, dtype, name))
+    Args:
+        sizes: batch and context of one short sequence, of some, and of many.
+    """
+    half, quarter = keep_name(0.5), keep_name(0.25)
+    one, some, many = sizes
+
+    def decode(size: tuple[int, int], name: str, bound: float) -> Expectation:
+        title = f"decode, batch {size[0]}, context {size[1]:,}, {name}, against stock"
+        return Expectation(title, bound, True, "x", speedup(*size, dtype, name))
+
+    def kernel(bits: str | None, bound: float) -> Expectation:
+        share = kernel_share(some[0], dtype, bits=bits, context=some[1])
+        title = f"decode kernel, batch {some[0]}, context {some[1]:,}+, {bits or dtype_name(dtype)}, of copy"
+        return Expectation(title, bound, True, "%", share)
 
     return (
-        decode(8, 8192, f"{half}, graph", 3.0),
-        decode(8, 8192, half, 1.2),
-        Expectation("decode kernel, batch 8, context 1,024+, of copy", 0.75, True, "%", kernel_share(8, dtype)),
+        decode(some, f"{half}, graph", 3.0),
+        decode(some, half, 1.2),
+        kernel(None, 0.75),
+        kernel("int8", 0.6),
+        kernel("int4", 0.5),
         Expectation(
-            f"decode, batch 32, context 16,384, {quarter}, against stock, or stock does not fit",
+            f"decode, batch {many[0]}, context {many[1]:,}, {quarter}, graph, against stock, or stock does not fit",
             4.0,
             True,
             "x",
-            outlives_full(32, 16384, dtype, quarter),
+            outlives_full(*many, dtype, f"{quarter}, graph"),
         ),
-        decode(1, 2048, half, 1.0),
+        decode(one, half, 1.0),
+        Expectation(f"prefill with {EXACT}, beyond stock's", 0.15, False, "%", prefill_excess(dtype, EXACT)),
     )
 
 
-EXPECTATIONS = {"cpu": _cpu(), "cuda": _gpu()}
+EXPECTATIONS = {"cpu": _cpu(), "cuda": gpu()}

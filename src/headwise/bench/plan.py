@@ -8,11 +8,19 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.bench.contenders import Contender, check_names, dtype_name, full, keeping, stock, with_graph
+from headwise.bench.contenders import Contender, check_names, dtype_name, full, keeping, stock, with_bits, with_graph
 from headwise.errors import ConfigurationError, InputError
+from headwise.types import Tensor
 
 # What the cost of the profile is defined for: one prompt of so many tokens.
 PROFILE_CONTEXT = 2048
+
+# Tokens of the prompt that is read with everything that can be looked at in it.
+PREFILL_CONTEXT = 8192
+
+# Batches and contexts that the targets of a GPU are about, and the formats of rows that are codes.
+GPU_SIZES = (1, 2048), (8, 8192), (32, 16384)
+CODED_BITS = "int8", "int4"
 
 # Rounds of tokens that are fed beside those that count: one warms up, in one attention is timed by itself.
 _OTHER_ROUNDS = 2
@@ -49,6 +57,9 @@ class Plan:
         rounds: turns of every contender that count.
         kernel, evict_every: of every headwise cache.
         profile_repeats: times the cost of the profile is measured; 0 where it is not.
+        prefill_context: tokens of a prompt that is read with everything that can be looked at in it; 0 where none is.
+        capture: how steps are captured; None for a CUDA graph.
+        keep_going: whether a contender that fails in any way is noted and left out, as one that is out of memory is.
     """
 
     configurations: tuple[Configuration, ...]
@@ -57,6 +68,9 @@ class Plan:
     kernel: str
     evict_every: int
     profile_repeats: int
+    prefill_context: int = 0
+    capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None
+    keep_going: bool = False
 
     @property
     def new_tokens(self) -> int:
@@ -133,16 +147,20 @@ def targets(device: str, dtype: torch.dtype, policy: str) -> tuple[Configuration
         ConfigurationError: for a kind that nothing is expected of.
     """
 
-    def of(batch: int, context: int, *keeps: float, distinct: int | None = None, graph: bool = False) -> Configuration:
-        ours = [full() if keep == 1 else keeping(policy, keep, context) for keep in keeps]
-        ours += [with_graph(contender) for contender in ours if graph]
+    def of(
+        batch: int, context: int, *keeps: float, distinct: int | None = None, graph: bool = False, bits: bool = False
+    ) -> Configuration:
+        exact = [full() if keep == 1 else keeping(policy, keep, context) for keep in keeps]
+        ours = [*exact, *(with_graph(contender) for contender in exact if graph)]
+        ours += [with_bits(contender, word) for word in CODED_BITS for contender in exact if bits]
         return Configuration(batch, context, dtype, (stock(), *ours), distinct or batch)
 
     if device == "cpu":
         return (of(1, 512, 0.5), of(1, 4096, 0.5), of(8, 4096, 1.0, 0.5, 0.25))
     if device == "cuda":
         # Half a million prompt tokens in one pass would need more memory than the cache; one sequence stands for all.
-        return (of(1, 2048, 0.5), of(8, 8192, 0.5, graph=True), of(32, 16384, 0.25, distinct=1))
+        one, some, many = GPU_SIZES
+        return (of(*one, 0.5), of(*some, 0.5, graph=True, bits=True), of(*many, 0.25, distinct=1, graph=True))
     raise ConfigurationError(f"there are no targets for {device!r}, only for cpu and cuda")
 
 

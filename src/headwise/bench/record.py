@@ -11,6 +11,12 @@ from headwise.bench.bandwidth import Ceiling, KernelSpeed
 from headwise.bench.contenders import STOCK, dtype_name
 from headwise.bench.plan import Configuration
 
+# Why a contender did not run whose cache does not fit.
+OUT_OF_MEMORY = "out of memory"
+
+# Of what can be looked at in a prompt, what takes the longest.
+EXACT = "mass of all rows"
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -207,6 +213,31 @@ class ProfileCost:
 
 
 @dataclass
+class PrefillCosts:
+    """Seconds of reading one prompt, one for every turn.
+
+    Attributes:
+        looks: by what headwise looks at.
+        failures: why one did not run.
+    """
+
+    context: int
+    dtype: str
+    stock: list[float] = field(default_factory=list)
+    looks: dict[str, list[float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def excess(self, look: str) -> float | None:
+        """How much longer than stock's the median is, as a share of stock's."""
+        ours = self.looks.get(look)
+        return median(ours) / median(self.stock) - 1 if ours and self.stock else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "excess": {look: self.excess(look) for look in self.looks}}
+
+
+@dataclass
 class Record:
     """Everything a run has found out; whole at any moment, so that a run can be broken off.
 
@@ -223,6 +254,7 @@ class Record:
     notes: list[str] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     profile: ProfileCost | None = None
+    prefills: PrefillCosts | None = None
     interrupted: bool = False
 
     @property
@@ -241,4 +273,5 @@ class Record:
             "interrupted": self.interrupted,
             "results": [result.to_dict(self.layers) for result in self.results],
             "profile": None if self.profile is None else self.profile.to_dict(),
+            "prefills": None if self.prefills is None else self.prefills.to_dict(),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -10,12 +11,10 @@ from headwise.bench.bandwidth import Ceiling, measure_ceiling
 from headwise.bench.contender_run import ContenderRun, free_memory
 from headwise.bench.kvpress_process import KvpressError
 from headwise.bench.plan import Plan
-from headwise.bench.record import Measurement, Result
+from headwise.bench.record import OUT_OF_MEMORY, Measurement, Result
 from headwise.errors import ConfigurationError
 from headwise.measure.turns import turns
 from headwise.types import Int, Tensor
-
-_OUT_OF_MEMORY = "out of memory"
 
 # Tokens of prompt and of decoding that wake everything up: compilers, thread pools, libraries.
 _WARM_PROMPT = 128
@@ -61,9 +60,10 @@ def run_rounds(
         measurement.after_decode = contender.held()
         measurement.kernel_speed = contender.kernel_speed()
 
+    guarded = partial(_guarded, keep_going=plan.keep_going)
     for action in (warm_up, prefill):
         for pair in pairs:
-            _guarded(action, *pair)
+            guarded(action, *pair)
     for number in range(plan.rounds + 1):
         say(f"{configuration.title}: " + (f"round {number} of {plan.rounds}" if number else "warm-up round"))
         for contender, measurement in turns(pairs, number):
@@ -73,13 +73,13 @@ def run_rounds(
                 if number:
                     measurement.round_seconds.append(seconds)
 
-            _guarded(decode, contender, measurement)
+            guarded(decode, contender, measurement)
     for pair in pairs:
-        _guarded(measure_attention, *pair)
+        guarded(measure_attention, *pair)
     say(f"{configuration.title}: bandwidth")
     result.ceiling = _better(result.ceiling, device)
     for pair in pairs:
-        _guarded(measure_held, *pair)
+        guarded(measure_held, *pair)
     # Once more, for a machine that was busy the first time.
     result.ceiling = _better(result.ceiling, device)
 
@@ -94,7 +94,11 @@ def _better(known: Ceiling | None, device: torch.device) -> Ceiling | None:
 
 
 def _guarded(
-    action: Callable[[ContenderRun, Measurement], None], contender: ContenderRun, measurement: Measurement
+    action: Callable[[ContenderRun, Measurement], None],
+    contender: ContenderRun,
+    measurement: Measurement,
+    *,
+    keep_going: bool,
 ) -> None:
     """Do it, and take note where a contender cannot; it is left out from then on."""
     if measurement.failure is not None:
@@ -104,14 +108,17 @@ def _guarded(
         return
     except (KvpressError, ConfigurationError) as error:
         measurement.failure = str(error)
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+    except Exception as error:
+        out_of_memory = _is_out_of_memory(error)
+        if not (out_of_memory or keep_going):
             raise
-        measurement.failure = _OUT_OF_MEMORY
+        measurement.failure = OUT_OF_MEMORY if out_of_memory else f"{type(error).__name__}: {error}"
     # Behind the handler: the error's traceback would keep alive what has to go.
     contender.close()
     free_memory()
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

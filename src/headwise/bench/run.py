@@ -13,7 +13,8 @@ from headwise.bench.contenders import KVPRESS, Contender, dtype_name
 from headwise.bench.kvpress_process import KvpressError, KvpressProcess, KvpressRun
 from headwise.bench.models import Model, Tokenizer, llama_dimensions
 from headwise.bench.plan import PROFILE_CONTEXT, Configuration, Plan
-from headwise.bench.record import Measurement, ProfileCost, Record, Result
+from headwise.bench.prefill import measure_prefills
+from headwise.bench.record import Measurement, PrefillCosts, ProfileCost, Record, Result
 from headwise.bench.rounds import run_rounds
 from headwise.bench.workload import random_ids, text_ids
 from headwise.errors import InputError
@@ -92,6 +93,9 @@ def run(
                     _run_one(configuration, plan, made, process, obstacle, record, say)
             if plan.profile_repeats and record.profile is None:
                 _run_profile(plan, made, record, say)
+            if plan.prefill_context and record.prefills is None:
+                record.prefills = PrefillCosts(plan.prefill_context, dtype_name(dtype))
+                measure_prefills(record.prefills, made.model, made.ids(1, plan.prefill_context), plan, say)
         finally:
             if process is not None:
                 process.close()

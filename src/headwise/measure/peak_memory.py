@@ -18,9 +18,11 @@ class Peak:
 
     Attributes:
         bytes: None while it runs, when it failed, and on a device that does not tell.
+        left: what of it was still allocated at the end; None likewise.
     """
 
     bytes: int | None = None
+    left: int | None = None
 
 
 @contextmanager
@@ -38,6 +40,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         yield found
         torch.cuda.synchronize(device)
         found.bytes = torch.cuda.max_memory_allocated(device) - before
+        found.left = torch.cuda.memory_allocated(device) - before
     elif device.type == "cpu":
         profiler = torch.autograd.profiler.profile(use_kineto=False, profile_memory=True)
         with _silence():
@@ -50,7 +53,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         results = profiler.kineto_results
         assert results is not None
         sizes = [e.nbytes() for e in results.events() if e.name() == "[memory]"]  # type: ignore[attr-defined]  # not in its stub
-        found.bytes = max(accumulate(sizes, initial=0))
+        found.bytes, found.left = max(accumulate(sizes, initial=0)), sum(sizes)
     else:
         yield found
 
