@@ -17,6 +17,7 @@ from hypothesis import settings
 
 from headwise.kernels.backends import choose
 from headwise.store import pages
+from kernel_inputs import poisoning
 
 # The models of the tests are small: a second thread gains little, and on a busy machine it costs a lot.
 torch.set_num_threads(1)
@@ -29,15 +30,7 @@ settings.load_profile("no deadline")
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """Uninitialised page memory is NaN (or an absurd column or code), so that whoever reads slack is caught."""
-    allocate = pages.empty
-
-    def poisoned(*shape, dtype, device):
-        fresh = allocate(*shape, dtype=dtype, device=device)
-        if dtype.is_floating_point:
-            return fresh.fill_(float("nan"))
-        return fresh.fill_(255 if dtype is torch.uint8 else 2**30)
-
-    monkeypatch.setattr(pages, "empty", poisoned)
+    monkeypatch.setattr(pages, "empty", poisoning(pages.empty))
 
 
 @pytest.fixture(autouse=True)

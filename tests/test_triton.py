@@ -12,6 +12,7 @@ from headwise.kernels.triton import tiles
 from headwise.kernels.triton.backend import KERNELS as kernels
 from headwise.types import LogitOptions
 from kernel_calls import append, attention_and_peaks, column_mass, column_max, ragged_decode
+from kernel_inputs import content_of
 from triton_inputs import SPLITS, assert_same, both, filled, poison, splits, strided
 
 __all__ = ["splits"]
@@ -111,14 +112,6 @@ def test_a_query_of_another_dtype_than_the_pages():
 # Appending.
 
 
-def rows_of(store):
-    """Everything in the store below each head's length, as numbers that can be compared."""
-    rows = store.rows()
-    keep = store.occupied()
-    contents = [rows.keys, rows.values, rows.columns, rows.scores, rows.biases]
-    return [store.lengths.clone(), *(content[keep] for content in contents if content is not None)]
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
     ("fresh", "page_size", "scored", "increments", "biased", "real"),
@@ -149,7 +142,7 @@ def test_append(fresh, page_size, scored, increments, biased, real, dtype):
         store.pages.reserve(fresh)
         assert append(one, store.view(), *arguments, more if increments else None) is None
         store.pages.longest += fresh
-        results.append(rows_of(store))
+        results.append(content_of(store))
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
     assert int(results[0][0].max()) > 48
@@ -172,7 +165,7 @@ def test_increments_take_several_programs():
             poison(1, 2, 0),
             more,
         )
-        results.append(rows_of(store))
+        results.append(content_of(store))
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
 
@@ -200,7 +193,7 @@ def test_append_and_decode_take_turns():
                 on_kept,
             )
             store.pages.longest += 1
-        stores.append(rows_of(store))
+        stores.append(content_of(store))
     for found, expected in zip(*stores, strict=True):
         torch.testing.assert_close(found, expected)
 

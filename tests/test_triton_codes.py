@@ -16,7 +16,7 @@ from headwise.kernels.triton.backend import KERNELS as kernels
 from headwise.quant.formats import RowFormat
 from headwise.types import LogitOptions
 from kernel_calls import add_increments, ragged_decode
-from kernel_inputs import packed_codes
+from kernel_inputs import coded_pages
 from triton_inputs import COMPILE, CPU, SPLITS, Unlaunched, absent, both, filled, poison, run, splits, strided
 from triton_inputs import assert_same as assert_close
 
@@ -24,13 +24,6 @@ __all__ = ["splits"]
 
 # Numbers of a 16-bit model are products in fp16, queries included, which are turned in the reference exactly.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 2e-3), torch.float16: (3e-3, 2e-3)}
-
-
-def coded_pages(*arguments, **options):
-    """Pages of codes whose lengths have strides of their own."""
-    part = packed_codes(*arguments, **options)
-    part.pool.pages.lengths = part.pool.lengths.T.contiguous().T
-    return part
 
 
 def assert_same(found, expected, dtype):

@@ -1,4 +1,4 @@
-"""Inputs of the Triton kernels: the same call of them and of the reference, and programs that only compile them."""
+"""Triton inputs: the same call of its kernels and of the reference, and programs that only compile them."""
 
 from __future__ import annotations
 
@@ -12,46 +12,16 @@ import pytest
 import torch
 
 from headwise.kernels import reference
-from headwise.kernels.interface import DecodeRequest, Marks
 from headwise.kernels.triton import tiles
 from headwise.kernels.triton.backend import KERNELS as kernels
-from headwise.types import LogitOptions
-from kernel_inputs import packed
+from kernel_inputs import decode_request, filled, poison, some_marks, strided
+
+__all__ = ["filled", "poison", "some_marks", "strided"]
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
 triton = pytest.importorskip("triton")
 
 CPU = torch.device("cpu")
-
-
-def poison(*shape, dtype=torch.float32):
-    return torch.full(shape, float("nan"), dtype=dtype)
-
-
-def filled(*arguments, **options):
-    """A store whose lengths have strides of their own."""
-    store = packed(*arguments, **options)
-    store.pages.lengths = store.lengths.T.contiguous().T
-    return store
-
-
-def strided(*shape, dtype=torch.float32):
-    """Random numbers as models hand them over: [b, h, ...] views of what was computed as [b, ..., h]."""
-    return torch.randn(shape[0], *shape[2:-1], shape[1], shape[-1]).to(dtype).movedim(-2, 1)
-
-
-def some_marks(batch, heads, group, queries, marked, fresh=None, *, expanded=False):
-    """Marks of the first columns and of fresh rows, and gates, of which every third head has none.
-
-    Gates have strides as where they were made as [b, q, h, g], or are the same for all sequences and queries. Behind
-    the marks of a sequence lies what must not be read.
-    """
-    shape = (1, 1, heads, group) if expanded else (batch, queries, heads, group)
-    without = torch.arange(heads * group).view(heads, group) % 3 == 1
-    gates = torch.randn(shape).masked_fill(without, 0).movedim(1, 3).expand(batch, -1, -1, queries)
-    columns = poison(batch, marked + 3)[:, 1 : marked + 1]
-    columns.copy_(torch.randn(columns.shape) * (torch.rand(columns.shape) < 0.6))
-    return Marks(gates, columns, None if fresh is None else torch.randn(batch, fresh + 1)[:, :fresh])
 
 
 def assert_same(found, expected, tolerance, logits=1e-5):
@@ -64,25 +34,9 @@ def assert_same(found, expected, tolerance, logits=1e-5):
         torch.testing.assert_close(found.on_fresh, expected.on_fresh, atol=logits, rtol=10 * logits)
 
 
-def both(store, group, queries, fresh, *, coded=(), masked=False, options=None, with_mass=True, marks=None):
+def both(*arguments, **options):
     """What the two kernels make of the same random queries and fresh rows."""
-    batch, heads = store.lengths.shape
-    dtype, key_dim, value_dim = (
-        store.pools["keys"].dtype,
-        store.pools["keys"].shape[-1],
-        store.pools["values"].shape[-1],
-    )
-    options = options or LogitOptions(key_dim**-0.5)
-    views = [store.view(), *coded]
-    query = strided(batch, heads, group, queries, key_dim, dtype=dtype)
-    # A slice, as `decode` hands them over.
-    fresh_keys = strided(batch, heads, fresh + 1, key_dim, dtype=dtype)[:, :, :fresh]
-    fresh_values = strided(batch, heads, fresh + 1, value_dim, dtype=dtype)[:, :, :fresh]
-    mask = None
-    if masked:
-        mask = torch.rand(batch, queries + 1, 2 * max(view.longest for view in views) + fresh)[:, 1:] < 0.6
-        mask[0, 0] = False  # sees nothing at all
-    request = DecodeRequest(query, views, fresh_keys, fresh_values, mask, options, with_mass, marks)
+    request = decode_request(*arguments, **options)
     return tuple(one.ragged_decode(request) for one in (kernels, reference))
 
 
