@@ -21,7 +21,7 @@ CONTRACT_TESTS := $(addprefix tests/test_,generate_matrix.py contract_*.py persi
 PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --durations=30
 SHAPES := --jaxtyping-packages=headwise,beartype.beartype
 
-.PHONY: demo test test-all test-oldest soak check check-memory format results model vllm test-vllm serve-vllm serve-vllm-measured clean
+.PHONY: demo test test-all test-oldest soak check check-memory format results model gpu vllm test-vllm serve-vllm serve-vllm-measured clean
 
 demo: model
 	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
@@ -72,6 +72,13 @@ $(VENV)/.ready: pyproject.toml hatch_build.py $(wildcard src/headwise/kernels/cp
 	$(BIN)/python -m pip $(PIP_INSTALL) "$(TORCH)"
 	$(BIN)/python -m pip $(PIP_INSTALL) "$(NEWEST)" -e ".[dev]"
 	touch $@
+
+# On a machine with a GPU, in a Python that has torch, triton and transformers and need have nothing else: eight minutes.
+# GPU takes more options.
+OUT ?= gpu-report
+GPU ?=
+gpu:
+	$(PYTHON) tools/gpu.py --out $(OUT) $(GPU)
 
 # Everything but transformers, and what that release wants otherwise, comes from the environment above.
 $(OLD_VENV)/.ready: $(VENV)/.ready

@@ -1,0 +1,1 @@
+"""On a GPU: what `tools/gpu.py` checks and times there, part by part, each in processes of its own."""
