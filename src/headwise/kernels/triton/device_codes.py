@@ -23,7 +23,6 @@ from headwise.kernels.triton.device_tiles import (
     looked_up,
     marked,
     note,
-    of_sequence,
     products_of,
     put,
     record,
@@ -202,7 +201,10 @@ def attend_codes(
     if KEY_BITS == 4:
         q_high = tile(turned + KEY_BYTES, own, D, asks, key_byte, KEY_BYTES)
     i = (member % queries).to(tl.int64)
-    mask, marks = of_sequence(mask, b, mask_b), of_sequence(marks, b, marks_b)
+    if mask is not None:
+        mask += b * mask_b
+    if marks is not None:
+        marks += b * marks_b
     gate = gates_of(gates, gate_stride, b, h, member // queries, i, asks)
     of_logits = own[:, None] * (kept + fresh) + begin
     top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)

@@ -11,7 +11,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from headwise.kernels.triton.device_tiles import capped, finite, gates_of, lane_of, marked, of_sequence, seen, tile
+from headwise.kernels.triton.device_tiles import capped, finite, gates_of, lane_of, marked, seen, tile
 
 
 @triton.jit
@@ -90,7 +90,9 @@ def row_sums(
     else:
         mask += b * mask_b
         limit = total
-    gate, marks = gates_of(gates, gate_stride, b, h, g, row, is_row), of_sequence(marks, b, marks_b)
+    if marks is not None:
+        marks += b * marks_b
+    gate = gates_of(gates, gate_stride, b, h, g, row, is_row)
     for at in range(0, limit, BLOCK_N):
         t = at + tl.arange(0, BLOCK_N)
         held = t < total
@@ -175,7 +177,8 @@ def column_sums(
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if mask is not None:
         mask += b * mask_b
-    marks = of_sequence(marks, b, marks_b)
+    if marks is not None:
+        marks += b * marks_b
     if band is not None:
         width = tl.load(widths + w * batch + b)
         position = tl.load(positions + b * total + t, mask=held, other=0)

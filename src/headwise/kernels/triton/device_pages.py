@@ -28,7 +28,6 @@ from headwise.kernels.triton.device_tiles import (
     looked_up,
     marked,
     note,
-    of_sequence,
     pooled,
     products_of,
     put,
@@ -133,8 +132,12 @@ def attend(
     i = (member % queries).to(tl.int64)
     feature, channel = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q = asked(query + b * query_stride[0] + h * query_stride[1], query_stride, member, queries, asks, feature, D)
-    mask, marks = of_sequence(mask, b, mask_b), of_sequence(marks, b, marks_b)
-    fresh_marks = of_sequence(fresh_marks, b, fresh_marks_b)
+    if mask is not None:
+        mask += b * mask_b
+    if marks is not None:
+        marks += b * marks_b
+    if fresh_marks is not None:
+        fresh_marks += b * fresh_marks_b
     gate = gates_of(gates, gate_stride, b, h, member // queries, i, asks)
     of_logits = (head * members + member)[:, None] * (kept + fresh)
     top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)

@@ -1,6 +1,6 @@
 """Triton tiles: the steps that the device code for pages and for attention maps is put together from.
 
-`headwise.kernels.triton.device_pages` explains the conventions.
+`headwise.kernels.triton.device_pages` explains the conventions. None may be passed on, but Triton 3.6 cannot return it.
 """
 
 from __future__ import annotations
@@ -65,19 +65,10 @@ def addresses(table, n, held, PAGE: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def of_sequence(start, b, stride):
-    """Where what is given for every sequence begins for one of them; None where nothing is given."""
-    if start is not None:
-        start += b * stride
-    return start
-
-
-@triton.jit
-@no_type_check
 def looked_up(column_pool, address, held, asks, query_row, mask, mask_q):
     """What each query sees of rows in pages, and their columns, which compile to nothing where they are not used."""
     visible = asks[:, None] & held[None, :]
-    column = column_pool
+    column = address
     if column_pool is not None:
         column = tl.load(column_pool + address, mask=held, other=0)
     if mask is not None:
@@ -119,8 +110,8 @@ def biased(logits, bias_pool, address, held):
 @triton.jit
 @no_type_check
 def gates_of(gates, stride, b, h, g, i, asks):
-    """Gates of query rows, times log2(e) as logits are in base 2; 0 where nobody asks, None where there are none."""
-    found = gates
+    """Gates of query rows, times log2(e) as logits are in base 2; 0 where nobody asks, and anything without gates."""
+    found = i
     if gates is not None:
         at = gates + b * stride[0] + h * stride[1] + g * stride[2] + i.to(tl.int64) * stride[3]
         found = tl.load(at, mask=asks, other=0.0) * 1.4426950408889634
