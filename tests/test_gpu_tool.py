@@ -144,7 +144,7 @@ def test_what_is_exact_must_be_equal():
 def test_tokens():
     cases = tokens.cases(TINY)
     chosen = [case for case in cases if "padded" in case.name or "h2o, int4, captured" in case.name]
-    figures = all_passed(chosen[1:3])
+    figures = all_passed(chosen[::2][:2])
     assert {one["ids_that_differ"] for one in figures.values()} == {0}
     assert max(one["largest_logit_error"] for one in figures.values()) < 1e-3
 

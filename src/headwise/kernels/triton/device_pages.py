@@ -32,7 +32,7 @@ from headwise.kernels.triton.device_tiles import (
     products_of,
     put,
     record,
-    seen,
+    seen_fresh,
     soften,
     tile,
 )
@@ -162,11 +162,7 @@ def attend(
         held = f < fresh
         k = tile(keys + b * key_stride[0] + h * key_stride[1], f, key_stride[2], held, feature, D)
         v = tile(values + b * value_stride[0] + h * value_stride[1], f, value_stride[2], held, channel, E)
-        visible = asks[:, None] & held[None, :]
-        if mask is None:
-            visible = visible & (f[None, :] <= fresh - queries + i[:, None])
-        else:
-            visible = seen(mask, i, unseen + f, mask_q, visible)
+        visible = seen_fresh(mask, mask_q, unseen, f, fresh, i, queries, asks[:, None] & held[None, :])
         x = marked(capped(products_of(q, k, NARROW), inner, outer), gate, fresh_marks, f, fresh)
         x = tl.where(visible, x, float("-inf"))
         note(logits, of_logits + kept + f[None, :], x, asks, held)

@@ -86,6 +86,17 @@ def seen(mask, query_row, column, mask_q, visible):
 
 @triton.jit
 @no_type_check
+def seen_fresh(mask, mask_q, unseen, f, fresh, query_row, queries, visible):
+    """What of `visible` each query sees of the fresh rows: what the mask says, or those up to its own."""
+    if mask is None:
+        visible = visible & (f[None, :] <= fresh - queries + query_row[:, None])
+    else:
+        visible = seen(mask, query_row, unseen + f, mask_q, visible)
+    return visible
+
+
+@triton.jit
+@no_type_check
 def capped(products, inner, outer):
     """Logits in base 2: inner * q.k, or outer * tanh(inner * q.k) under a soft cap."""
     logits = products * inner
