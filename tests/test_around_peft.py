@@ -88,7 +88,9 @@ def test_with_an_adapter_the_ids_are_those_of_stock(kind):
         assert cache.get_seq_length() == stock.get_seq_length()
         with torch.no_grad():
             cache = headwise.HeadwiseCache(made_with, headwise.Full())
-            torch.testing.assert_close(model(input_ids=IDS, past_key_values=cache).logits, forward)
+            # Attention of a prompt is not the sum of the same numbers in the same order as in torch.
+            found = model(input_ids=IDS, past_key_values=cache).logits
+            torch.testing.assert_close(found, forward, atol=1e-4, rtol=1e-4)
     one, other = (headwise.HeadwiseCache(made_with, EVICTS) for made_with in (model, model.get_base_model()))
     assert torch.equal(two_turns(model, one), two_turns(model, other))
     assert one.report().kept_ratio < 0.6

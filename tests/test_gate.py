@@ -106,7 +106,7 @@ def test_peak_attention_takes_the_larger_of_prediction_and_window(model, gates, 
     cache = headwise.HeadwiseCache(model, headwise.Full())
     seen = {}
     for index, layer in enumerate(cache.headwise_layers):
-        layer.core.prompt.add = lambda query, keys, *rest, at=index: seen.update({at: (query, keys)})
+        layer.core.prompt.add = lambda last, mask, at=index: seen.update({at: (last.query, last.keys)})
     with torch.no_grad():
         model(input_ids=ids, past_key_values=cache)
     scores = []

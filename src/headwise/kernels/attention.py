@@ -6,11 +6,12 @@ Torch's fused attention, and plain blocks for what it cannot do (a soft cap, sin
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch.nn import functional
 
-from headwise.kernels.interface import AttentionMap, Marks
+from headwise.kernels.interface import AttentionMap, Marks, MassRequest
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
 # Logits in flight at a time: in fp32 they take 4 MiB, which bounds the memory and stays near the processor.
@@ -96,6 +97,23 @@ def dense_attention(map: AttentionMap, values: Float[Tensor, "b h t e"]) -> Floa
         weights = probabilities(logits, visible, options)
         output[:, :, :, block] = torch.einsum("bhgqt,bhte->bhgqe", weights, values.float()).to(output.dtype)
     return output
+
+
+def counting(request: MassRequest) -> MassRequest:
+    """The same without query rows that do not count, which then are not even multiplied."""
+    map, weights = request.map, request.weights
+    read = (weights > 0).any(dim=0).nonzero().flatten()
+    if len(read) == weights.shape[1]:
+        return request
+    mask, marks = map.mask, map.marks
+    map = replace(
+        map,
+        query=map.query[:, :, :, read],
+        mask=None if mask is None else mask[:, read],
+        columns=map.own_columns()[read],
+        marks=None if marks is None else replace(marks, gates=marks.gates[..., read]),
+    )
+    return replace(request, map=map, weights=weights[:, read])
 
 
 def _marked_attention(map: AttentionMap, marks: Marks, values: Float[Tensor, "b h t e"]) -> Float[Tensor, "b h g q e"]:

@@ -1,8 +1,7 @@
 """Check: requests -> nothing where compiled code may take them as they are; else an error that says what was given.
 
-Compiled code believes the shapes, types and devices it is told, so each request is looked at once, where it is handed
-over. What the tables, lengths and columns say is checked where they are read, on the CPU; on a GPU that would mean to
-wait for it, and there they are what `headwise.store` made of them.
+Compiled code believes the shapes, types and devices it is told, so each request is looked at once. What tables, lengths
+and columns say is checked where they are read, on the CPU; a GPU has them as `headwise.store` made them.
 """
 
 from __future__ import annotations
@@ -98,6 +97,17 @@ def check_append(request: AppendRequest) -> None:
             raise InputError("increments were given, and some of the pages have no scores")
 
 
+def check_attention(map: AttentionMap, values: Tensor) -> None:
+    """Refuse what `attention` cannot take.
+
+    Raises:
+        InputError: with what was given and what must hold.
+    """
+    _check_map(map)
+    if values.dim() != 4 or values.shape[:3] != map.keys.shape[:3] or values.device != map.keys.device:
+        raise _refused("attention", "values [b, h, t, e] beside keys", values=values, keys=map.keys)
+
+
 def check_mass(request: MassRequest) -> None:
     """Refuse what `column_mass` cannot take.
 
@@ -115,8 +125,7 @@ def check_mass(request: MassRequest) -> None:
         and all(one.device == map.query.device for one in (weights, positions, widths))
     )
     if not fits:
-        expected = f"weights [b={batch}, q={queries}], positions [b, t={total}] of integers and widths [w, b], all on "
-        expected += "the device of the queries"
+        expected = f"weights [b={batch}, q={queries}], positions [b, t={total}] of integers, widths [w, b], together"
         raise _refused("column_mass", expected, weights=weights, positions=positions, widths=widths)
 
 
@@ -126,11 +135,8 @@ def check_peaks(request: PeaksRequest) -> None:
     Raises:
         InputError: with what was given and what must hold.
     """
-    map, values, counted = request.map, request.values, request.counted
-    _check_map(map)
-    if values.dim() != 4 or values.shape[:3] != map.keys.shape[:3] or values.device != map.keys.device:
-        raise _refused("attention_and_peaks", "values [b, h, t, e] beside keys", values=values, keys=map.keys)
-    total, end = map.keys.shape[2], 0
+    check_attention(request.map, request.values)
+    counted, total, end = request.counted, request.map.keys.shape[2], 0
     for part in counted:
         if not end <= part.start <= part.stop <= total:
             raise InputError(f"the ranges {list(counted)} are not in order within {total} columns")
@@ -140,8 +146,8 @@ def check_peaks(request: PeaksRequest) -> None:
 
 
 def _check_map(map: AttentionMap) -> None:
-    query, keys, mask, columns = map.query, map.keys, map.mask, map.columns
-    sinks, device = map.options.sinks, map.query.device
+    query, keys, mask, columns, sinks = map.query, map.keys, map.mask, map.columns, map.options.sinks
+    device = query.device
     fits = (
         query.dim() == 5
         and keys.dim() == 4
@@ -279,8 +285,8 @@ def _is_mask(mask: Tensor, batch: int, queries: int, fresh: int) -> bool:
 
 
 def _are_increments(increments: Tensor, batch: int, heads: int, pages: Sequence[PageView]) -> bool:
-    longest = sum([view.longest for view in pages])
-    return increments.shape == (batch, heads, longest) and increments.dtype is torch.float32
+    shape = batch, heads, sum([view.longest for view in pages])
+    return increments.shape == shape and increments.dtype is torch.float32
 
 
 def _refused(what: str, expected: str, **given: Tensor | None) -> InputError:

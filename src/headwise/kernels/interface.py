@@ -266,6 +266,9 @@ class Kernels:
         obstacle: why they cannot run on a device; None where they can.
         ragged_decode: attention of a few query rows over pages and fresh rows.
         append: new rows into pages.
+        attention: output `[b, h, g, q, e]` of the queries of a map over these values; where gradients are asked for,
+            callers take `headwise.kernels.attention.dense_attention`.
+        attention_and_mass: the same, and what `column_mass` gives, which may take less time together.
         column_mass: the mass on every column `[b, h, g, t]`, and the part of it inside each band `[w, b, h, g, t]`.
         attention_and_peaks: output `[b, h, g, q, e]`, and the largest probability of each column `[b, h, t]`.
         code_bits: of the codes that they read; None for whatever `headwise.quant.codes` makes.
@@ -275,6 +278,8 @@ class Kernels:
     obstacle: Callable[[torch.device], str | None]
     ragged_decode: Callable[[DecodeRequest], Decoded]
     append: Callable[[AppendRequest], None]
+    attention: Callable[[AttentionMap, Tensor], Tensor]
+    attention_and_mass: Callable[[MassRequest, Tensor], tuple[Tensor, Tensor, Tensor]]
     column_mass: Callable[[MassRequest], tuple[Tensor, Tensor]]
     attention_and_peaks: Callable[[PeaksRequest], tuple[Tensor, Tensor]]
     code_bits: frozenset[int] | None = None

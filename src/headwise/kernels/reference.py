@@ -11,6 +11,7 @@ from headwise.kernels.attention import (
     HIDDEN,
     add_marks,
     causal,
+    counting,
     dense_attention,
     logits_of,
     probabilities,
@@ -120,6 +121,11 @@ def column_mass(request: MassRequest) -> tuple[Float[Tensor, "b h g t"], Float[T
             inside = (distance < width[:, None, None])[:, None, None]
             sums[..., outer:inner] += _weighted(attention[..., outer:inner] * inside, weights[:, block])
     return mass, band
+
+
+def attention_and_mass(request: MassRequest, values: Float[Tensor, "b h t e"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over all columns, and what `column_mass` gives of the same map."""
+    return dense_attention(request.map, values), *column_mass(counting(request))
 
 
 def attention_and_peaks(request: PeaksRequest) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h t"]]:
@@ -246,4 +252,6 @@ def _first_within(positions: Int[Tensor, "b t"], row: int, width: Int[Tensor, " 
     return int(near.int().argmax()) if bool(near.any()) else seen
 
 
-KERNELS = Kernels("reference", obstacle, ragged_decode, append, column_mass, attention_and_peaks)
+KERNELS = Kernels(
+    "reference", obstacle, ragged_decode, append, dense_attention, attention_and_mass, column_mass, attention_and_peaks
+)

@@ -77,7 +77,7 @@ class LayerReport:
         choice = np.zeros(tuple(kept.shape), dtype=int) if plan is None else plan.choice.cpu().numpy()
         selection = layer.config.policy.selection
         budgeted = plan is not None and selection is not None and selection.keep is not None
-        rows_read = layer.prompt.observations.rows_read
+        rows_read = layer.prompt.observations.mass.rows_read
         profiled = plan is not None and rows_read and plan.prompt.numel()
         return cls(
             used_bytes=layer.used_bytes,

@@ -15,6 +15,7 @@ from headwise.policies.base import Policy
 from headwise.policies.choice import FormatLoss, PromptSummary
 from headwise.stages.choose_again import LaterChoices
 from headwise.stages.config import LayerConfig
+from headwise.stages.decode import Pass
 from headwise.stages.match import match_rows
 from headwise.stages.plan import Plan, Planned, make_plans, summarise
 from headwise.stages.prefill import PromptRows
@@ -38,14 +39,14 @@ class Prompt:
 
     Attributes:
         complete: whether all of it is in, and only the choice of what to keep is missing.
-        profile_seconds: time spent on the profile, and on choosing the rules by it.
+        profile_seconds: time spent on choosing the rules, and on the profile but for what comes with the attention.
         compact_seconds: time spent on copying the kept rows into pages.
     """
 
     def __init__(self, config: LayerConfig, log: TokenLog, evicted: EvictedState, later: LaterChoices) -> None:
         self._config, self._log, self._evicted, self._later = config, log, evicted, later
         self._marks = LayerMarks(config.steering, log.marks)
-        self.rows, self.observations = PromptRows(self._marks), Observations(config, log)
+        self.rows, self.observations = PromptRows(), Observations(config, log)
         self.profile_seconds = self.compact_seconds = 0.0
         self.complete = False
         # What rows are to carry to later choices, from when that is known until they are there.
@@ -55,19 +56,39 @@ class Prompt:
         """Every tensor it holds on to."""
         return self.rows.tensors() + self.observations.tensors()
 
-    def add(
+    def attend(
         self,
+        current: Pass,
         query: Float[Tensor, "b h g q d"],
-        keys: Float[Tensor, "b h q d"],
-        values: Float[Tensor, "b h q e"],
         mask: Bool[Tensor, "b q t"] | None,
         options: LogitOptions,
-    ) -> None:
+        *,
+        alone: bool,
+    ) -> Float[Tensor, "b h g q e"]:
+        """Attention of new columns over all that have come in and themselves; nothing is taken in yet.
+
+        What they give every column is noted in the pass, where it is looked at and comes with the attention.
+
+        Args:
+            alone: whether no further layer reads these rows.
+        """
+        keys, values = self.rows.with_earlier(current.keys, current.values)
+        # Under autocast, parts of a prompt may come in types of their own.
+        map = AttentionMap(query.to(keys.dtype), keys, mask, options)
+        attended, mass = self._marks.attended(map), self.observations.mass
+        if alone and mass.looked_at and attended is self._marks.profiled(map):
+            output, current.profiled = mass.attend(attended, values)
+        else:
+            output = self._config.cache.kernels.attention(attended, values)
+        return output.to(query.dtype)
+
+    def add(self, current: Pass, mask: Bool[Tensor, "b q t"] | None) -> None:
         """Take in the newest columns."""
-        self.rows.add(keys, values)
+        self.rows.add(current.keys, current.values)
         keys, _ = self.rows.rows
         started = clock(keys.device)
-        self.observations.observe(self._marks.profiled(AttentionMap(query, keys, mask, options)))
+        map = self._marks.profiled(AttentionMap(current.query, keys, mask, current.options))
+        self.observations.observe(map, current.profiled)
         self.profile_seconds += clock(keys.device) - started
         expected = self._config.cache.prompt_columns
         self.complete = expected is None or keys.shape[2] >= expected
@@ -95,7 +116,7 @@ class Prompt:
         keys, values = self.rows.rows
         policy, started = self._config.policy, clock(keys.device)
         at: Int[Tensor, "b h t"] = torch.arange(keys.shape[2], device=keys.device).expand(*keys.shape[:2], -1)
-        mass = self.observations.mass
+        mass = self.observations.mass.profile
         scores, everything = None if mass is None else mass.score, torch.ones_like(at, dtype=torch.bool)
         layers = self._config.cache.layers
         tokens = self._log.facts(at, everything, scores, keys.shape[2], None, self._config.index, layers)
@@ -111,7 +132,7 @@ class Prompt:
     def fill(self, planned: Planned) -> RowStore:
         """Copy the kept rows into a store, and let go of everything else."""
         keys, values = self.rows.rows
-        cache, mass, plan, keep = self._config.cache, self.observations.mass, planned.plan, planned.keep
+        cache, mass, plan, keep = self._config.cache, self.observations.mass.profile, planned.plan, planned.keep
         started = clock(keys.device)
         columns = torch.arange(keys.shape[2], device=keys.device).expand(*keys.shape[:2], -1)
         if self._evicted.remembers:

@@ -10,6 +10,7 @@ from headwise.errors import CacheStateError
 from headwise.kernels.attention import query_blocks
 from headwise.kernels.interface import Decoded, DecodeRequest, Kernels
 from headwise.less.state import EvictedState
+from headwise.stages.mass_profile import MassProfile
 from headwise.stages.steered import LayerMarks
 from headwise.store.rows import Rows
 from headwise.store.store import RowStore
@@ -23,6 +24,7 @@ class Pass:
     Attributes:
         mask: True where a query may see a column; None means causal and no padding.
         marks: of its columns, where attention is steered.
+        profiled: what its queries give every column of the prompt, where it came with their attention.
         mass: on the kept rows and on one another, where a rule ranks by it and they were decoded over a store.
     """
 
@@ -33,11 +35,13 @@ class Pass:
     options: LogitOptions
     marks: Float[Tensor, "b q"] | None = None
     mass: tuple[Float[Tensor, "b h q n"], Float[Tensor, "b h q f"]] | None = None
+    profiled: MassProfile | None = None
 
     def cut(self, kept: int) -> None:
         """Leave out all but the first tokens."""
         self.query = self.query[:, :, :, :kept]
         self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
+        self.profiled = None
 
     def join(self, again: Pass) -> None:
         """Take note of what a further layer asked that reads the same rows: heads of one more group.
@@ -58,7 +62,8 @@ class Pass:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to, but for the mask, which all layers share."""
-        return [self.keys, self.values, self.query, *(self.mass or ())]
+        profiled = [] if self.profiled is None else self.profiled.tensors()
+        return [self.keys, self.values, self.query, *(self.mass or ()), *profiled]
 
     def received(self, real: Bool[Tensor, "b q"] | None) -> tuple[Tensor | None, Tensor | None]:
         """What its tokens add to the scores of kept rows, and give one another; None where nothing is scored."""

@@ -121,7 +121,8 @@ class LayerCache(TakeIn):
         marks = self._marks.fresh(self.seen - count, self.seen)
         current = Pass(query.detach(), keys.detach(), values.detach(), mask, options, marks)
         if self.store is None:
-            output = self.prompt.rows.attend(query, current.keys, current.values, mask, options)
+            alone = self.config.readers == 1
+            output = self.prompt.attend(current, query, mask, options, alone=alone)
         else:
             output = self._decode(current)
             # The mask is shared by all layers and needed no more.
@@ -156,7 +157,7 @@ class LayerCache(TakeIn):
             )
         again = Pass(query.detach(), first.keys, first.values, mask, options, first.marks)
         if self.store is None:
-            output = self.prompt.rows.attend(query, first.keys, first.values, mask, options)
+            output = self.prompt.attend(again, query, mask, options, alone=False)
         else:
             output = self._decode(again)
         if self.config.asks_queries:
@@ -232,7 +233,7 @@ class LayerCache(TakeIn):
             self.take_in(last)
             return
         mask = None if last.mask is None else last.mask[:, :kept, : self.seen]
-        self.prompt.add(last.query, last.keys, last.values, mask, last.options)
+        self.prompt.add(last, mask)
         if self.prompt.complete and not self.config.policy.needs_all_layers:
             self.go_on_with(*next(compact(self.config.policy, [self.prompt])))
 

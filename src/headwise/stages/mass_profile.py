@@ -6,11 +6,12 @@ column sums per query head, in total and inside the local band (FastGen, section
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
+from headwise.kernels.attention import counting
 from headwise.kernels.interface import AttentionMap, Kernels, MassRequest
 from headwise.policies.base import Policy, Rule
 from headwise.policies.size import quota_tokens
@@ -97,23 +98,48 @@ def profile_mass(
         positions: of every column; the band of width w is where the query is less than w positions ahead.
         widths: one window width per sequence, for every distinct window of the policy.
     """
-    first = map.keys.shape[2] - map.query.shape[3]
+    scoring, mass, band = None, *kernels.column_mass(counting(_request(map, weights.recovery, positions, widths)))
+    if weights.recovery is not weights.score:
+        scoring, _ = kernels.column_mass(counting(_request(map, weights.score, positions, [])))
+    return _profile(weights, widths, scoring, mass, band)
 
-    def sums(counts: Float[Tensor, "b q"], bands: list[Tensor]) -> tuple[Tensor, Tensor]:
-        read = (counts > 0).any(dim=0).nonzero().flatten()
-        query, mask, marks = map.query, map.mask, map.marks
-        if len(read) < counts.shape[1]:
-            # Only rows that count; the others are not even multiplied.
-            query, counts = query[:, :, :, read], counts[:, read]
-            mask = None if mask is None else mask[:, read]
-            marks = None if marks is None else replace(marks, gates=marks.gates[..., read])
-        asked = replace(map, query=query, mask=mask, columns=read + first, marks=marks)
-        bounds = torch.stack(bands) if bands else positions.new_zeros(0, len(positions))
-        return kernels.column_mass(MassRequest(asked, counts, positions, bounds))
 
-    mass, band = sums(weights.recovery, widths)
-    scoring = mass if weights.recovery is weights.score else sums(weights.score, [])[0]
-    return MassProfile(scoring.sum(dim=2), mass, list(band), weights.recovery.sum(dim=1), widths)
+def attend_and_profile(
+    map: AttentionMap,
+    values: Float[Tensor, "b h t e"],
+    weights: RowWeights,
+    positions: Int[Tensor, "b t"],
+    widths: list[Int[Tensor, " b"]],
+    kernels: Kernels,
+) -> tuple[Float[Tensor, "b h g q e"], MassProfile]:
+    """Attention of the newest q columns, and what `profile_mass` gives, which costs little beside it."""
+    if weights.recovery is weights.score:
+        request = _request(map, weights.recovery, positions, widths)
+        output, mass, band = kernels.attention_and_mass(request, values)
+        return output, _profile(weights, widths, None, mass, band)
+    # Of the two, the recovery test looks at fewer rows.
+    output, scoring, _ = kernels.attention_and_mass(_request(map, weights.score, positions, []), values)
+    mass, band = kernels.column_mass(counting(_request(map, weights.recovery, positions, widths)))
+    return output, _profile(weights, widths, scoring, mass, band)
+
+
+def _profile(
+    weights: RowWeights,
+    widths: list[Int[Tensor, " b"]],
+    scoring: Float[Tensor, "b h g t"] | None,
+    mass: Float[Tensor, "b h g t"],
+    band: Float[Tensor, "w b h g t"],
+) -> MassProfile:
+    """Of the masses from the rows that rank tokens, None where they are the others, and of the recovery test's."""
+    score = (mass if scoring is None else scoring).sum(dim=2)
+    return MassProfile(score, mass, list(band), weights.recovery.sum(dim=1), widths)
+
+
+def _request(
+    map: AttentionMap, counts: Float[Tensor, "b q"], positions: Int[Tensor, "b t"], widths: list[Int[Tensor, " b"]]
+) -> MassRequest:
+    bounds = torch.stack(widths) if widths else positions.new_zeros(0, len(positions))
+    return MassRequest(map, counts, positions, bounds)
 
 
 def distinct_widths(policy: Policy, prompt: Int[Tensor, " b"]) -> list[Int[Tensor, " b"]]:

@@ -17,7 +17,8 @@ from headwise.policies.evidence import Evidence
 from headwise.quant.codes import span
 from headwise.stages.bearable import JUDGES, bearable_formats
 from headwise.stages.config import LayerConfig
-from headwise.stages.mass_profile import MassProfile, distinct_widths, profile_mass, row_weights
+from headwise.stages.mass_profile import MassProfile
+from headwise.stages.prompt_mass import PromptMass
 from headwise.stages.prompt_queries import PromptQueries
 from headwise.stages.repetition import attend_repetition
 from headwise.stages.steered import LayerMarks
@@ -34,8 +35,7 @@ class Observations:
         log: of the tokens, shared by all layers.
 
     Attributes:
-        rows_read: query rows that the profile has read.
-        mass: attention mass by column; None where the policy does not look at it.
+        mass: attention mass by column.
         repetition_peaks: largest attention that each column got while the model repeated the prompt, or what a gate
             predicted of it when it was asked for.
         asked: the newest queries, as far as the policy looks at them.
@@ -44,12 +44,12 @@ class Observations:
 
     def __init__(self, config: LayerConfig, log: TokenLog) -> None:
         self._config, self._log, self._marks = config, log, LayerMarks(config.steering, log.marks)
-        self.rows_read = 0
+        self.mass = PromptMass(config, log)
         self.clear()
 
     def clear(self) -> None:
         """Let go of everything but the count of rows."""
-        self.mass: MassProfile | None = None
+        self.mass.profile = None
         self.repetition_peaks: Float[Tensor, "b h t"] | None = None
         self.references: References | None = None
         self._targets: dict[tuple[int, int], Targets] | None = None
@@ -57,7 +57,7 @@ class Observations:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to."""
-        held = [] if self.mass is None else self.mass.tensors()
+        held = [] if self.mass.profile is None else self.mass.profile.tensors()
         held += self.asked.tensors()
         if self.references is not None:
             held += self.references.tensors()
@@ -65,12 +65,15 @@ class Observations:
             held += targets.tensors()
         return held if self.repetition_peaks is None else [*held, self.repetition_peaks]
 
-    def observe(self, map: AttentionMap) -> None:
-        """Look at the newest columns of all that have come in."""
+    def observe(self, map: AttentionMap, mass: MassProfile | None = None) -> None:
+        """Look at the newest columns of all that have come in.
+
+        Args:
+            mass: what these columns give to all, where it is known.
+        """
         policy = self._config.policy
-        if policy.selection is not None or "score" in policy.facts:
-            new = self._mass_of(map)
-            self.mass = new if self.mass is None else self.mass + new
+        if self.mass.looked_at:
+            self.mass.add(map, mass)
         precision = self._config.cache.precision
         judged = JUDGES if precision is not None and precision.adapts else 0
         if policy.needs_evidence or judged:
@@ -177,14 +180,3 @@ class Observations:
 
     def _columns(self, keys: Float[Tensor, "b h t d"]) -> Int[Tensor, "b 1 t"]:
         return torch.arange(keys.shape[2], device=keys.device).expand(len(keys), 1, -1)
-
-    def _mass_of(self, map: AttentionMap) -> MassProfile:
-        count, seen = map.query.shape[3], map.keys.shape[2]
-        policy, cache = self._config.policy, self._config.cache
-        positions, real = self.positions(map.keys)
-        # What has not come in yet is taken to hold no padding.
-        prompt = self._log.real_tokens(len(map.keys), seen, map.keys.device)
-        prompt = prompt + max(0, (cache.prompt_columns or 0) - seen)
-        weights = row_weights(policy, positions[:, -count:], real[:, -count:], prompt)
-        self.rows_read += int(((weights.score > 0) | (weights.recovery > 0)).any(dim=0).sum())
-        return profile_mass(map, weights, positions, distinct_widths(policy, prompt), cache.kernels)

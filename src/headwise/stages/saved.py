@@ -25,7 +25,7 @@ def save_layer(layer: LayerCache) -> dict[str, Tensor]:
         raise CacheStateError("cannot save before the whole prompt is in")
     if layer.store is None or layer.plan is None:
         return {}
-    counters = torch.tensor([layer.seen, layer.evicted_at, layer.prompt.observations.rows_read], device="cpu")
+    counters = torch.tensor([layer.seen, layer.evicted_at, layer.prompt.observations.mass.rows_read], device="cpu")
     own = layer.plan.state() | {"counters": counters} | layer.later.newest.state()
     if layer.config.again is not None:
         own["newest_before"] = torch.tensor(layer.later.newest.before, device="cpu")
@@ -36,7 +36,7 @@ def save_layer(layer: LayerCache) -> dict[str, Tensor]:
 def load_layer(layer: LayerCache, state: dict[str, Tensor]) -> None:
     """Take back what `save_layer` gave, into an empty layer."""
     keys, values, cache = state["keys"], state["values"], layer.config.cache
-    layer.seen, layer.evicted_at, layer.prompt.observations.rows_read = state["counters"].tolist()
+    layer.seen, layer.evicted_at, layer.prompt.observations.mass.rows_read = state["counters"].tolist()
     layer.full_row_bytes = LayerShape(1, keys.shape[-1], values.shape[-1]).token_bytes(keys.dtype)
     layer.evicted.restore(state)
     layer.later.newest.restore(state, int(state.get("newest_before", 0)))

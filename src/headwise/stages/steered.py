@@ -50,7 +50,8 @@ class LayerMarks:
         """A map of the first columns, as policies look at it."""
         if self._steering is None or not self._steering.profiled:
             return map
-        return replace(map, marks=self._of_map(self._steering, map))
+        marks = self._of_map(self._steering, map)
+        return map if marks is None else replace(map, marks=marks)
 
     def evidence(
         self, columns: Int[Tensor, "b k n"]

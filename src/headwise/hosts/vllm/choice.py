@@ -103,8 +103,8 @@ def mass_of(
     """
     observed = _observations(options, blocks, keys, Known())[0]
     observed.observe(AttentionMap(queries, keys, None, logits))
-    assert observed.mass is not None
-    return observed.mass
+    assert observed.mass.profile is not None
+    return observed.mass.profile
 
 
 def summary_of(

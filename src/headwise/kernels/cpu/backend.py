@@ -6,7 +6,7 @@ import torch
 
 from headwise.kernels.cpu import library
 from headwise.kernels.cpu.calls import append, ragged_decode
-from headwise.kernels.cpu.map import attention_and_peaks, column_mass
+from headwise.kernels.cpu.map import attention, attention_and_mass, attention_and_peaks, column_mass
 from headwise.kernels.cpu.structs import CODE_BITS
 from headwise.kernels.interface import Kernels
 
@@ -38,4 +38,14 @@ def read(buffer: torch.Tensor) -> int:
     return int(sums.sum())
 
 
-KERNELS = Kernels("cpu", obstacle, ragged_decode, append, column_mass, attention_and_peaks, code_bits=CODE_BITS)
+KERNELS = Kernels(
+    "cpu",
+    obstacle,
+    ragged_decode,
+    append,
+    attention,
+    attention_and_mass,
+    column_mass,
+    attention_and_peaks,
+    code_bits=CODE_BITS,
+)

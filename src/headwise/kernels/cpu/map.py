@@ -1,161 +1,181 @@
-"""Compiled CPU kernels that read the attention map of a prompt: queries and keys -> what its columns get.
-
-The products are torch's, block by block; what follows is compiled.
-"""
+"""Compiled CPU attention over whole prompts: queries, keys and values -> its output, and what every column gets."""
 
 from __future__ import annotations
 
 import ctypes
-import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
 
 import torch
 
-from headwise.kernels.attention import query_blocks
-from headwise.kernels.check import check_mass, check_peaks
+from headwise.kernels.check import check_attention, check_mass, check_peaks
 from headwise.kernels.cpu.library import FLOAT, library_and_threads, pointer
+from headwise.kernels.cpu.structs import TYPES
 from headwise.kernels.interface import AttentionMap, MassRequest, PeaksRequest
 from headwise.types import Float, Tensor
 
+# That the query rows are dealt to, for every thread: threads that are held up take fewer.
+_PARTS = 4
 
-class _Block(ctypes.Structure):
+
+class _Attention(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("products", "own", "mask", "sinks", "marks", "gates")),
-        *((name, c_int64) for name in ("lanes", "rows", "seen", "mask_stride")),
-        ("softcap", c_float),
-    ]
-
-
-class _ColumnMass(ctypes.Structure):
-    _fields_ = [
-        ("block", _Block),
-        *((name, c_void_p) for name in ("weights", "positions", "widths", "mass", "band")),
-        *((name, c_int64) for name in ("total", "bands", "parts")),
-        ("parallel_for", c_void_p),
-    ]
-
-
-class _AttentionPeaks(ctypes.Structure):
-    _fields_ = [
-        ("block", _Block),
+        *((name, c_void_p) for name in ("query", "keys", "values", "own", "mask", "sinks", "marks", "gates")),
+        *((name, c_void_p) for name in ("output", "weights", "positions", "widths", "mass", "band")),
         *((name, c_void_p) for name in ("counted", "peaks")),
-        *((name, c_int64) for name in ("ranges", "total", "parts")),
+        *((name, c_int64) for name in ("type", "heads", "group", "rows", "total", "key_dim", "value_dim")),
+        *((name, c_int64) for name in ("bands", "ranges", "parts", "shares")),
+        ("query_strides", c_int64 * 3),
+        ("key_strides", c_int64 * 2),
+        ("value_strides", c_int64 * 2),
+        ("output_strides", c_int64 * 3),
+        ("gate_strides", c_int64 * 3),
+        ("mask_stride", c_int64),
+        ("scaling", c_float),
+        ("softcap", c_float),
         ("parallel_for", c_void_p),
     ]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What comes of one call; of what was not asked for, there is nothing in it."""
+
+    output: Float[Tensor, "b h g q e"]
+    mass: Float[Tensor, "b h g t"]
+    band: Float[Tensor, "w b h g t"]
+    peaks: Float[Tensor, "b h t"]
+
+
+def attention(map: AttentionMap, values: Float[Tensor, "b h t e"]) -> Float[Tensor, "b h g q e"]:
+    """As `headwise.kernels.attention.dense_attention`."""
+    check_attention(map, values)
+    return _attend(map, values).output
+
+
+def attention_and_mass(
+    request: MassRequest, values: Float[Tensor, "b h t e"]
+) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h g t"], Float[Tensor, "w b h g t"]]:
+    """As `reference.attention_and_mass`; all of it comes from the same products."""
+    check_mass(request)
+    check_attention(request.map, values)
+    found = _attend(request.map, values, request)
+    return found.output, found.mass, found.band
 
 
 def column_mass(request: MassRequest) -> tuple[Float[Tensor, "b h g t"], Float[Tensor, "w b h g t"]]:
     """As `reference.column_mass`."""
     check_mass(request)
-    library, parallel_for = library_and_threads()
-    map, widths = request.map, request.widths
-    batch, heads, group, _, _ = map.query.shape
-    total, bands, parts = map.keys.shape[2], len(widths), _parts(group)
-    mass = torch.empty(batch, heads, group, total, **FLOAT)
-    band = torch.empty(bands, batch, heads, group, total, **FLOAT)
-    weights, positions = request.weights.float().contiguous(), request.positions.long().contiguous()
-    for b in range(batch):
-        own_widths = widths[:, b].long().contiguous()
-        for h in range(heads):
-            sums = torch.zeros(parts, group, total, **FLOAT)
-            inside = torch.zeros(bands, parts, group, total, **FLOAT)
-            for rows, _, block in _blocks(map, b, h):
-                arguments = _ColumnMass(
-                    block,
-                    weights[b, rows].data_ptr(),
-                    positions[b].data_ptr(),
-                    own_widths.data_ptr(),
-                    sums.data_ptr(),
-                    inside.data_ptr(),
-                    total,
-                    bands,
-                    parts,
-                    parallel_for,
-                )
-                library.headwise_column_mass(ctypes.byref(arguments))
-            mass[b, h], band[:, b, h] = sums.sum(dim=0), inside.sum(dim=1)
-    return mass, band
+    found = _attend(request.map, None, request)
+    return found.mass, found.band
 
 
 def attention_and_peaks(request: PeaksRequest) -> tuple[Float[Tensor, "b h g q e"], Float[Tensor, "b h t"]]:
     """As `reference.attention_and_peaks`; both come from the same products."""
     check_peaks(request)
-    library, parallel_for = library_and_threads()
-    map, values = request.map, request.values
-    batch, heads, group, _, _ = map.query.shape
-    total, parts = map.keys.shape[2], _parts(group)
-    ranges = torch.tensor([[part.start, part.stop] for part in request.counted], dtype=torch.long, device="cpu")
-    output = torch.empty(*map.query.shape[:-1], values.shape[-1], dtype=values.dtype, device="cpu")
-    peaks = torch.empty(batch, heads, total, **FLOAT)
+    found = _attend(request.map, request.values, counted=request.counted)
+    return found.output, found.peaks
+
+
+def _attend(
+    map: AttentionMap, values: Tensor | None, mass: MassRequest | None = None, counted: Sequence[slice] | None = None
+) -> _Found:
+    (batch, heads, group, rows, _), total = map.query.shape, map.keys.shape[2]
+    value_dim, bands = 0 if values is None else values.shape[-1], 0 if mass is None else len(mass.widths)
+    dtype = map.keys.dtype if values is None else values.dtype
+    # As a host puts the heads beside one another again, of every token.
+    output = torch.empty(batch, rows, heads, group, value_dim, dtype=dtype, device="cpu").permute(0, 2, 3, 1, 4)
+    lanes = (heads, group, total) if mass is not None else (0, 0, 0)
+    found = _Found(
+        output,
+        torch.empty(batch, *lanes, **FLOAT),
+        torch.empty(batch, bands, *lanes, **FLOAT),
+        torch.empty(batch, heads, total if counted is not None else 0, **FLOAT),
+    )
+    if rows == 0:
+        return _Found(found.output, found.mass.zero_(), found.band.zero_().movedim(1, 0), found.peaks.zero_())
+    own = map.own_columns().long().contiguous()
+    ranges = torch.tensor([[p.start, p.stop] for p in counted or ()], dtype=torch.long, device="cpu")
     for b in range(batch):
-        for h in range(heads):
-            weighed = values[b, h].float()
-            logarithms = torch.full((parts, group, total), -torch.inf, **FLOAT)
-            for rows, products, block in _blocks(map, b, h):
-                arguments = _AttentionPeaks(
-                    block, ranges.data_ptr(), logarithms.data_ptr(), len(ranges), total, parts, parallel_for
-                )
-                library.headwise_attention_peaks(ctypes.byref(arguments))
-                output[b, h, :, rows] = (products @ weighed[: products.shape[1]]).unflatten(0, (group, -1))
-            peaks[b, h] = logarithms.amax(dim=(0, 1))
-    return output, peaks.exp_()
+        _attend_one(map, values, mass, ranges if counted is not None else None, own, found, b)
+    return _Found(found.output, found.mass, found.band.movedim(1, 0), found.peaks)
 
 
-def _blocks(map: AttentionMap, b: int, h: int) -> Iterator[tuple[slice, Float[Tensor, "rows seen"], _Block]]:
-    """Products of one head of one sequence, some rows at a time; each block is valid until the next.
-
-    One head at a time: the more rows of a head a block holds, the faster are the products.
-    """
-    query, keys, mask, options = map.query, map.keys, map.mask, map.options
-    total, key_dim = keys.shape[2:]
-    columns = map.own_columns().long().contiguous()
-    transposed = keys[b, h].float().mT
-    sinks = None if options.sinks is None else options.sinks[h].float().contiguous()
+def _attend_one(
+    map: AttentionMap,
+    values: Tensor | None,
+    mass: MassRequest | None,
+    ranges: Tensor | None,
+    own: Tensor,
+    found: _Found,
+    b: int,
+) -> None:
+    """One sequence, into its part of what is found."""
+    library, parallel_for = library_and_threads()
+    _, heads, group, rows, key_dim = map.query.shape
+    dtype = map.keys.dtype if map.keys.dtype in TYPES else torch.float32
+    query, keys, own_values = _dense(map.query[b], dtype), _dense(map.keys[b], dtype), None
+    output = None
+    if values is not None:
+        own_values = _dense(values[b], dtype)
+        output = found.output[b] if found.output.dtype is torch.float32 else torch.empty(found.output[b].shape, **FLOAT)
+    visible = None if map.mask is None else map.mask[b]
+    if visible is not None and visible.stride(-1) != 1:
+        visible = visible.contiguous()
+    sinks = None if map.options.sinks is None else map.options.sinks.float().contiguous()
     marks = None if map.marks is None else map.marks.columns[b].contiguous()
-    for block in query_blocks(query[b : b + 1, h : h + 1], total):
-        own = columns[block]
-        # Under causality no row of the block sees further than its last row.
-        seen = total if mask is not None else int(own[-1]) + 1
-        asked = (query[b, h, :, block].float() * options.scaling).reshape(-1, key_dim)
-        visible = None if mask is None else mask[b, block]
-        if visible is not None and visible.stride(-1) != 1:
-            visible = visible.contiguous()
-        gates = None if map.marks is None else map.marks.gates[b, h, :, block].contiguous()
-        products = _scratch(len(asked) * seen).view(len(asked), seen)
-        torch.mm(asked, transposed[:, :seen], out=products)
-        yield (
-            block,
-            products,
-            _Block(
-                products.data_ptr(),
-                own.data_ptr(),
-                pointer(visible),
-                pointer(sinks),
-                pointer(marks),
-                pointer(gates),
-                query.shape[2],
-                len(own),
-                seen,
-                0 if visible is None else visible.stride(0),
-                options.softcap or 0.0,
-            ),
-        )
+    gates = None if map.marks is None else map.marks.gates[b]
+    weights = positions = widths = None
+    if mass is not None:
+        weights, positions = mass.weights[b].float().contiguous(), mass.positions[b].long().contiguous()
+        widths = mass.widths[:, b].long().contiguous()
+    threads = torch.get_num_threads()
+    arguments = _Attention(
+        query.data_ptr(),
+        keys.data_ptr(),
+        pointer(own_values),
+        own.data_ptr(),
+        pointer(visible),
+        pointer(sinks),
+        pointer(marks),
+        pointer(gates),
+        pointer(output),
+        pointer(weights),
+        pointer(positions),
+        pointer(widths),
+        found.mass[b].data_ptr(),
+        found.band[b].data_ptr(),
+        pointer(ranges),
+        None if ranges is None else found.peaks[b].data_ptr(),
+        TYPES[dtype],
+        heads,
+        group,
+        rows,
+        keys.shape[1],
+        key_dim,
+        0 if own_values is None else own_values.shape[-1],
+        0 if mass is None else len(mass.widths),
+        0 if ranges is None else len(ranges),
+        _PARTS * threads,
+        threads,
+        query.stride()[:3],
+        keys.stride()[:2],
+        (0, 0) if own_values is None else own_values.stride()[:2],
+        (0, 0, 0) if output is None else output.stride()[:3],
+        (0, 0, 0) if gates is None else gates.stride(),
+        0 if visible is None else visible.stride(0),
+        map.options.scaling,
+        map.options.softcap or 0.0,
+        parallel_for,
+    )
+    library.headwise_attention(ctypes.byref(arguments))
+    if output is not None and found.output.dtype is not torch.float32:
+        found.output[b].copy_(output)
 
 
-def _parts(group: int) -> int:
-    """How often the rows of a lane are cut, such that there is enough to keep every thread equally busy."""
-    return -(-8 * torch.get_num_threads() // group)
-
-
-def _scratch(size: int) -> Tensor:
-    """Memory of this thread that is used again and again: fresh pages from the system cost as much as the products."""
-    held: Tensor | None = getattr(_kept, "scratch", None)
-    if held is None or held.numel() < size:
-        # It outlives an inference mode that may be on now.
-        with torch.inference_mode(False):
-            held = _kept.scratch = torch.empty(size, **FLOAT)
-    return held[:size]
-
-
-_kept = threading.local()
+def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In that type, with the numbers of a row side by side."""
+    if tensor.dtype is not dtype or tensor.stride(-1) != 1:
+        return tensor.to(dtype).contiguous()
+    return tensor

@@ -15,7 +15,7 @@ from headwise.types import Tensor
 # Of the codes that the kernels read.
 CODE_BITS = frozenset({4, 8})
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
 class CodingStruct(ctypes.Structure):
@@ -135,7 +135,7 @@ def _made(view: PageView) -> PagesStruct:
         view.longest,
         key_width,
         values.shape[2],
-        _TYPES[keys.dtype],
+        TYPES[keys.dtype],
         keys.stride(),
         values.stride(),
         *(_EXACT if view.coding is None else _codings(view.coding)),

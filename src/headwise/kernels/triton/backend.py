@@ -9,10 +9,12 @@ import os
 
 import torch
 
-from headwise.kernels.interface import Kernels
+from headwise.kernels.attention import counting, dense_attention
+from headwise.kernels.interface import Kernels, MassRequest
 from headwise.kernels.triton.launch import device_code
 from headwise.kernels.triton.map import attention_and_peaks, column_mass
 from headwise.kernels.triton.pages import append, ragged_decode
+from headwise.types import Float, Tensor
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -28,6 +30,19 @@ def obstacle(device: torch.device) -> str | None:
     return None
 
 
+def attention_and_mass(request: MassRequest, values: Float[Tensor, "b h t e"]) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.attention_and_mass`: torch's fused attention, and the mass beside it."""
+    return dense_attention(request.map, values), *column_mass(counting(request))
+
+
 KERNELS = Kernels(
-    "triton", obstacle, ragged_decode, append, column_mass, attention_and_peaks, code_bits=frozenset({4, 8})
+    "triton",
+    obstacle,
+    ragged_decode,
+    append,
+    dense_attention,
+    attention_and_mass,
+    column_mass,
+    attention_and_peaks,
+    code_bits=frozenset({4, 8}),
 )

@@ -92,40 +92,32 @@ struct Append {
   ParallelFor parallel_for;
 };
 
-// A block of query rows of one sequence against the first `seen` keys.
-struct Block {
-  float* products;    // [lanes, rows, seen]: query times key, scaled; overwritten
-  const int64_t* own;  // [rows]: each query row's own column
-  const bool* mask;    // [rows, seen] with the stride below between rows, or null: causal
-  const float* sinks;  // [lanes], or null
-  const float* marks;  // [seen], or null: the row's gate times it is added to a logit, behind a soft cap
-  const float* gates;  // [lanes, rows]
-  int64_t lanes, rows, seen, mask_stride;
-  float softcap;  // 0: none
-};
-
-// Columns of all keys, `total` of them. The rows of a lane are cut into parts, and what each part finds stands apart.
-struct ColumnMass {
-  Block block;
-  const float* weights;      // [rows]
-  const int64_t* positions;  // [total]
-  const int64_t* widths;     // [bands]
-  float* mass;               // [parts, lanes, total]
-  float* band;               // [bands, parts, lanes, total]
-  int64_t total, bands, parts;
-  ParallelFor parallel_for;
-};
-
 struct Range {
   int64_t start, stop;
 };
 
-// The products of its block end as probabilities.
-struct AttentionPeaks {
-  Block block;
-  const Range* counted;  // [ranges], at least one: columns of the softmax that peaks are taken from, ascending
-  float* peaks;          // [parts, lanes, total]: logarithms, raised where a row of the block gives more
-  int64_t ranges, total, parts;
+// Query rows of one sequence over whole columns. Strides are in elements; the last dimension is contiguous.
+struct Attention {
+  const void* query;     // [heads, group, rows, key_dim]
+  const void* keys;      // [heads, total, key_dim]
+  const void* values;    // [heads, total, value_dim], or null where there is no output
+  const int64_t* own;    // [rows]: each query row's own column, ascending
+  const bool* mask;      // [rows, total] with the stride below between rows, or null: causal
+  const float* sinks;    // [heads, group], or null
+  const float* marks;    // [total], or null: the row's gate times it is added to a logit, behind a soft cap
+  const float* gates;    // [heads, group, rows] with the strides below
+  float* output;         // [heads, group, rows, value_dim], or null
+  const float* weights;  // [rows]: of the mass, or null where there is none
+  const int64_t* positions;  // [total]
+  const int64_t* widths;     // [bands]
+  float* mass;               // [heads, group, total]
+  float* band;               // [bands, heads, group, total]
+  const Range* counted;      // [ranges], at least one: columns of the softmax that peaks are taken from, ascending
+  float* peaks;              // [heads, total], or null: the largest probability in any row
+  int64_t type, heads, group, rows, total, key_dim, value_dim, bands, ranges;
+  int64_t parts, shares;  // that the rows are dealt to, and threads
+  int64_t query_strides[3], key_strides[2], value_strides[2], output_strides[3], gate_strides[3], mask_stride;
+  float scaling, softcap;  // softcap 0: none
   ParallelFor parallel_for;
 };
 
@@ -140,8 +132,7 @@ enum Status : int32_t {
 struct Kernels {
   const char* name;
   Status (*decode)(const Decode*);
-  void (*column_mass)(const ColumnMass*);
-  void (*attention_peaks)(const AttentionPeaks*);
+  void (*attention)(const Attention*);
 };
 
 #if defined(__x86_64__)

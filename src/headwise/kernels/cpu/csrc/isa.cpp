@@ -1,6 +1,5 @@
 // Compiled once per set of vector instructions, with HEADWISE_ISA naming it.
-#include "attention_peaks.h"
-#include "column_mass.h"
+#include "attention.h"
 #include "decode.h"
 
 #define HEADWISE_JOIN2(a, b) a##b
@@ -11,6 +10,5 @@
 namespace headwise {
 extern const Kernels HEADWISE_JOIN(kernels_, HEADWISE_ISA);
 const Kernels HEADWISE_JOIN(kernels_, HEADWISE_ISA) = {
-    HEADWISE_TEXT(HEADWISE_ISA), HEADWISE_ISA::decode, HEADWISE_ISA::column_mass,
-    HEADWISE_ISA::attention_peaks};
+    HEADWISE_TEXT(HEADWISE_ISA), HEADWISE_ISA::decode, HEADWISE_ISA::attention};
 }  // namespace headwise

@@ -111,11 +111,7 @@ HEADWISE_EXPORT const char* headwise_chosen() { return chosen->name; }
 
 HEADWISE_EXPORT int32_t headwise_decode(const Decode* args) { return chosen->decode(args); }
 
-HEADWISE_EXPORT void headwise_column_mass(const ColumnMass* args) { chosen->column_mass(args); }
-
-HEADWISE_EXPORT void headwise_attention_peaks(const AttentionPeaks* args) {
-  chosen->attention_peaks(args);
-}
+HEADWISE_EXPORT void headwise_attention(const Attention* args) { chosen->attention(args); }
 
 HEADWISE_EXPORT int32_t headwise_append(const Append* args) {
   int64_t heads = args->batch * args->heads;

@@ -4,48 +4,49 @@
 #pragma once
 #include <algorithm>
 
-#include "headwise.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace HEADWISE_ISA {
 namespace {
 
-// Of one query row; kNone where a column is hidden.
+// Of one query row. Behind the columns that it may see up to the next tile stands kNone, as where one is hidden.
 struct Logits {
   float* x;
   int64_t count;  // columns from the first on; what is behind them is hidden
   float sink;
+
+  int64_t end() const { return (count + kWidth - 1) / kWidth * kWidth; }
 };
 
-Logits logits_of(const headwise::Block& block, int64_t lane, int64_t row) {
-  float* x = block.products + (lane * block.rows + row) * block.seen;
-  int64_t count = block.mask ? block.seen : block.own[row] + 1;
-  if (block.mask) {
-    const bool* visible = block.mask + row * block.mask_stride;
-    for (int64_t i = 0; i < count; i++) x[i] = visible[i] ? x[i] : kNone;
-  }
-  if (block.softcap > 0) {
-    float softcap = block.softcap;
-    int64_t whole = count / kWidth * kWidth;
-    for (int64_t i = 0; i < whole; i += kWidth) {
+// What stands beside the products of a row.
+struct Beside {
+  const bool* visible;  // [columns], or null
+  const float* marks;   // [columns], or null: the gate times it is added to a logit, behind a soft cap
+  float gate, softcap;  // softcap 0: none
+};
+
+// Products become logits. `room` is a multiple of a tile's columns.
+inline void make_logits(const Logits& row, int64_t room, const Beside& beside) {
+  float* x = row.x;
+  std::fill(x + row.count, x + room, kNone);
+  if (beside.visible)
+    for (int64_t i = 0; i < row.count; i++) x[i] = beside.visible[i] ? x[i] : kNone;
+  if (beside.softcap > 0)
+    for (int64_t i = 0; i < row.count; i += kWidth) {
       // A hidden column stays hidden: the cap would bring it back.
-      Vec capped = tangent(load(x + i) / softcap) * softcap;
+      Vec capped = tangent(load(x + i) / beside.softcap) * beside.softcap;
       store(x + i, load(x + i) == kNone ? broadcast(kNone) : capped);
     }
-    for (int64_t i = whole; i < count; i++)
-      if (x[i] != kNone) x[i] = tangent(broadcast(x[i] / softcap))[0] * softcap;
-  }
-  float gate = block.marks ? block.gates[lane * block.rows + row] : 0;
-  if (gate != 0) {
+  if (beside.marks && beside.gate != 0) {
     int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) store(x + i, load(x + i) + load(block.marks + i) * gate);
-    for (; i < count; i++) x[i] += block.marks[i] * gate;
+    for (; i + kWidth <= row.count; i += kWidth) store(x + i, load(x + i) + load(beside.marks + i) * beside.gate);
+    for (; i < row.count; i++) x[i] += beside.marks[i] * beside.gate;
   }
-  return {x, count, block.sinks ? block.sinks[lane] : kNone};
 }
 
 // The largest logit, the sink's included; kNone where nothing is visible.
-float top_of(const Logits& row) {
+inline float top_of(const Logits& row) {
   // Four at a time: each maximum waits for the one before it.
   Vec tops[4] = {broadcast(row.sink), broadcast(row.sink), broadcast(row.sink), broadcast(row.sink)};
   int64_t i = 0, whole = row.count / kWidth * kWidth;
@@ -74,22 +75,6 @@ float exponentials(const Logits& row, float top) {
     if (keep) row.x[i] = p;
   }
   return total;
-}
-
-// Calls `body` with every lane and each of its parts, on all threads.
-template <typename Args>
-void over_parts(const Args* args, void (*body)(const Args&, int64_t lane, int64_t part)) {
-  struct Context {
-    const Args* args;
-    void (*body)(const Args&, int64_t, int64_t);
-  } context = {args, body};
-  args->parallel_for(
-      0, args->block.lanes * args->parts, 1,
-      [](int64_t begin, int64_t end, void* c) {
-        const auto& [args, body] = *static_cast<Context*>(c);
-        for (int64_t i = begin; i < end; i++) body(*args, i / args->parts, i % args->parts);
-      },
-      &context);
 }
 
 }  // namespace

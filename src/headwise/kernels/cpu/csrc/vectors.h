@@ -104,17 +104,22 @@ inline float scalar(Float16 x) {
   return load(padded)[0];
 }
 
-inline float sum(Vec v) {
-  float s = 0;
-  for (int i = 0; i < kWidth; i++) s += v[i];
-  return s;
-}
-
 #if defined(__clang__) || __GNUC__ >= 12
 #define HEADWISE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define HEADWISE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntVec){__VA_ARGS__})
 #endif
+
+// Halves are added until one number is left: one after another, each addition would wait for the one before it.
+inline float sum(Vec v) {
+#if defined(__AVX2__)
+  v += HEADWISE_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += HEADWISE_SHUFFLE(v, v, 2, 3, 0, 1, 2, 3, 0, 1);
+#else
+  v += HEADWISE_SHUFFLE(v, v, 2, 3, 0, 1);
+#endif
+  return v[0] + v[1];
+}
 
 // The sums of four vectors, one behind the other.
 inline void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
@@ -143,13 +148,17 @@ inline void apart(const float* from, float* first, float* second) {
 #endif
 }
 
-inline float largest(Vec v) {
-  float s = v[0];
-  for (int i = 1; i < kWidth; i++) s = v[i] > s ? v[i] : s;
-  return s;
-}
-
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float largest(Vec v) {
+#if defined(__AVX2__)
+  v = maximum(v, HEADWISE_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = maximum(v, HEADWISE_SHUFFLE(v, v, 2, 3, 0, 1, 2, 3, 0, 1));
+#else
+  v = maximum(v, HEADWISE_SHUFFLE(v, v, 2, 3, 0, 1));
+#endif
+  return v[0] > v[1] ? v[0] : v[1];
+}
 
 inline Vec broadcast(float x) { return x - Vec{}; }
 
