@@ -18,8 +18,8 @@ from headwise.types import Bool, Float, Int, Tensor
 
 _STEPS_OF = dict(zip(("keys", "values"), STEPS, strict=True))
 
-# Rows that are encoded at a time: their numbers are rotated in fp32.
-_BLOCK = 1024
+# Rows of all heads that are encoded at a time: their numbers are rotated in fp32.
+_BLOCK = 4096
 
 _UNCODED = "such a model's rows are better kept exact"
 
@@ -68,19 +68,20 @@ class CodedPages:
         )
 
     def encode(self, rows: Rows) -> Rows:
-        """The same rows as codes."""
+        """The same rows as codes; only of those that count are any made."""
         format = self.format
-        key_codes, key_steps = _encoded(rows.keys, format.key_bits, format.group_of(self.key_dim))
-        value_codes, value_steps = self._encode_values(rows.values)
+        key_codes, key_steps = _encoded(rows.keys, rows.keep, format.key_bits, format.group_of(self.key_dim))
+        value_codes, value_steps = self._encode_values(rows.values, rows.keep)
         return rows.replacing(keys=key_codes, values=value_codes, key_steps=key_steps, value_steps=value_steps)
 
     def replace_values(self, values: Float[Tensor, "b h n e"]) -> None:
         """Give the kept rows other values, as numbers."""
-        for part, content in zip(("values", STEPS[1]), self._encode_values(values), strict=True):
+        everything = torch.ones(values.shape[:-1], dtype=torch.bool, device=values.device)
+        for part, content in zip(("values", STEPS[1]), self._encode_values(values, everything), strict=True):
             self.pool.replace(part, content)
 
-    def _encode_values(self, values: Float[Tensor, "b h n e"]) -> tuple[Tensor, Tensor]:
-        return _encoded(values, self.format.value_bits, self.format.group_of(self.value_dim))
+    def _encode_values(self, values: Float[Tensor, "b h n e"], keep: Bool[Tensor, "b h n"]) -> tuple[Tensor, Tensor]:
+        return _encoded(values, keep, self.format.value_bits, self.format.group_of(self.value_dim))
 
     def decode(self, rows: Rows) -> Rows:
         """Codes as the numbers they stand for; of keys and values those that the rows have."""
@@ -134,7 +135,7 @@ def encode_old(
         formats = torch.full_like(formats, precision.later)
     for part, keep in zip(coded, by_format(rows.keep, formats[:, :, None], len(coded)), strict=True):
         if bool(keep.any()):
-            part.pool.commit(part.pool.occupied(), part.encode(rows).naming(keep))
+            part.pool.commit(part.pool.occupied(), part.encode(rows.naming(keep)))
     exact.drop(~old)
 
 
@@ -163,7 +164,7 @@ def recode(
         into[rows.keep] = wanted[gone]
         for part, own, arriving in zip(coded, by_format(rows.keep, into, len(coded)), coming, strict=True):
             if bool(own.any()):
-                arriving.append(part.encode(rows).naming(own))
+                arriving.append(part.encode(rows.naming(own)))
     exact.drop(stays[0], spare)
     for part, same, arriving in zip(coded, stays[1:], coming, strict=True):
         if arriving:
@@ -188,12 +189,21 @@ def by_format(rows: Bool[Tensor, "b h n"], formats: Int[Tensor, "b h #n"], count
     return [rows & (formats == index) for index in range(count)]
 
 
-def _encoded(numbers: Float[Tensor, "b h n d"], bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Codes of the numbers, and the steps they are read by."""
+def _encoded(
+    numbers: Float[Tensor, "b h n d"], keep: Bool[Tensor, "b h n"], bits: int, group: int
+) -> tuple[Tensor, Tensor]:
+    """Codes of the numbers of those rows, and the steps they are read by; of other rows they are undefined."""
     codes, steps = [], []
-    for block in numbers.split(_BLOCK, dim=2):
+    for block in numbers[keep].split(_BLOCK):
         turned = block.float() @ hadamard(block.shape[-1], block.device)
         coded = encode(within(turned, STEP_DTYPE, "rows that become codes", _UNCODED), bits, group)
         codes.append(coded[0])
         steps.append(coded[1])
-    return torch.cat(codes, dim=2), torch.cat(steps, dim=2)
+    return _spread(torch.cat(codes), keep), _spread(torch.cat(steps), keep)
+
+
+def _spread(rows: Tensor, keep: Bool[Tensor, "b h n"]) -> Tensor:
+    """Rows that were picked, in their places again."""
+    found = rows.new_empty(*keep.shape, rows.shape[-1])
+    found[keep] = rows
+    return found

@@ -27,6 +27,11 @@ def narrow(numbers: Tensor, dtype: torch.dtype, what: str, *, waits: bool = True
 def within(numbers: Tensor, dtype: torch.dtype, what: str, remedy: str, *, waits: bool = True) -> Tensor:
     """The numbers in their own type, none of them beyond what another can hold but those that are infinite."""
     largest = torch.finfo(dtype).max
+    if waits and numbers.numel():
+        low, high = numbers.aminmax()
+        # Not so where one is no number.
+        if bool((low >= -largest) & (high <= largest)):
+            return numbers
     beyond = (numbers.abs() > largest) & ~numbers.isinf()
     if waits and not bool(beyond.any()):
         return numbers

@@ -96,7 +96,7 @@ class RowStore(HeldRows):
         self.exact.fill(exact.naming(rows.keep & ~old))
         for part, keep in zip(self.coded, by_format(old, formats, len(self.coded)), strict=True):
             if bool(keep.any()):
-                part.pool.fill(part.encode(rows).naming(keep))
+                part.pool.fill(part.encode(rows.naming(keep)))
 
     def replace_values(self, values: Float[Tensor, "b h n e"]) -> None:
         """Give the kept rows other values, as numbers, which become codes where the others were."""
