@@ -27,7 +27,7 @@ def small(*more):
 
 
 def a_plan(*configurations):
-    return Plan(configurations, STEPS, ROUNDS, kernel="auto", evict_every=STEPS, profile_repeats=0)
+    return Plan(configurations, STEPS, ROUNDS, kernel="auto", evict_every=STEPS)
 
 
 def measured(name="keep 50%", kind="headwise", rounds=(1.0,), **more):

@@ -8,10 +8,12 @@ import pytest
 import torch
 from benching import bench, measured, result_of, stock_measured
 
-from headwise.bench import expectations, plan
+from headwise.bench import expectations, figures, plan, prefill
 from headwise.bench.bandwidth import Ceiling, KernelSpeed
-from headwise.bench.expectations import BOUNDLESS, MET, MISSED, NOT_RUN, Expectation
-from headwise.bench.record import EXACT, Held, Prefill, PrefillCosts, ProfileCost, Record, Result
+from headwise.bench.contenders import ALONE
+from headwise.bench.expectations import MET, MISSED, NOT_RUN, Expectation
+from headwise.bench.figures import BOUNDLESS
+from headwise.bench.record import EXACT, Held, Prefill, PrefillCosts, Record, Result
 from headwise.errors import ConfigurationError
 
 # Expectations.
@@ -21,7 +23,7 @@ def judge_one(measure_of, record, bound=2.0, at_least=True):
     return Expectation("it", bound, at_least, "x", measure_of).judge(record)
 
 
-SPEEDUP = expectations.speedup(8, 4096, torch.float32, "keep 50%")
+SPEEDUP = figures.speedup(8, 4096, torch.float32, "keep 50%")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_what_was_not_run_is_not_judged(results):
 
 
 def test_running_where_stock_does_not_fit_is_as_good_as_any_speed():
-    outlives = expectations.outlives_full(32, 16384, torch.float32, "keep 50%")
+    outlives = figures.outlives_full(32, 16384, torch.float32, "keep 50%")
     fails = Record(results=[result_of(32, 16384, stock_measured((), failure="out of memory"), measured())])
     found = judge_one(outlives, fails, bound=4.0)
     assert (found.verdict, found.measured, found.shown) == (MET, BOUNDLESS, "stock's cache does not fit")
@@ -81,7 +83,7 @@ def test_kernel_is_judged_by_its_worst_of_exact_rows_beyond_the_processors_cache
         result_of(8, 1023, short, ceiling=ceiling),
         result_of(1, 4096, short, ceiling=ceiling),
     ]
-    share = expectations.kernel_share(8, torch.float32)
+    share = figures.kernel_share(8, torch.float32)
     found = Expectation("it", 0.7, True, "%", share).judge(Record(results=results))
     assert (found.verdict, found.measured, found.shown) == (MET, 0.7, "70 %")
     assert Expectation("it", 0.71, True, "%", share).judge(Record(results=results)).verdict == MISSED
@@ -93,20 +95,43 @@ def test_peak_is_judged_in_full_layers_beyond_what_is_held_and_what_stock_needs(
     theirs = stock_measured(prefill=Prefill(1.0, 1, peak_bytes=450), after_prompt=Held(400, 400, 1.0))
     ours = measured(prefill=Prefill(1.0, 1, 0.1, 0.1, 200 + 50 + 150), after_prompt=Held(200, 200, 0.5))
     record = Record(model={"layers": 4}, results=[result_of(1, 512, theirs, ours)])
-    excess = expectations.peak_excess(torch.float32)
+    excess = figures.peak_excess(torch.float32)
     found = judge_one(excess, record, 1.5, at_least=False)
     assert (found.verdict, found.measured, found.target) == (MET, 1.5, "<= 1.50x")
     assert judge_one(excess, record, 1.49, at_least=False).verdict == MISSED
     assert judge_one(excess, Record(results=[result_of(1, 512, theirs)])).verdict == NOT_RUN
 
 
-def test_profile_is_judged_by_medians_and_dtype():
-    cost = ProfileCost(2048, "float32", [4.0, 1.0, 100.0], [1.0, 1.0], [0.1])
-    share = expectations.profile_share(torch.float32, "exact")
-    assert judge_one(share, Record(profile=cost), 0.25, at_least=False).verdict == MET
-    assert expectations.profile_share(torch.float32, "sampled")(Record(profile=cost)) == pytest.approx(0.025)
-    assert expectations.profile_share(torch.bfloat16, "exact")(Record(profile=cost)) is None
-    assert judge_one(share, Record(profile=ProfileCost(2048, "float32"))).verdict == NOT_RUN
+def test_a_step_is_judged_against_what_it_takes_at_least():
+    """The model alone takes 4 ms, and reading 100 bytes at 100 per second a second."""
+    ours = measured(rounds=(2.0, 1.25, 9.0), after_prompt=Held(100, 900, 0.5))
+    alone = measured(ALONE, rounds=(0.004, 1.0, 0.001))
+    result = replace(result_of(1, 512, stock_measured((1.0, 1.0, 1.5)), ours, ceiling=Ceiling(100.0, "sum")), own=alone)
+    assert result.bound_ms(ours) == pytest.approx(1004)
+    assert result.stock_spread == pytest.approx(0.5)
+    record = Record(results=[result])
+    share = figures.bound_share(1, 512, torch.float32, "keep 50%")
+    assert share(record) == pytest.approx(1.004 / 2)
+    assert judge_one(share, Record(results=[replace(result, own=None)])).verdict == NOT_RUN
+    over = figures.step_over(1, 512, torch.float32, "keep 50%", ALONE)
+    assert over(record) == pytest.approx(500)
+    assert figures.step_over(1, 512, torch.float32, "keep 25%", ALONE)(record) is None
+
+
+def test_the_slowest_policy_is_judged():
+    ran = [measured("full", rounds=(1.0, 2.0)), measured("a", rounds=(1.1, 2.0)), measured("b", rounds=(0.5, 2.8))]
+    slowest = figures.step_over(1, 4096, torch.float32, None, "full")
+    record = Record(results=[result_of(1, 4096, stock_measured((9.0, 9.0)), *ran)])
+    assert slowest(record) == pytest.approx(1.05)
+    assert slowest(Record(results=[result_of(1, 4096, *ran[1:])])) is None
+
+
+def test_time_of_the_kernel_is_compared_over_the_same_rows():
+    full, codes = measured("full", kernel_speed=KernelSpeed(400, 9.0, 100.0, True)), KernelSpeed(100, 9.0, 50.0, True)
+    record = Record(results=[result_of(8, 4096, full, measured("full, int8", kernel_speed=codes, coded=True))])
+    time = figures.kernel_time(8, 4096, torch.float32, "full, int8")
+    assert time(record) == pytest.approx(0.5)
+    assert figures.kernel_time(8, 2048, torch.float32, "full, int8")(record) is None
 
 
 def test_kernel_over_codes_is_judged_apart():
@@ -116,15 +141,15 @@ def test_kernel_over_codes_is_judged_apart():
     ran = [exact, measured("keep 50%, int8", **codes), measured("keep 50%, int4, graph", **codes)]
     record = Record(results=[result_of(8, 8192, *ran, dtype=dtype, ceiling=ceiling)])
     for bits, share in ((None, 0.8), ("int8", 0.55), ("int4", 0.55), ("k8v4", None)):
-        of = expectations.kernel_share(8, dtype, bits=bits, context=8192)
+        of = figures.kernel_share(8, dtype, bits=bits, context=8192)
         assert of(record) == (None if share is None else pytest.approx(share))
-    assert expectations.kernel_share(8, dtype, bits="int8", context=8193)(record) is None
+    assert figures.kernel_share(8, dtype, bits="int8", context=8193)(record) is None
 
 
 def test_a_prefill_is_judged_by_its_median_beyond_stocks():
     costs = PrefillCosts(64, "float32", [1.0, 2.0, 9.0], {EXACT: [3.0, 2.2, 1.0]})
     assert costs.excess(EXACT) == pytest.approx(0.1)
-    excess = expectations.prefill_excess(torch.float32, EXACT)
+    excess = figures.prefill_excess(torch.float32, EXACT)
     assert judge_one(excess, Record(prefills=costs), bound=0.15, at_least=False).verdict == MET
     assert judge_one(excess, Record(prefills=costs), bound=0.05, at_least=False).verdict == MISSED
     for nothing in (Record(), Record(prefills=PrefillCosts(64, "float32")), Record(prefills=replace(costs, dtype="x"))):
@@ -133,21 +158,21 @@ def test_a_prefill_is_judged_by_its_median_beyond_stocks():
 
 
 def test_stock_that_fails_otherwise_has_not_run_out_of_memory():
-    outlives = expectations.outlives_full(32, 16384, torch.float32, "keep 50%")
+    outlives = figures.outlives_full(32, 16384, torch.float32, "keep 50%")
     fails = Record(results=[result_of(32, 16384, stock_measured((), failure="ValueError: no"), measured())])
     assert judge_one(outlives, fails).verdict == NOT_RUN
 
 
 def test_targets_run_everything_that_is_expected():
     everything = {"prefill": Prefill(1.0, 1, 0.1, 0.1, 9), "after_prompt": Held(9, 9, 1.0), "kernel_speed": kernel(1.0)}
-    profile = ProfileCost(2048, "float32", [1.0], [1.0], [1.0])
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         results = []
         for made in plan.targets(device, dtype, "h2o"):
             ran = [measured(c.name, c.kind, coded=c.coded, **everything) for c in made.contenders]
-            results.append(Result(made, 1, ran, Ceiling(1.0, "sum")))
-        prefills = PrefillCosts(8192, "bfloat16", [1.0], {EXACT: [1.1]})
-        verdicts = expectations.judge(Record(results=results, profile=profile, prefills=prefills), device)
+            results.append(Result(made, 1, ran, Ceiling(1.0, "sum"), measured(ALONE, rounds=[1.0])))
+        looks = prefill._LOOKS if device == "cuda" else prefill._LOOKS_OF_A_MODEL
+        prefills = PrefillCosts(8192, str(dtype).removeprefix("torch."), [1.0], {look: [1.1] for look in looks})
+        verdicts = expectations.judge(Record(results=results, prefills=prefills), device)
         assert verdicts
         assert not [verdict for verdict in verdicts if verdict.verdict == NOT_RUN]
     with pytest.raises(ConfigurationError, match="no targets"):

@@ -153,7 +153,7 @@ def _run(setting: Setting, batch: int, context: int, contenders: Callable[[int],
 
 def _prefill(setting: Setting) -> Figures:
     """Stock, and each kind of look at the prompt, in turn."""
-    made, context = _model(setting), _TINY_PREFILL if setting.tiny else PREFILL_CONTEXT
+    made, context = _model(setting), _TINY_PREFILL if setting.tiny else PREFILL_CONTEXT["cuda"]
     record = Record(prefills=PrefillCosts(context, dtype_name(_dtype(setting))))
     assert record.prefills is not None
     costs = record.prefills
@@ -161,7 +161,8 @@ def _prefill(setting: Setting) -> Figures:
     def found() -> Figures:
         return {"prefills": costs.to_dict(), "targets": judged(setting, record)}
 
-    measure_prefills(costs, made.model, made.ids(1, context), _plan(setting, ()), lambda _: setting.tell(found()))
+    ids, plan = made.ids(1, context), _plan(setting, ())
+    measure_prefills(costs, made.model, None, ids, plan, lambda _: setting.tell(found()))
     if costs.failures:
         raise Wrong("; ".join(f"{look}: {why}" for look, why in costs.failures.items()), **found())
     return found()
@@ -177,7 +178,7 @@ def _plan(setting: Setting, configurations: tuple[Configuration, ...]) -> Plan:
 
     # Whole steps in Triton's interpreter would take minutes.
     kernel = "reference" if setting.tiny else "triton"
-    return Plan(configurations, steps, rounds, kernel, steps, 0, capture=capture, keep_going=True)
+    return Plan(configurations, steps, rounds, kernel, steps, capture=capture, keep_going=True)
 
 
 @functools.cache

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from headwise.errors import ConfigurationError
-from headwise.policies import H2O, FastGen, Full, Policy, Random, StreamingLLM, Window
+from headwise.policies import H2O, Auto, FastGen, Full, Policy, Random, StreamingLLM, Window
 from headwise.policies.less import Less
 from headwise.policies.words import in_bits
 
 STOCK, QUANTIZED, HEADWISE, KVPRESS = "stock", "quantized", "headwise", "kvpress"
 FULL = "full"
+ALONE = "model alone"
 
 _SINKS = 4
 
@@ -39,6 +40,7 @@ class Contender:
         keep: the share of the prompt that was asked for; None where the policy decides by itself.
         graph: whether its decode step is captured in a CUDA graph.
         rows: dtype of exact rows; None for the model's.
+        alone: whether it reads a single token, so that its steps are the model's own work.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Contender:
     keep: float | None = None
     graph: bool = False
     rows: torch.dtype | None = None
+    alone: bool = False
 
     @property
     def coded(self) -> bool:
@@ -148,6 +151,16 @@ def full() -> Contender:
     return Contender(FULL, HEADWISE, Full(), keep=1.0)
 
 
+def alone() -> Contender:
+    """What a step takes whatever the cache is: headwise with next to nothing in it."""
+    return Contender(ALONE, HEADWISE, Full(), keep=0.0, alone=True)
+
+
+def auto(ratio: float) -> Contender:
+    """headwise with `Auto` by gates, which share so many bytes among rows and bits."""
+    return Contender(auto_name(ratio), HEADWISE, Auto(ratio=ratio, gate=True), keep=ratio)
+
+
 def keeping(policy: str, keep: float, context: int) -> Contender:
     """headwise, keeping that share of a prompt of that length.
 
@@ -227,6 +240,11 @@ def check_names(contenders: Sequence[Contender]) -> tuple[Contender, ...]:
 def dtype_name(dtype: torch.dtype) -> str:
     """As options and tables have it."""
     return str(dtype).removeprefix("torch.")
+
+
+def auto_name(ratio: float) -> str:
+    """How the tables call it."""
+    return f"Auto {percent(ratio)}"
 
 
 def keep_name(keep: float) -> str:

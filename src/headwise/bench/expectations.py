@@ -5,29 +5,33 @@ They are benchmarks, not tests: they were written for one machine and model, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
 import torch
 
-from headwise.bench.contenders import FULL, HEADWISE, dtype_name, keep_name
+from headwise.bench.contenders import ALONE, FULL, auto_name, dtype_name, keep_name
+from headwise.bench.figures import (
+    BOUNDLESS,
+    bound_share,
+    kernel_share,
+    kernel_time,
+    outlives_full,
+    peak_excess,
+    prefill_excess,
+    speedup,
+    step_over,
+)
 from headwise.bench.plan import GPU_SIZES
-from headwise.bench.record import EXACT, OUT_OF_MEMORY, Measurement, Record, Result
+from headwise.bench.record import EXACT, FASTGEN, GATES, LAST, REPETITION, Record
 
 MET, MISSED, NOT_RUN = "met", "missed", "not run"
 
 WRITTEN_FOR = {
-    "cpu": "the default model (SmolLM2-135M), float32, 2 CPU cores, --policy h2o",
+    "cpu": "the default model (SmolLM2-135M), float32, 2 CPU cores with AVX2, --policy h2o",
     "cuda": "Llama-3-8B's shape, bfloat16, one data-centre GPU, --policy h2o",
 }
-
-# A ratio to what could not run at all; JSON has no infinity.
-BOUNDLESS = 1e9
-
-# Contexts from which the decode kernel is expected to be as fast as memory.
-_KERNEL_CONTEXT = 1024
 
 
 @dataclass(frozen=True)
@@ -95,125 +99,48 @@ def judge(record: Record, device: str) -> list[Verdict]:
     return [expectation.judge(record) for expectation in EXPECTATIONS.get(device, ())]
 
 
-# Figures of a record.
-
-
-def speedup(batch: int, context: int, dtype: torch.dtype, name: str) -> Callable[[Record], float | None]:
-    """Decode speed of a contender against stock: the median over the rounds of both."""
-
-    def of(record: Record) -> float | None:
-        for result, measurement in _measured(record, dtype):
-            configuration = result.configuration
-            if (configuration.batch, configuration.context, measurement.name) == (batch, context, name):
-                ratios = result.ratios(measurement)
-                return median(ratios) if ratios else None
-        return None
-
-    return of
-
-
-def kernel_share(
-    batch: int, dtype: torch.dtype, *, bits: str | None = None, context: int = _KERNEL_CONTEXT
-) -> Callable[[Record], float | None]:
-    """Bandwidth of the decode kernel against the ceiling: the least over all that was run with enough context.
-
-    Args:
-        bits: of the rows, as `with_bits` takes them; None for exact ones.
-    """
-
-    def of(record: Record) -> float | None:
-        shares = [
-            result.kernel_share(measurement)
-            for result, measurement in _measured(record, dtype)
-            if result.configuration.batch == batch
-            and (bits in measurement.name.split(", ") if measurement.coded else bits is None)
-            and result.configuration.context >= context
-            # What the last-level cache holds does not come from memory.
-            and measurement.kernel_speed is not None
-            and measurement.kernel_speed.beyond_cache is not False
-        ]
-        return min((share for share in shares if share is not None), default=None)
-
-    return of
-
-
-def peak_excess(dtype: torch.dtype) -> Callable[[Record], float | None]:
-    """Prefill's peak beyond what is held and what stock needs besides its cache, in full layers: the most."""
-
-    def of(record: Record) -> float | None:
-        excess = [result.excess_layers(measurement, record.layers) for result, measurement in _measured(record, dtype)]
-        return max((layers for layers in excess if layers is not None), default=None)
-
-    return of
-
-
-def profile_share(dtype: torch.dtype, kind: str) -> Callable[[Record], float | None]:
-    """Seconds of FastGen's "exact" or "sampled" profile against stock's prefill."""
-
-    def of(record: Record) -> float | None:
-        cost = record.profile
-        if cost is None or cost.dtype != dtype_name(dtype):
-            return None
-        return cost.exact_share if kind == "exact" else cost.sampled_share
-
-    return of
-
-
-def prefill_excess(dtype: torch.dtype, look: str) -> Callable[[Record], float | None]:
-    """How much longer than stock's a prefill takes that looks at that."""
-
-    def of(record: Record) -> float | None:
-        costs = record.prefills
-        return None if costs is None or costs.dtype != dtype_name(dtype) else costs.excess(look)
-
-    return of
-
-
-def _measured(record: Record, dtype: torch.dtype) -> Iterable[tuple[Result, Measurement]]:
-    """Every headwise contender that ran, in results of that dtype."""
-    for result in record.results:
-        if result.configuration.dtype == dtype:
-            for measurement in result.measurements:
-                if measurement.kind == HEADWISE and measurement.failure is None:
-                    yield result, measurement
-
-
-def outlives_full(batch: int, context: int, dtype: torch.dtype, name: str) -> Callable[[Record], float | None]:
-    """Speed against stock; without limit where stock's full cache does not fit and the contender's does."""
-    ratio = speedup(batch, context, dtype, name)
-
-    def of(record: Record) -> float | None:
-        for result, measurement in _measured(record, dtype):
-            configuration = result.configuration
-            if (configuration.batch, configuration.context, measurement.name) == (batch, context, name):
-                stock = result.stock
-                if stock is not None and stock.failure == OUT_OF_MEMORY and measurement.round_seconds:
-                    return BOUNDLESS
-        return ratio(record)
-
-    return of
-
-
 def _cpu() -> tuple[Expectation, ...]:
-    dtype = torch.float32
-    half, quarter = keep_name(0.5), keep_name(0.25)
+    dtype, half = torch.float32, keep_name(0.5)
+    small, many = (1, 4096), (8, 4096)
 
-    def decode(batch: int, context: int, name: str, bound: float) -> Expectation:
-        title = f"decode, batch {batch}, context {context:,}, {name}, against stock"
-        return Expectation(title, bound, True, "x", speedup(batch, context, dtype, name))
+    def excess(look: str, bound: float) -> Expectation:
+        return Expectation(f"prefill with {look}, beyond stock's", bound, False, "%", prefill_excess(dtype, look))
+
+    def time(rows: str, bound: float) -> Expectation:
+        title = f"decode kernel, batch 8, context 4,096, rows in {rows}, time against fp32"
+        return Expectation(title, bound, False, "x", kernel_time(*many, dtype, f"{FULL}, {rows}"))
 
     return (
-        decode(8, 4096, FULL, 2.2),
-        decode(8, 4096, half, 3.0),
-        decode(8, 4096, quarter, 3.5),
-        decode(1, 4096, half, 1.5),
-        decode(1, 512, half, 1.0),
-        Expectation("decode kernel, batch 8, context 1,024+, of ceiling", 0.7, True, "%", kernel_share(8, dtype)),
-        Expectation("exact profile, 2,048 tokens, of stock's prefill", 0.25, False, "%", profile_share(dtype, "exact")),
+        *(excess(look, 0.08) for look in (EXACT, FASTGEN, GATES)),
+        excess(LAST, 0.02),
+        excess(REPETITION, 0.6),
+        Expectation("peak of prefill over held bytes and stock's needs", 1.0, False, "layers", peak_excess(dtype)),
         Expectation(
-            "sampled profile, 2,048 tokens, of stock's prefill", 0.04, False, "%", profile_share(dtype, "sampled")
+            "decode kernel, batch 8, context 4,096, of ceiling", 0.65, True, "%", kernel_share(8, dtype, context=4096)
         ),
-        Expectation("peak of prefill over held bytes and stock's needs", 1.5, False, "layers", peak_excess(dtype)),
+        time("bfloat16", 0.55),
+        time("int8", 0.4),
+        time("int4", 0.38),
+        Expectation(
+            f"step, batch 8, context 4,096, {auto_name(0.125)}, against the model alone",
+            1.1,
+            False,
+            "x",
+            step_over(*many, dtype, auto_name(0.125), ALONE),
+        ),
+        Expectation(
+            "step, batch 1, context 4,096, slowest policy against full",
+            1.0,
+            False,
+            "x",
+            step_over(*small, dtype, None, FULL),
+        ),
+        Expectation(
+            f"step, batch 1, context 4,096, {half}, bound over it", 0.95, True, "%", bound_share(*small, dtype, half)
+        ),
+        Expectation(
+            f"decode, batch 1, context 512, {half}, against stock", 1.05, True, "x", speedup(1, 512, dtype, half)
+        ),
     )
 
 

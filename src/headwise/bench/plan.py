@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from headwise.bench.contenders import Contender, check_names, dtype_name, full, keeping, stock, with_bits, with_graph
+from headwise.bench.contenders import (
+    Contender,
+    auto,
+    check_names,
+    dtype_name,
+    fastgen,
+    full,
+    keeping,
+    stock,
+    with_bits,
+    with_graph,
+    with_row_dtype,
+)
 from headwise.errors import ConfigurationError, InputError
 from headwise.types import Tensor
 
-# What the cost of the profile is defined for: one prompt of so many tokens.
-PROFILE_CONTEXT = 2048
-
-# Tokens of the prompt that is read with everything that can be looked at in it.
-PREFILL_CONTEXT = 8192
+# Tokens of the prompt that is read with everything that can be looked at in it, by the kind of device.
+PREFILL_CONTEXT = {"cpu": 4096, "cuda": 8192}
 
 # Batches and contexts that the targets of a GPU are about, and the formats of rows that are codes.
 GPU_SIZES = (1, 2048), (8, 8192), (32, 16384)
@@ -56,7 +65,6 @@ class Plan:
         steps: tokens that a contender decodes before the next has its turn.
         rounds: turns of every contender that count.
         kernel, evict_every: of every headwise cache.
-        profile_repeats: times the cost of the profile is measured; 0 where it is not.
         prefill_context: tokens of a prompt that is read with everything that can be looked at in it; 0 where none is.
         capture: how steps are captured; None for a CUDA graph.
         keep_going: whether a contender that fails in any way is noted and left out, as one that is out of memory is.
@@ -67,7 +75,6 @@ class Plan:
     rounds: int
     kernel: str
     evict_every: int
-    profile_repeats: int
     prefill_context: int = 0
     capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None
     keep_going: bool = False
@@ -156,11 +163,19 @@ def targets(device: str, dtype: torch.dtype, policy: str) -> tuple[Configuration
         return Configuration(batch, context, dtype, (stock(), *ours), distinct or batch)
 
     if device == "cpu":
-        return (of(1, 512, 0.5), of(1, 4096, 0.5), of(8, 4096, 1.0, 0.5, 0.25))
+        short, long = of(1, 512, 0.5), of(1, 4096, 1.0, 0.5)
+        # One sequence stands for all: reading eight takes longer than everything else.
+        many = of(8, 4096, 1.0, 0.25, distinct=1)
+        rows = [with_row_dtype(full(), torch.bfloat16), *(with_bits(full(), word) for word in CODED_BITS)]
+        return (
+            short,
+            replace(long, contenders=(*long.contenders, fastgen(0.95), auto(0.25))),
+            replace(many, contenders=(*many.contenders, *rows, auto(0.125))),
+        )
     if device == "cuda":
         # Half a million prompt tokens in one pass would need more memory than the cache; one sequence stands for all.
-        one, some, many = GPU_SIZES
-        return (of(*one, 0.5), of(*some, 0.5, graph=True, bits=True), of(*many, 0.25, distinct=1, graph=True))
+        single, several, most = GPU_SIZES
+        return (of(*single, 0.5), of(*several, 0.5, graph=True, bits=True), of(*most, 0.25, distinct=1, graph=True))
     raise ConfigurationError(f"there are no targets for {device!r}, only for cpu and cuda")
 
 

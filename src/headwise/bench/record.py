@@ -14,8 +14,11 @@ from headwise.bench.plan import Configuration
 # Why a contender did not run whose cache does not fit.
 OUT_OF_MEMORY = "out of memory"
 
-# Of what can be looked at in a prompt, what takes the longest.
-EXACT = "mass of all rows"
+# What can be looked at in a prompt: all attention, with bands for FastGen; that of the last rows; what gates predict;
+# and what the model looks at while it repeats the prompt.
+EXACT, FASTGEN, LAST, GATES, REPETITION = (
+    *("mass of all rows", "FastGen's ladder", "the last rows", "gates, rows in bits", "a repetition, rows in bits"),
+)
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,17 @@ class Measurement:
 
 @dataclass
 class Result:
-    """All contenders of one configuration, stock the first of them."""
+    """All contenders of one configuration, stock the first of them.
+
+    Attributes:
+        own: the model with next to nothing in its cache, whose steps are its own work.
+    """
 
     configuration: Configuration
     steps: int
     measurements: list[Measurement]
     ceiling: Ceiling | None = None
+    own: Measurement | None = None
 
     def find(self, name: str) -> Measurement | None:
         """The contender of that name."""
@@ -121,12 +129,28 @@ class Result:
         """Median milliseconds of a step."""
         return median(measurement.round_seconds) / self.steps * 1e3 if measurement.round_seconds else None
 
-    def profile_share(self, measurement: Measurement) -> float | None:
-        """Seconds of the profile over those of stock's prefill."""
+    def prefill_ratio(self, measurement: Measurement) -> float | None:
+        """Seconds of reading the prompt, once, over those of stock."""
         stock, ours = self.stock, measurement.prefill
-        if stock is None or stock.prefill is None or ours is None or ours.profile_seconds is None:
+        return None if stock is None or stock.prefill is None or ours is None else ours.seconds / stock.prefill.seconds
+
+    def bound_ms(self, measurement: Measurement) -> float | None:
+        """What a step takes at least: the model's own work, and what is kept, read as fast as memory gives it."""
+        work = None if self.own is None else self.step_ms(self.own)
+        if work is None or self.ceiling is None or measurement.after_prompt is None:
             return None
-        return ours.profile_seconds / stock.prefill.seconds
+        return work + measurement.after_prompt.used_bytes / self.ceiling.bytes_per_second * 1e3
+
+    def bound_share(self, measurement: Measurement) -> float | None:
+        """That over what a step takes."""
+        bound, step = self.bound_ms(measurement), self.step_ms(measurement)
+        return None if bound is None or step is None else bound / step
+
+    @property
+    def stock_spread(self) -> float | None:
+        """How far stock's rounds lie apart, as a share of their median; None where there are none."""
+        spread = None if self.stock is None else Spread.of(self.stock.round_seconds)
+        return None if spread is None else (spread.most - spread.least) / spread.median
 
     def kernel_share(self, measurement: Measurement) -> float | None:
         """Bytes per second of the decode kernel over the ceiling."""
@@ -156,6 +180,10 @@ class Result:
             "dtype": dtype_name(configuration.dtype),
             "distinct": configuration.distinct,
             "ceiling": None if self.ceiling is None else asdict(self.ceiling),
+            "stock_spread": self.stock_spread,
+            "model_alone": None
+            if self.own is None
+            else {"round_seconds": self.own.round_seconds, "step_ms": self.step_ms(self.own)},
             "candidates": [self._describe(measurement, layers) for measurement in self.measurements],
         }
 
@@ -171,45 +199,14 @@ class Result:
             "attention_ms": attention,
             "rest_ms": None if step is None or attention is None else step - attention,
             "prefill_tokens_per_second": None if prefill is None else prefill.tokens / prefill.seconds,
-            "profile_share_of_stock_prefill": self.profile_share(measurement),
+            "prefill_over_stock": self.prefill_ratio(measurement),
+            "bound_ms": self.bound_ms(measurement),
+            "bound_share": self.bound_share(measurement),
             "kernel_share_of_ceiling": self.kernel_share(measurement),
             "peak_excess_in_full_layers": self.excess_layers(measurement, layers)
             if measurement.kind == "headwise"
             else None,
         }
-
-
-@dataclass
-class ProfileCost:
-    """What FastGen's profile costs one prompt; every list has one entry per repetition.
-
-    Attributes:
-        stock_seconds: prefill of stock.
-        exact_seconds, sampled_seconds: of the profile alone, of every query row and of a tenth of them.
-    """
-
-    context: int
-    dtype: str
-    stock_seconds: list[float] = field(default_factory=list)
-    exact_seconds: list[float] = field(default_factory=list)
-    sampled_seconds: list[float] = field(default_factory=list)
-
-    @property
-    def exact_share(self) -> float | None:
-        """Median of the profile over the median of the prefill."""
-        return self._share(self.exact_seconds)
-
-    @property
-    def sampled_share(self) -> float | None:
-        """Likewise."""
-        return self._share(self.sampled_seconds)
-
-    def _share(self, seconds: list[float]) -> float | None:
-        return median(seconds) / median(self.stock_seconds) if seconds and self.stock_seconds else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {**asdict(self), "exact_share": self.exact_share, "sampled_share": self.sampled_share}
 
 
 @dataclass
@@ -253,7 +250,6 @@ class Record:
     versions: dict[str, str | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
-    profile: ProfileCost | None = None
     prefills: PrefillCosts | None = None
     interrupted: bool = False
 
@@ -272,6 +268,5 @@ class Record:
             "notes": self.notes,
             "interrupted": self.interrupted,
             "results": [result.to_dict(self.layers) for result in self.results],
-            "profile": None if self.profile is None else self.profile.to_dict(),
             "prefills": None if self.prefills is None else self.prefills.to_dict(),
         }

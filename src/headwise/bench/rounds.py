@@ -49,7 +49,7 @@ def run_rounds(
 
     def prefill(contender: ContenderRun, measurement: Measurement) -> None:
         say(f"{configuration.title}: {measurement.name} reads the prompt")
-        measurement.prefill = contender.prefill(prompt, repeats)
+        measurement.prefill = contender.prefill(prompt[:, :1] if contender.contender.alone else prompt, repeats)
         measurement.kernel = contender.kernel
         measurement.after_prompt = contender.held()
 

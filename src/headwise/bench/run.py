@@ -9,22 +9,19 @@ from typing import Any
 import torch
 
 from headwise.bench.contender_run import ContenderRun, LocalRun, free_memory
-from headwise.bench.contenders import KVPRESS, Contender, dtype_name
+from headwise.bench.contenders import KVPRESS, alone, dtype_name
 from headwise.bench.kvpress_process import KvpressError, KvpressProcess, KvpressRun
 from headwise.bench.models import Model, Tokenizer, llama_dimensions
-from headwise.bench.plan import PROFILE_CONTEXT, Configuration, Plan
+from headwise.bench.plan import Configuration, Plan
 from headwise.bench.prefill import measure_prefills
-from headwise.bench.record import Measurement, PrefillCosts, ProfileCost, Record, Result
+from headwise.bench.record import Measurement, PrefillCosts, Record, Result
 from headwise.bench.rounds import run_rounds
 from headwise.bench.workload import random_ids, text_ids
 from headwise.errors import InputError
 from headwise.hosts.transformers.model_facts import read_facts
 from headwise.measure.model_info import Shape, available_bytes, describe_model, positions
-from headwise.policies import FastGen
 from headwise.types import Int, Tensor
 from headwise.units import format_bytes
-
-_SAMPLE = 0.1
 
 # What else there is beside weights and caches: activations, the buffer that bandwidth is measured with.
 _HEADROOM = 2**30
@@ -91,11 +88,10 @@ def run(
             for configuration in plan.configurations:
                 if configuration.dtype == dtype:
                     _run_one(configuration, plan, made, process, obstacle, record, say)
-            if plan.profile_repeats and record.profile is None:
-                _run_profile(plan, made, record, say)
             if plan.prefill_context and record.prefills is None:
                 record.prefills = PrefillCosts(plan.prefill_context, dtype_name(dtype))
-                measure_prefills(record.prefills, made.model, made.ids(1, plan.prefill_context), plan, say)
+                ids = made.ids(1, plan.prefill_context)
+                measure_prefills(record.prefills, made.model, made.tokenizer, ids, plan, say)
         finally:
             if process is not None:
                 process.close()
@@ -144,6 +140,9 @@ def _run_one(
             pairs.append((KvpressRun(contender, process), measurement))
         else:
             measurement.failure = obstacle or "there is no Python to run it"
+    own = alone()
+    result.own = Measurement(own.name, own.kind, own.setting)
+    pairs.append((LocalRun(own, made.model, made.tokenizer, plan), result.own))
     ids = made.ids(configuration.batch, configuration.context + plan.new_tokens)
     try:
         run_rounds(pairs, result, ids, plan, made.model.device, say)
@@ -162,30 +161,3 @@ def _load(process: KvpressProcess, made: BenchModel, record: Record, say: Callab
         return str(error)
     record.versions |= {f"peer: {package}": str(version) for package, version in versions.items()}
     return None
-
-
-def _run_profile(plan: Plan, made: BenchModel, record: Record, say: Callable[[str], None]) -> None:
-    """The stock prefill and both profiles in turn, once per repetition."""
-    dtype = dtype_name(made.model.dtype)
-    record.profile = cost = ProfileCost(PROFILE_CONTEXT, dtype)
-    ids = made.ids(1, PROFILE_CONTEXT)
-    contenders = {
-        "stock": Contender("stock", "stock"),
-        "exact": Contender("exact", "headwise", FastGen(0.95)),
-        "sampled": Contender("sampled", "headwise", FastGen(0.95, profile_rows=_SAMPLE)),
-    }
-    runs = {name: LocalRun(c, made.model, made.tokenizer, plan) for name, c in contenders.items()}
-    try:
-        for contender_run in runs.values():
-            contender_run.prefill(ids[:, : PROFILE_CONTEXT // 16])
-        for number in range(plan.profile_repeats):
-            say(f"profile of {PROFILE_CONTEXT:,} tokens in {dtype}, {number + 1} of {plan.profile_repeats}")
-            cost.stock_seconds.append(runs["stock"].prefill(ids).seconds)
-            for name, seconds in (("exact", cost.exact_seconds), ("sampled", cost.sampled_seconds)):
-                profile = runs[name].prefill(ids).profile_seconds
-                assert profile is not None
-                seconds.append(profile)
-    finally:
-        for contender_run in runs.values():
-            contender_run.close()
-        free_memory()

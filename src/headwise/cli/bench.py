@@ -60,7 +60,7 @@ def bench(
 
     Takes two or three minutes unless told otherwise. Progress goes to standard error.
     """
-    from headwise.bench.plan import PREFILL_CONTEXT, PROFILE_CONTEXT, Plan
+    from headwise.bench.plan import PREFILL_CONTEXT, Plan
     from headwise.bench.record import Record
     from headwise.bench.run import run
     from headwise.hosts.transformers.models import default_device
@@ -99,11 +99,9 @@ def bench(
     configurations = request.targets(where, dtypes) if targets else request.grid(dtypes, notes)
     if steps % evict_every:
         notes.append(f"rounds of {steps} steps do not hold the same number of evictions, one every {evict_every}")
-    profiled = targets or any((c.batch, c.context) == (1, PROFILE_CONTEXT) for c in configurations)
-    repeats = (3 if targets else 1) if profiled and shape is None else 0
-    # As the expectations of a GPU have it.
-    read = PREFILL_CONTEXT if targets and where.type == "cuda" else 0
-    plan = Plan(configurations, steps, rounds, kernel, evict_every, repeats, read)
+    # As the expectations have it.
+    read = PREFILL_CONTEXT[where.type] if targets else 0
+    plan = Plan(configurations, steps, rounds, kernel, evict_every, read)
     record = Record(describe_machine(where), versions=describe_versions(), notes=notes)
     record.settings = {"steps": steps, "rounds": rounds, "policy": policy, "kernel": kernel}
     record.settings |= {"evict_every": evict_every, "targets": targets}

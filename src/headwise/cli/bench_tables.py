@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -11,9 +12,12 @@ from headwise.cli.tables import facts_table, output, plain_table
 
 if TYPE_CHECKING:
     from headwise.bench.expectations import Verdict
-    from headwise.bench.record import Measurement, Record, Result
+    from headwise.bench.record import Measurement, PrefillCosts, Record, Result
 
 _NOTHING = "-"
+
+# How far stock's rounds may lie apart where figures are to be believed.
+_STEADY = 0.15
 _STYLES = {"met": "bold green", "missed": "yellow", "not run": "dim"}
 
 
@@ -31,12 +35,14 @@ def show_record(record: Record, verdicts: list[Verdict], written_for: str | None
                 console.print(Text(f"{measurement.name}: {measurement.failure}", style="yellow"))
         for line in _bandwidth(result):
             console.print(line)
-    if record.profile is not None:
-        exact, sampled = record.profile.exact_share, record.profile.sampled_share
-        console.print(
-            f"\nFastGen's profile of {record.profile.context:,} tokens takes {_share(exact)} of stock's prefill; "
-            f"of a tenth of the rows, {_share(sampled)}"
-        )
+        own = None if result.own is None else result.step_ms(result.own)
+        if own is not None:
+            console.print(f"a step of the model alone takes {_number(own)} ms; bound: that, and what is kept read once")
+        if result.stock_spread is not None and result.stock_spread > _STEADY:
+            busy = f"stock's own rounds differ by {result.stock_spread:.0%}: the machine is too busy to judge by this"
+            console.print(Text(busy, style="yellow"))
+    if record.prefills is not None:
+        console.print(_prefills(record.prefills))
     if written_for is not None:
         console.print(Text("\nExpectations", style="bold"))
         console.print(f"written for: {written_for}")
@@ -61,7 +67,9 @@ def _setting(record: Record) -> Table:
 
 
 def _costs(result: Result) -> Table:
-    table = plain_table("", "tokens/s", "range", "x stock", "ms/step", "attn", "prefill", "profile", "held", "peak")
+    table = plain_table(
+        "", "tokens/s", "range", "x stock", "ms/step", "bound", "attn", "prefill", "x stock", "held", "peak"
+    )
     table.add_column("kept")
     for column in table.columns:
         column.no_wrap = True
@@ -73,21 +81,33 @@ def _costs(result: Result) -> Table:
     return table
 
 
+def _prefills(costs: PrefillCosts) -> Table:
+    table = plain_table(f"prompt of {costs.context:,} tokens", "s", "beyond stock")
+    for look, seconds in {"stock": costs.stock, **costs.looks}.items():
+        excess = costs.excess(look)
+        table.add_row(look, _number(median(seconds)), _NOTHING if excess is None else f"{excess:+.1%}")
+    for look, failure in costs.failures.items():
+        table.add_row(look, failure, "")
+    return table
+
+
 def _cells(result: Result, measurement: Measurement) -> list[str | Text]:
     from headwise.bench.record import Spread
 
     speed, ratio = Spread.of(result.tokens_per_second(measurement)), Spread.of(result.ratios(measurement))
     step, prefill, held = result.step_ms(measurement), measurement.prefill, measurement.after_prompt
     assert prefill is not None
+    bound, slower = result.bound_ms(measurement), result.prefill_ratio(measurement)
     return [
         measurement.name,
         _NOTHING if speed is None else _number(speed.median),
         _NOTHING if speed is None else f"{_number(speed.least)}..{_number(speed.most)}",
         Text(_NOTHING if ratio is None else f"{ratio.median:.2f}", style="bold"),
         _NOTHING if step is None else _number(step),
+        _NOTHING if bound is None else _number(bound),
         _share(measurement.attention_share),
         f"{prefill.seconds:.2f} s",
-        _share(result.profile_share(measurement)),
+        _NOTHING if slower is None else f"{slower:.2f}",
         _size(None if held is None else held.allocated_bytes),
         _size(prefill.peak_bytes),
         _NOTHING if held is None else f"{held.kept_ratio:.1%}",
