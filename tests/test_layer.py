@@ -70,6 +70,19 @@ def test_a_host_that_compacts_goes_on():
     assert [core.kept_tokens.tolist() for core in cores] == [[[6, 6]]] * 2
 
 
+@pytest.mark.parametrize("policy", [headwise.PeakAttention(keep=0.5, window=4), headwise.Auto(ratio=0.5, window=4)])
+def test_a_layer_that_waits_for_the_others_holds_its_rows_and_few_queries(policy):
+    """In one pass all queries are there, and would take more than the rows where groups are large."""
+    core, count, group = cores_of(policy)[0], 600, 12
+    rows = torch.randn(1, 2, count, 8), torch.randn(1, 2, count, 8)
+    query = torch.randn(1, 2, group, count, 8)
+    core.attend(query, *rows, None, LogitOptions(1.0))
+    core.accept()
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in core.prompt.tensors()}
+    assert sum(held.values()) <= sum(tensor.nbytes for tensor in rows) + query.nbytes // 6
+    assert torch.equal(core.prompt.observations.asked.query[:, :, :, -4:], query[:, :, :, -4:])
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

@@ -109,7 +109,7 @@ class Report:
         layers: one entry per layer of the cache.
         transcript_bytes: what the cache knows about tokens beside the rows.
         kernel: name of the kernels that read and write the pages.
-        profile_seconds: time spent on profiling the prompt and choosing the rules.
+        profile_seconds: time spent on choosing the rules, and on profiling the prompt but for what its attention gives.
         compact_seconds: time spent on copying the prompt's kept rows into pages.
         asked: what is to be kept, in words, where the policy has a size.
         steering: which heads are steered, and by what is marked where; None where nothing is.

@@ -79,8 +79,8 @@ class Observations:
         if policy.needs_evidence or judged:
             rows = policy.query_rows if policy.needs_evidence else 0
             later = 0 if self._config.again is None else self._config.again.queries
-            # Where it comes in one pass, all are there anyway.
-            whole = rows is None or self._config.cache.prompt_columns is None
+            # Where it comes in one pass, all are there anyway, until the layer is compacted at its end.
+            whole = rows is None or (self._config.cache.prompt_columns is None and not policy.needs_all_layers)
             self.asked.add(map, None if whole or rows is None else max(rows, judged, later))
         if self._config.cache.matching is not None:
             prompt = self._config.cache.prompt_columns or map.keys.shape[2]

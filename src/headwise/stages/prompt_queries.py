@@ -64,7 +64,9 @@ class PromptQueries:
             query = torch.cat([earlier, query], dim=3)
         if rows is not None:
             first = max(0, query.shape[3] - rows)
-            query, mask = query[:, :, :, first:], None if mask is None else mask[:, first:]
+            # Copies, where they are a part: a view would hold on to all.
+            query = query[:, :, :, first:].clone() if first else query
+            mask = mask[:, first:].clone() if mask is not None and first else mask
         self._held = query, mask, map.options
 
     @property
