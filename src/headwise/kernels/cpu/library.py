@@ -43,7 +43,7 @@ def load() -> tuple[ctypes.CDLL, int] | str:
     except (OSError, AttributeError) as error:
         return f"the compiled library does not load: {error}"
     assert parallel_for is not None
-    for name, result in (("decode", c_int32), ("append", c_int32), ("attention", None)):
+    for name, result in (("decode", c_int32), ("append", c_int32), ("attention", c_int64)):
         function: Any = getattr(library, f"headwise_{name}")
         function.argtypes, function.restype = [c_void_p], result
     library.headwise_read.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p]

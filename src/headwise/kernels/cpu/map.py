@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from headwise.types import Float, Tensor
 
 # That the query rows are dealt to, for every thread: threads that are held up take fewer.
 _PARTS = 4
+
+# Of a thread, from call to call.
+_KEPT_BYTES = 32 * 2**20
 
 
 class _Attention(ctypes.Structure):
@@ -34,6 +38,7 @@ class _Attention(ctypes.Structure):
         ("mask_stride", c_int64),
         ("scaling", c_float),
         ("softcap", c_float),
+        ("memory", c_void_p),
         ("parallel_for", c_void_p),
     ]
 
@@ -167,8 +172,11 @@ def _attend_one(
         0 if visible is None else visible.stride(0),
         map.options.scaling,
         map.options.softcap or 0.0,
+        None,
         parallel_for,
     )
+    memory = _scratch(library.headwise_attention(ctypes.byref(arguments)))
+    arguments.memory = memory.data_ptr()
     library.headwise_attention(ctypes.byref(arguments))
     if output is not None and found.output.dtype is not torch.float32:
         found.output[b].copy_(output)
@@ -179,3 +187,22 @@ def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype is not dtype or tensor.stride(-1) != 1:
         return tensor.to(dtype).contiguous()
     return tensor
+
+
+def _scratch(size: int) -> Tensor:
+    """Memory of this thread that is used again and again: fresh pages from the system cost as much as the products.
+
+    What a long prompt needs is not kept.
+    """
+    held: Tensor | None = getattr(_kept, "scratch", None)
+    if held is not None and held.numel() >= size:
+        return held
+    # It outlives an inference mode that may be on now.
+    with torch.inference_mode(False):
+        made = torch.empty(size, **FLOAT)
+    if made.nbytes <= _KEPT_BYTES:
+        _kept.scratch = made
+    return made
+
+
+_kept = threading.local()

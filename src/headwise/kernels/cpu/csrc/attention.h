@@ -6,7 +6,6 @@
 // take a part when they are done with one; sums stand apart by part, so that they do not depend on who was faster.
 #include <algorithm>
 #include <atomic>
-#include <vector>
 
 #include "attention_peaks.h"
 #include "column_mass.h"
@@ -26,28 +25,6 @@ constexpr int64_t kFewest = 24, kMost = 96;
 // Values that stay in the first-level cache while all rows of a block take from them.
 constexpr int64_t kValueRows = 64;
 
-// Memory that is used again by the next call: the system takes long to give it.
-class Scratch {
- public:
-  explicit Scratch(std::vector<float>& kept) : kept(kept) {}
-  void take(float*& where, int64_t count) { parts.push_back({&where, (count + 15) / 16 * 16}); }
-  void give() {
-    int64_t all = 0;
-    for (auto& part : parts) all += part.count;
-    if (int64_t(kept.size()) < all) kept.resize(all);
-    float* at = kept.data();
-    for (auto& part : parts) *part.where = at, at += part.count;
-  }
-
- private:
-  struct Part {
-    float** where;
-    int64_t count;
-  };
-  std::vector<Part> parts;
-  std::vector<float>& kept;
-};
-
 template <typename T>
 class Attend {
  public:
@@ -55,20 +32,25 @@ class Attend {
       : a(args), room(tiled(a.total)), width(a.output ? tiled(a.value_dim) : 0), lanes(a.group) {
     int64_t most = std::clamp(kBlockFloats / std::max<int64_t>(room, 1), kFewest, kMost);
     step = std::max<int64_t>(1, most / lanes);
-    int64_t block = step * lanes;
-    static thread_local std::vector<float> kept;
-    Scratch scratch(kept);
-    scratch.take(keys, room * a.key_dim);
-    scratch.take(values, room * width);
-    scratch.take(queries, a.shares * block * a.key_dim);
-    scratch.take(products, a.shares * block * apart(room));
-    scratch.take(sums, a.shares * block * width);
-    scratch.take(factors, a.shares * block);
     mass_floats = a.weights ? (1 + a.bands) * lanes * a.total : 0;
-    scratch.take(mass, a.parts * mass_floats);
-    scratch.take(peaks, a.peaks ? a.parts * a.total : 0);
-    scratch.give();
+    int64_t block = a.shares * step * lanes;
+    floats = 0;
+    auto take = [&](int64_t count) {
+      float* taken = a.memory ? a.memory + floats : nullptr;
+      floats += (count + 15) / 16 * 16;
+      return taken;
+    };
+    keys = take(room * a.key_dim);
+    values = take(room * width);
+    queries = take(block * a.key_dim);
+    products = take(block * apart(room));
+    sums = take(block * width);
+    factors = take(block);
+    mass = take(a.parts * mass_floats);
+    peaks = take(a.peaks ? a.parts * a.total : 0);
   }
+
+  int64_t floats;  // that it needs
 
   void run() {
     for (head = 0; head < a.heads; head++) {
@@ -224,10 +206,15 @@ class Attend {
 
 }  // namespace
 
-void attention(const Attention* args) {
-  if (args->type == headwise::kFloat32) Attend<float>(*args).run();
-  if (args->type == headwise::kBFloat16) Attend<BFloat16>(*args).run();
-  if (args->type == headwise::kFloat16) Attend<Float16>(*args).run();
+// How many floats it needs where no memory is given; else it does it.
+int64_t attention(const Attention* args) {
+  auto on = [&](auto attend) {
+    if (args->memory) attend.run();
+    return attend.floats;
+  };
+  if (args->type == headwise::kFloat32) return on(Attend<float>(*args));
+  if (args->type == headwise::kBFloat16) return on(Attend<BFloat16>(*args));
+  return on(Attend<Float16>(*args));
 }
 
 }  // namespace HEADWISE_ISA

@@ -118,6 +118,7 @@ struct Attention {
   int64_t parts, shares;  // that the rows are dealt to, and threads
   int64_t query_strides[3], key_strides[2], value_strides[2], output_strides[3], gate_strides[3], mask_stride;
   float scaling, softcap;  // softcap 0: none
+  float* memory;  // to work in, or null to ask how much
   ParallelFor parallel_for;
 };
 
@@ -132,7 +133,7 @@ enum Status : int32_t {
 struct Kernels {
   const char* name;
   Status (*decode)(const Decode*);
-  void (*attention)(const Attention*);
+  int64_t (*attention)(const Attention*);
 };
 
 #if defined(__x86_64__)

@@ -111,7 +111,7 @@ HEADWISE_EXPORT const char* headwise_chosen() { return chosen->name; }
 
 HEADWISE_EXPORT int32_t headwise_decode(const Decode* args) { return chosen->decode(args); }
 
-HEADWISE_EXPORT void headwise_attention(const Attention* args) { chosen->attention(args); }
+HEADWISE_EXPORT int64_t headwise_attention(const Attention* args) { return chosen->attention(args); }
 
 HEADWISE_EXPORT int32_t headwise_append(const Append* args) {
   int64_t heads = args->batch * args->heads;
