@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutation import mistakes
 
 import headwise
 
@@ -167,3 +168,9 @@ def test_stages_are_numbered_along_the_data_path(stage, number):
     first = (ROOT / f"{stage}.py").read_text().splitlines()[0]
     assert first.startswith(f'"""{number}/7 {Path(stage).name}: ')
     assert " -> " in first
+
+
+@pytest.mark.parametrize("mistake", [*mistakes.CPU, *mistakes.TRITON], ids=lambda m: f"{m.file}: {m.what}")
+def test_a_mistake_to_be_tried_is_still_one(mistake):
+    """Its text occurs once, as `tools/mutate.py` asks for."""
+    assert (ROOT / "kernels" / mistake.file).read_text().count(mistake.old) == 1

@@ -98,6 +98,48 @@ CPU = (
         "range.stop - range.start)",
     ),
     Mistake(
+        "cpu/csrc/attention.h",
+        "a query that does not see itself",
+        "seen : a.own[row] + 1,",
+        "seen : a.own[row],",
+    ),
+    Mistake(
+        "cpu/csrc/attention.h",
+        "columns behind the last that the first row of a block sees",
+        "      seen = last;\n",
+        "      seen = row == first ? last : seen;\n",
+    ),
+    Mistake(
+        "cpu/csrc/attention.h",
+        "products with values that begin anew in every block of them",
+        "from > 0,\n",
+        "false,\n",
+    ),
+    Mistake(
+        "cpu/csrc/attention.h",
+        "the factor of the row before",
+        "to[i] = sum[m * width + i] * factor[m];",
+        "to[i] = sum[m * width + i] * factor[m ? m - 1 : 0];",
+    ),
+    Mistake(
+        "cpu/csrc/attention.h",
+        "what the last part found is left out",
+        "for (int64_t part = 1; part < a.parts; part++) add_scaled",
+        "for (int64_t part = 1; part < a.parts - 1; part++) add_scaled",
+    ),
+    Mistake(
+        "cpu/csrc/tiles.h",
+        "the last rows of a tile that is not full",
+        "case 5: multiply<5>",
+        "case 5: multiply<4>",
+    ),
+    Mistake(
+        "cpu/csrc/tiles.h",
+        "rows behind the last as they lie in memory",
+        "int64_t dim = row < from.end ? from.dim : 0;",
+        "int64_t dim = from.dim;",
+    ),
+    Mistake(
         "cpu/csrc/library.cpp",
         "increments that reach only the first page",
         "float* scores = p.scores + table[i / p.page_size] * p.page_size;",
@@ -119,10 +161,10 @@ TRITON = (
         "length = tl.load(lengths + b * length_stride[0])",
     ),
     Mistake(
-        "triton/device_pages.py",
+        "triton/device_tiles.py",
         "fresh rows that are not causal",
-        "visible & (f[None, :] <= fresh - queries + i[:, None])",
-        "visible & (f[None, :] <= fresh - queries + 1 + i[:, None])",
+        "visible & (f[None, :] <= fresh - queries + query_row[:, None])",
+        "visible & (f[None, :] <= fresh - queries + 1 + query_row[:, None])",
     ),
     Mistake(
         "triton/device_codes.py",

@@ -125,16 +125,11 @@ def _attend_one(
     if values is not None:
         own_values = _dense(values[b], dtype)
         output = found.output[b] if found.output.dtype is torch.float32 else torch.empty(found.output[b].shape, **FLOAT)
-    visible = None if map.mask is None else map.mask[b]
-    if visible is not None and visible.stride(-1) != 1:
-        visible = visible.contiguous()
+    visible = None if map.mask is None else _dense(map.mask[b], torch.bool)
     sinks = None if map.options.sinks is None else map.options.sinks.float().contiguous()
     marks = None if map.marks is None else map.marks.columns[b].contiguous()
     gates = None if map.marks is None else map.marks.gates[b]
-    weights = positions = widths = None
-    if mass is not None:
-        weights, positions = mass.weights[b].float().contiguous(), mass.positions[b].long().contiguous()
-        widths = mass.widths[:, b].long().contiguous()
+    weights, positions, widths = (None, None, None) if mass is None else _counts(mass, b)
     threads = torch.get_num_threads()
     arguments = _Attention(
         query.data_ptr(),
@@ -180,6 +175,12 @@ def _attend_one(
     library.headwise_attention(ctypes.byref(arguments))
     if output is not None and found.output.dtype is not torch.float32:
         found.output[b].copy_(output)
+
+
+def _counts(mass: MassRequest, b: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, positions and widths of one sequence."""
+    weights, positions, widths = mass.weights[b].float(), mass.positions[b].long(), mass.widths[:, b].long()
+    return weights.contiguous(), positions.contiguous(), widths.contiguous()
 
 
 def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
