@@ -45,12 +45,12 @@ class _Attention(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Found:
-    """What comes of one call; of what was not asked for, there is nothing in it."""
+    """What comes of one call, as the functions below give it; of what was not asked for, there are no numbers in it."""
 
-    output: Float[Tensor, "b h g q e"]
-    mass: Float[Tensor, "b h g t"]
-    band: Float[Tensor, "w b h g t"]
-    peaks: Float[Tensor, "b h t"]
+    output: Tensor
+    mass: Tensor
+    band: Tensor
+    peaks: Tensor
 
 
 def attention(map: AttentionMap, values: Float[Tensor, "b h t e"]) -> Float[Tensor, "b h g q e"]:
