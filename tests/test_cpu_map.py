@@ -140,8 +140,16 @@ def test_peaks_of_flat_and_sharp_attention(sharpness):
     close(found, expected, peaks=5e-3, output=5e-3)
 
 
-# Heads with more and with fewer queries than a block has, and as many keys as make several blocks of each.
-SHAPES = [(1, 300, 300, 24, 24), (3, 83, 300, 40, 15), (7, 61, 61, 64, 64), (100, 5, 90, 8, 33), (2, 1, 130, 7, 1)]
+# Heads with more and with fewer queries than a block has, as many keys as make several blocks of each, and what is left
+# of tiles of six rows: none to five.
+SHAPES = [
+    (1, 300, 300, 24, 24),
+    (3, 83, 300, 40, 15),
+    (7, 61, 61, 64, 64),
+    (100, 5, 90, 8, 33),
+    (2, 1, 130, 7, 1),
+    (5, 1, 40, 9, 17),
+]
 
 
 @pairwise(
