@@ -9,10 +9,18 @@ import torch
 from benching import ROUNDS, TINY, a_plan
 
 from headwise.bench import prefill, run
-from headwise.bench.contenders import full, stock, with_graph
+from headwise.bench.contenders import auto, full, stock, with_graph
 from headwise.bench.models import random_model
 from headwise.bench.plan import Configuration
-from headwise.bench.record import EXACT, Record
+from headwise.bench.record import EXACT, GATES, Record
+from headwise.policies import Auto, StreamingLLM
+
+
+class Broken(StreamingLLM):
+    """Fails in a way of its own."""
+
+    def choose(self, layers):
+        raise RuntimeError("broken")
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +49,27 @@ def test_prefills_are_measured_where_they_are_asked_for(made):
 
 
 def test_a_look_that_fails_costs_no_other_where_that_is_wanted(made, monkeypatch):
-    monkeypatch.setitem(prefill._LOOKS, "nothing", object())
-    with pytest.raises(Exception, match="policy"):
+    monkeypatch.setitem(prefill._LOOKS, "nothing", Broken(0.5, 4))
+    with pytest.raises(RuntimeError, match="broken"):
         ran(made, plain_plan(prefill_context=40))
     costs = ran(made, plain_plan(prefill_context=40, keep_going=True)).prefills
-    assert list(costs.failures) == ["nothing"] and "policy" in costs.failures["nothing"]
+    assert costs.failures == {"nothing": "RuntimeError: broken"}
     assert len(costs.looks) == len(prefill._LOOKS) - 1
+
+
+def test_a_look_that_the_model_cannot_be_served_with_is_named(made, monkeypatch):
+    """There are no gates for most models, and the others are compared all the same."""
+    monkeypatch.setitem(prefill._LOOKS, GATES, Auto(ratio=0.25, gate=True))
+    costs = ran(made, plain_plan(prefill_context=40)).prefills
+    assert list(costs.failures) == [GATES]
+    assert "headwise train-gate" in costs.failures[GATES]
+    assert len(costs.looks) == len(prefill._LOOKS) - 1
+
+
+def test_a_contender_that_the_model_cannot_be_served_with_is_named_too(made):
+    ours = ran(made, plain_plan(auto(0.25), full())).results[0].measurements
+    assert "headwise train-gate" in ours[1].failure
+    assert ours[2].failure is None and len(ours[2].round_seconds) == ROUNDS
 
 
 def test_steps_are_captured_as_the_plan_says(made):

@@ -9,6 +9,7 @@ from headwise.bench.contenders import HEADWISE, STOCK, Contender, stock
 from headwise.bench.models import Model, Tokenizer
 from headwise.bench.plan import Plan
 from headwise.bench.record import EXACT, FASTGEN, GATES, LAST, REPETITION, PrefillCosts
+from headwise.errors import HeadwiseError
 from headwise.measure.turns import turns
 from headwise.policies import Auto, ExpectedAttention, FastGen, Full, KeyDiff, Policy, SnapKV, StreamingLLM
 from headwise.policies.h2o import H2O
@@ -66,7 +67,8 @@ def measure_prefills(
             try:
                 seconds = run.prefill(ids).seconds
             except Exception as error:
-                if not plan.keep_going:
+                # What a model cannot be served with is a result: there may be no gates for it.
+                if not (plan.keep_going or isinstance(error, HeadwiseError)):
                     raise
                 costs.failures[name] = f"{type(error).__name__}: {error}"
                 continue

@@ -12,7 +12,7 @@ from headwise.bench.contender_run import ContenderRun, free_memory
 from headwise.bench.kvpress_process import KvpressError
 from headwise.bench.plan import Plan
 from headwise.bench.record import OUT_OF_MEMORY, Measurement, Result
-from headwise.errors import ConfigurationError
+from headwise.errors import HeadwiseError
 from headwise.measure.turns import turns
 from headwise.types import Int, Tensor
 
@@ -106,7 +106,7 @@ def _guarded(
     try:
         action(contender, measurement)
         return
-    except (KvpressError, ConfigurationError) as error:
+    except (KvpressError, HeadwiseError) as error:
         measurement.failure = str(error)
     except Exception as error:
         out_of_memory = _is_out_of_memory(error)

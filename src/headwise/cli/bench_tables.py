@@ -68,7 +68,7 @@ def _setting(record: Record) -> Table:
 
 def _costs(result: Result) -> Table:
     table = plain_table(
-        "", "tokens/s", "range", "x stock", "ms/step", "bound", "attn", "prefill", "x stock", "held", "peak"
+        "", "tokens/s", "range", "x stock", "ms/step", "bound", "attn", "prefill", "x prefill", "held", "peak"
     )
     table.add_column("kept")
     for column in table.columns:

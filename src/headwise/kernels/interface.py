@@ -266,8 +266,7 @@ class Kernels:
         obstacle: why they cannot run on a device; None where they can.
         ragged_decode: attention of a few query rows over pages and fresh rows.
         append: new rows into pages.
-        attention: output `[b, h, g, q, e]` of the queries of a map over these values; where gradients are asked for,
-            callers take `headwise.kernels.attention.dense_attention`.
+        attention: output `[b, h, g, q, e]` of the queries of a map over these values; gradients may not pass through.
         attention_and_mass: the same, and what `column_mass` gives, which may take less time together.
         column_mass: the mass on every column `[b, h, g, t]`, and the part of it inside each band `[w, b, h, g, t]`.
         attention_and_peaks: output `[b, h, g, q, e]`, and the largest probability of each column `[b, h, t]`.

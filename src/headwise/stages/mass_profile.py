@@ -29,6 +29,7 @@ class MassProfile:
         band: the same inside the local band, for each of `widths`.
         rows: total weight of the rows that the recovery test looks at.
         widths: the window widths asked for.
+        rows_read: query rows that were looked at.
     """
 
     score: Float[Tensor, "b h t"]
@@ -36,6 +37,7 @@ class MassProfile:
     band: list[Float[Tensor, "b h g t"]]
     rows: Float[Tensor, " b"]
     widths: list[Int[Tensor, " b"]]
+    rows_read: int
 
     def tensors(self) -> list[Tensor]:
         """Every tensor it holds on to."""
@@ -53,6 +55,7 @@ class MassProfile:
             [grown(mine) + its for mine, its in zip(self.band, later.band, strict=True)],
             self.rows + later.rows,
             self.widths,
+            self.rows_read + later.rows_read,
         )
 
 
@@ -132,7 +135,8 @@ def _profile(
 ) -> MassProfile:
     """Of the masses from the rows that rank tokens, None where they are the others, and of the recovery test's."""
     score = (mass if scoring is None else scoring).sum(dim=2)
-    return MassProfile(score, mass, list(band), weights.recovery.sum(dim=1), widths)
+    read = int(((weights.score > 0) | (weights.recovery > 0)).any(dim=0).sum())
+    return MassProfile(score, mass, list(band), weights.recovery.sum(dim=1), widths, read)
 
 
 def _request(

@@ -53,9 +53,8 @@ class PromptMass:
         Args:
             known: the mass of this very map, where `attend` gave it.
         """
-        weights, positions, widths = self._question(map)
-        self.rows_read += int(((weights.score > 0) | (weights.recovery > 0)).any(dim=0).sum())
-        new = known or profile_mass(map, weights, positions, widths, self._config.cache.kernels)
+        new = known or profile_mass(map, *self._question(map), self._config.cache.kernels)
+        self.rows_read += new.rows_read
         self.profile = new if self.profile is None else self.profile + new
 
     def _question(self, map: AttentionMap) -> tuple[RowWeights, Int[Tensor, "b t"], list[Int[Tensor, " b"]]]:
