@@ -70,6 +70,24 @@ def test_a_host_that_compacts_goes_on():
     assert [core.kept_tokens.tolist() for core in cores] == [[[6, 6]]] * 2
 
 
+def test_mass_that_came_with_tokens_taken_back_is_found_anew():
+    """It came with the attention of all of them, and columns that go must not have given any."""
+    policy, kept = headwise.H2O(0.5, 0.25), slice(6)
+    query, keys, values = torch.randn(1, 2, 3, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    found = []
+    for taken_back in (3, 0):
+        config = CacheConfig(KERNELS, prompt_columns=20)
+        core = LayerCache(LayerConfig(0, policy, config), TokenLog("kind" in policy.facts))
+        core.recording = True
+        some = slice(None) if taken_back else kept
+        core.attend(query[:, :, :, some], keys[:, :, some], values[:, :, some], None, LogitOptions(0.3))
+        core.take_back(taken_back)
+        core.accept()
+        found.append(core.prompt.observations.mass.profile)
+    torch.testing.assert_close(found[0].score, found[1].score)
+    assert found[0].rows_read == found[1].rows_read == 6
+
+
 @pytest.mark.parametrize("policy", [headwise.PeakAttention(keep=0.5, window=4), headwise.Auto(ratio=0.5, window=4)])
 def test_a_layer_that_waits_for_the_others_holds_its_rows_and_few_queries(policy):
     """In one pass all queries are there, and would take more than the rows where groups are large."""

@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+import headwise
 from headwise.errors import ConfigurationError
 from headwise.kernels.backends import choose
 from headwise.quant.codes import decode, encode, hadamard, rounded
 from headwise.quant.formats import Precision, RowFormat
 from headwise.store.coded import CodedPages
+from headwise.store.narrow import within
 from headwise.store.row_parts import row_bytes, row_parts
 from headwise.store.rows import Rows
 from headwise.store.saved import load_store, save_store
@@ -286,3 +288,12 @@ def test_encoding_takes_rows_block_by_block_and_gives_the_same():
 
 
 # The cache.
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_numbers_beyond_on_one_side_alone_are_clamped(sign):
+    numbers = sign * torch.tensor([1e6, 1.0, 0.5])
+    with pytest.warns(headwise.HeadwiseWarning, match="1 numbers of rows"):
+        found = within(numbers, torch.float16, "rows", "take others")
+    assert found.tolist() == [sign * torch.finfo(torch.float16).max, sign * 1.0, sign * 0.5]
+    assert within(found, torch.float16, "rows", "take others") is found
