@@ -14,6 +14,7 @@ from headwise.stages.config import CacheConfig, LayerConfig
 from headwise.stages.layer import LayerCache
 from headwise.stages.token_log import TokenLog
 from headwise.stages.whole_model import WholeModel
+from headwise.steer.steering import LayerSteering
 from headwise.types import LogitOptions
 
 KERNELS = choose("reference", torch.device("cpu"))
@@ -86,6 +87,23 @@ def test_mass_that_came_with_tokens_taken_back_is_found_anew():
         found.append(core.prompt.observations.mass.profile)
     torch.testing.assert_close(found[0].score, found[1].score)
     assert found[0].rows_read == found[1].rows_read == 6
+
+
+def test_policies_look_at_steered_attention_only_where_they_are_to():
+    """What comes with the attention of a prompt is of the attention that is steered."""
+    query, keys, values = torch.randn(1, 2, 3, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    scores, policy = {}, headwise.H2O(0.5, 0.25)
+    for profiled in (None, False, True):
+        steering = None if profiled is None else LayerSteering(torch.full((2, 3), 2.0), None, profiled)
+        log = TokenLog("kind" in policy.facts)
+        log.marks.values = torch.tensor([[0.0, 1.0, 1.0, *[0.0] * 6]])
+        config = CacheConfig(KERNELS, prompt_columns=20)
+        core = LayerCache(LayerConfig(0, policy, config, steering=steering), log)
+        core.attend(query, keys, values, None, LogitOptions(0.3))
+        core.accept()
+        scores[profiled] = core.prompt.observations.mass.profile.score
+    torch.testing.assert_close(scores[False], scores[None])
+    assert (scores[True][..., 1:3] > scores[None][..., 1:3] + 0.1).all()
 
 
 @pytest.mark.parametrize("policy", [headwise.PeakAttention(keep=0.5, window=4), headwise.Auto(ratio=0.5, window=4)])
