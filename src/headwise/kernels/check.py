@@ -198,8 +198,8 @@ def _check_view(
     view: PageView, beside: Tensor, batch: int, heads: int, dims: tuple[int, int] | None, *, coded: bool
 ) -> None:
     """That the tensors of some pages belong together, and to rows with so many channels, where it is said."""
-    checked, fitting = view.checked, (batch, heads, dims)
-    if checked is not None and not coded and checked.fitting == fitting and beside.device == view.table.device:
+    checked, fitting = view.checked, (batch, heads, dims, coded)
+    if checked is not None and fitting in checked.fitting and beside.device == view.table.device:
         return
     keys, values, table, lengths = view.keys, view.values, view.table, view.lengths
     columns, scores, biases, coding = view.columns, view.scores, view.biases, view.coding
@@ -234,11 +234,11 @@ def _check_view(
         expected += "biases in fp16; all on one device"
         given = {"keys": keys, "values": values, "table": table, "lengths": lengths}
         raise _refused("pages", expected, **given, columns=columns, scores=scores, biases=biases)
-    if checked is not None and not coded:
-        checked.fitting = fitting
     if coding is not None:
         _check_side(keys, coding.key_bits, coding.key_steps, coding.key_hadamard, dims and dims[0])
         _check_side(values, coding.value_bits, coding.value_steps, coding.value_hadamard, dims and dims[1])
+    if checked is not None:
+        checked.fitting.add(fitting)
 
 
 def _check_side(codes: Tensor, bits: int, steps: Tensor, hadamard: Tensor, channels: int | None) -> None:

@@ -48,7 +48,7 @@ class Checked:
         compiled: how they are told to compiled code, but for their `longest`.
     """
 
-    fitting: object = None
+    fitting: set[object] = field(default_factory=set)
     compiled: Any = None
 
 
@@ -67,7 +67,7 @@ class PageView:
         longest: no head is longer; known without asking the device.
         coding: how codes are read; None where the rows are numbers.
         biases: fp16, added to the logits of every row, behind a soft cap; None where there are none.
-        checked: shared by views of the same tensors, which are looked at once; those of codes are each time.
+        checked: shared by views of the same tensors, which are looked at once.
     """
 
     keys: Float[Tensor, "pages s d"] | UInt8[Tensor, "pages s kc"]
@@ -271,6 +271,8 @@ class Kernels:
         column_mass: the mass on every column `[b, h, g, t]`, and the part of it inside each band `[w, b, h, g, t]`.
         attention_and_peaks: output `[b, h, g, q, e]`, and the largest probability of each column `[b, h, t]`.
         code_bits: of the codes that they read; None for whatever `headwise.quant.codes` makes.
+        instructions: name of the set of vector instructions that they were built for and use here; None for kernels
+            that are built once.
     """
 
     name: str
@@ -282,3 +284,4 @@ class Kernels:
     column_mass: Callable[[MassRequest], tuple[Tensor, Tensor]]
     attention_and_peaks: Callable[[PeaksRequest], tuple[Tensor, Tensor]]
     code_bits: frozenset[int] | None = None
+    instructions: Callable[[], str] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -62,10 +61,7 @@ class CodedPages:
         """What a kernel reads."""
         key_steps, value_steps = (self.pool.pools[name] for name in STEPS)
         matrices = hadamard(self.key_dim, self.pool.device), hadamard(self.value_dim, self.pool.device)
-        return replace(
-            self.pool.view(),
-            coding=Coding(self.format.key_bits, self.format.value_bits, key_steps, value_steps, *matrices),
-        )
+        return self.pool.view(Coding(self.format.key_bits, self.format.value_bits, key_steps, value_steps, *matrices))
 
     def encode(self, rows: Rows) -> Rows:
         """The same rows as codes; only of those that count are any made."""

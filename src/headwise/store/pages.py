@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from headwise.errors import InputError
-from headwise.kernels.interface import Checked, PageView
+from headwise.kernels.interface import Checked, Coding, PageView
 from headwise.store.page_table import PageTable
 from headwise.store.row_parts import RowPart, row_bytes
 from headwise.store.rows import Rows
@@ -104,8 +104,12 @@ class PagePool:
         """Every tensor it holds on to."""
         return [*self.pools.values(), self.pages.entries, self.lengths]
 
-    def view(self) -> PageView:
-        """What a kernel reads, but for how codes are read."""
+    def view(self, coding: Coding | None = None) -> PageView:
+        """What a kernel reads.
+
+        Args:
+            coding: how codes are read, where the rows are; always by the same pools of it.
+        """
         pools, pages = self._pools.tensors, self.pages
         numbers, scores = (pools["keys"], pools["values"]), pools.get("scores")
         table, lengths, (checked, *known) = pages.entries, pages.lengths, self._checked
@@ -114,7 +118,7 @@ class PagePool:
             checked = Checked()
             self._checked = (checked, *(weakref.ref(each) for each in (numbers[0], table, lengths)))
         biases = pools.get("biases")
-        view = PageView(*numbers, pools["columns"], scores, table, lengths, pages.longest, biases=biases)
+        view = PageView(*numbers, pools["columns"], scores, table, lengths, pages.longest, coding, biases)
         return view.known_by(checked)
 
     def kept(self, part: str) -> Tensor | None:

@@ -107,7 +107,7 @@ def marks_struct(marks: Marks | None) -> tuple[tuple[Tensor | None, ...], MarksS
 def pages_struct(view: PageView) -> PagesStruct:
     """A view, as long as its tensors live; in what it is put into, it is copied."""
     checked = view.checked
-    if checked is None or view.coding is not None:
+    if checked is None:
         return _made(view)
     if checked.compiled is None:
         checked.compiled = _made(view)
