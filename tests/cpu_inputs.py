@@ -60,8 +60,10 @@ def both(
     return (ragged_decode(k, *arguments, with_mass=with_mass) for k in (reference, cpu))
 
 
-def check(expected, found):
-    close = {"atol": 2e-5, "rtol": 2e-5}
+def check(expected, found, coded=False):
+    """Dot products of bytes have queries and weights of 16 bits beside the codes."""
+    bound = 2e-4 if coded and cpu.instructions() == "avx512" else 2e-5
+    close = {"atol": bound, "rtol": bound}
     rounding = close if found.output.dtype is torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
     torch.testing.assert_close(found.output, expected.output, **rounding)
     torch.testing.assert_close(found.lse, expected.lse, **close)

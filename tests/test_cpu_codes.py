@@ -29,12 +29,12 @@ def coded_view(*arguments, **options):
 def test_every_format(format, dtype, biased, threads):
     """Heads with rows of one kind, of the other, of both and of none; more than fit into one chunk."""
     exact = packed([[0, 5, 33, 0], [70, 0, 1, 0]], dtype=dtype, biased=biased)
-    check(*both(exact, [coded_view([[131, 0, 7, 0], [64, 300, 1, 0]], format, dtype=dtype, biased=biased)]))
+    check(*both(exact, [coded_view([[131, 0, 7, 0], [64, 300, 1, 0]], format, dtype=dtype, biased=biased)]), coded=True)
 
 
 @pairwise(format=FORMATS, group=[1, 2, 3, 4, 7], **VECTORS)
 def test_every_group_size(format, group):
-    check(*both(packed([[3, 0]]), [coded_view([[20, 77]], format)], group=group))
+    check(*both(packed([[3, 0]]), [coded_view([[20, 77]], format)], group=group), coded=True)
 
 
 @pairwise(
@@ -58,14 +58,14 @@ def test_every_head_dimension_and_channel_group(bits, sizes):
     dims, channels = sizes
     exact = packed([[5, 0], [1, 20]], key_dim=dims[0], value_dim=dims[1])
     coded = coded_view([[70, 33], [9, 0]], RowFormat(*bits, channels), key_dim=dims[0], value_dim=dims[1])
-    check(*both(exact, [coded], queries=2))
+    check(*both(exact, [coded], queries=2), coded=True)
 
 
 @pairwise(dims=[(1, 1), (7, 11), (33, 9)], **VECTORS)
 def test_odd_head_dimensions_in_8_bits(dims):
     exact = packed([[5, 0]], key_dim=dims[0], value_dim=dims[1])
     coded = coded_view([[70, 33]], RowFormat(8, 8), key_dim=dims[0], value_dim=dims[1])
-    check(*both(exact, [coded]))
+    check(*both(exact, [coded]), coded=True)
 
 
 @pairwise(page_size=[1, 3, 16, 100], rows=[(1, 1), (2, 5), (7, 130)], biased=[False, True], **THREADS)
@@ -73,7 +73,7 @@ def test_pages_and_fresh_rows(page_size, rows, biased, threads):
     queries, fresh = rows
     exact = packed([[0, 40], [12, 1]], page_size=page_size, biased=biased)
     coded = coded_view([[63, 0], [129, 2]], RowFormat(8, 4), page_size=page_size, biased=biased)
-    check(*both(exact, [coded], queries=queries, fresh=fresh))
+    check(*both(exact, [coded], queries=queries, fresh=fresh), coded=True)
 
 
 @pairwise(
@@ -96,7 +96,7 @@ def test_masks_caps_and_sinks(softcap, sinks, masked, dtype, biased, threads):
         mask = torch.rand(2, queries, 2 * 90 + fresh) < 0.6
         mask[1, 2] = False
     expected, found = both(exact, coded, queries=queries, fresh=fresh, mask=mask, softcap=softcap, sinks=sinks)
-    check(expected, found)
+    check(expected, found, coded=True)
     assert found.on_kept.shape[-1] == 90 + 90 + 65
     if masked and not sinks:
         assert (found.lse[1, :, :, 2] == -torch.inf).all()
@@ -115,8 +115,8 @@ def test_every_cut_between_threads(shares, monkeypatch):
         ([[37, 0, 1], [40, 3, 5]], [[400, 0, 0], [0, 9, 1]], [[0, 200, 0], [70, 0, 0]]),
     ):
         views = [coded_view(own, format) for own, format in zip(coded, FORMATS[1:], strict=False)]
-        check(*both(packed(exact), views))
-        check(*both(packed(exact), views, fresh=0, queries=2))
+        check(*both(packed(exact), views), coded=True)
+        check(*both(packed(exact), views, fresh=0, queries=2), coded=True)
 
 
 @pairwise(with_mass=[False, True], longest=[0, 45], **VECTORS)
@@ -125,10 +125,10 @@ def test_views_may_be_empty(longest, with_mass):
     none, some = coded_view([[0, 0]], RowFormat(8, 8)), coded_view([[longest, longest // 2]], RowFormat(4, 4))
     none = replace(none, table=none.table[:, :, :0])
     expected, found = both(exact, [none, some], with_mass=with_mass)
-    check(expected, found)
+    check(expected, found, coded=True)
     # With nothing to attend to, fresh rows included.
     expected, found = both(exact, [none, coded_view([[0, 9]], RowFormat(8, 4))], fresh=0, with_mass=with_mass)
-    check(expected, found)
+    check(expected, found, coded=True)
     assert (found.output[0, 0] == 0).all()
 
 
@@ -136,7 +136,7 @@ def test_views_may_be_empty(longest, with_mass):
 def test_a_view_may_be_as_long_as_its_pages_have_room_for():
     view = coded_view([[33, 0]], RowFormat(8, 4), page_size=3)
     expected, found = both(packed([[5, 20]]), [replace(view, longest=view.capacity)])
-    check(expected, found)
+    check(expected, found, coded=True)
     assert view.capacity > 33
     assert (found.on_kept[0, 0, 0, 20 + 33 :] == 0).all()
 

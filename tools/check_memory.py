@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILE = ROOT / "src/headwise/kernels/cpu/csrc/compile.py"
 # What calls compiled code: kernels, pages and stores, and whole caches on top of them.
 TESTS = (
-    *("cpu_kernels", "cpu_codes", "cpu_map", "kernel_borders", "page_strides", "row_parts", "store", "store_machine"),
-    *("layer", "decode", "quant_cache", "contract_crop", "contract_batches", "saved"),
+    *("cpu_kernels", "cpu_codes", "cpu_integers", "cpu_map", "kernel_borders", "page_strides", "row_parts"),
+    *("store", "store_machine", "layer", "decode", "quant_cache", "contract_crop", "contract_batches", "saved"),
 )
 
 # Reads eight bytes behind a tensor.

@@ -135,7 +135,7 @@ def test_table_shows_every_candidate_and_every_expectation(fake_python, monkeypa
     assert answer.code == 0
     for word in ("stock", "full", "keep 50%", "x stock", "prefill", "memory gives", "not run", "written for"):
         assert word in answer.out
-    for expectation in expectations.EXPECTATIONS["cpu"]:
+    for expectation in expectations.cpu():
         assert expectation.name in answer.out
     # Who could not run is a line, not a crash.
     assert "quantized fp8: no such backend" in answer.out

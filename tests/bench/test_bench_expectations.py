@@ -179,6 +179,14 @@ def test_targets_run_everything_that_is_expected():
         plan.targets("mps", torch.float32, "h2o")
 
 
+def test_more_is_expected_of_codes_where_the_processor_multiplies_them():
+    with_bytes = expectations.judge(Record(machine={"instructions": "avx512"}), "cpu")
+    without = expectations.judge(Record(machine={"instructions": "avx2"}), "cpu")
+    assert [v.target for v in without] == [v.target for v in expectations.judge(Record(), "cpu")]
+    other = [(a.target, b.target) for a, b in zip(with_bytes, without, strict=True) if a != b]
+    assert other == [("<= 0.28x", "<= 0.40x"), ("<= 0.24x", "<= 0.38x")]
+
+
 def test_targets_are_what_targets_runs(planned):
     assert "one --dtype" in bench("--targets", "--dtype", "float32,bfloat16").err
     answer = bench("--targets", "--shape", "smollm2-135m", "--json")

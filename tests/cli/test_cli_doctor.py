@@ -6,6 +6,8 @@ import sys
 
 import torch
 
+from headwise.kernels.cpu import backend as cpu
+
 
 def test_policies(headwise):
     listed = {entry["name"]: entry for entry in headwise("policies", "--json").json}
@@ -27,11 +29,13 @@ def test_doctor(headwise, folder):
     assert found["devices"][0]["name"] == "cpu"
     assert found["threads"] == torch.get_num_threads()
     assert found["kernels"]["cpu"]["default"] == "cpu"
+    assert found["kernels"]["cpu"]["instructions"] == cpu.vectors()[-1]
     assert found["kernels"]["cpu"]["obstacles"]["cpu"] is None
     assert found["kernels"]["cpu"]["obstacles"]["reference"] is None
     assert found["default_model"] == {"name": str(folder), "chosen_by": "HEADWISE_MODEL", "present": True}
     shown = headwise("doctor")
     assert torch.__version__ in shown.out
+    assert f"cpu would run, with {cpu.vectors()[-1]}" in shown.out
     assert str(folder) in shown.out.replace("\n", "")
 
 
@@ -40,6 +44,7 @@ def test_doctor_says_why_kernels_cannot_run(headwise, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     found = headwise("doctor", "--json").json["kernels"]["cpu"]
     assert found["default"] == "reference"
+    assert found["instructions"] is None
     assert found["obstacles"]["cpu"] == "they were not compiled"
     assert found["obstacles"]["triton"]
     assert "cpu: they were not compiled" in headwise("doctor").out

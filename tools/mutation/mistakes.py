@@ -22,14 +22,14 @@ CPU = (
     Mistake(
         "cpu/csrc/pages.h",
         "off by one in a page",
-        "int64_t offset = i % p.page_size, last",
-        "int64_t offset = (i + 1) % p.page_size, last",
+        "int64_t offset = i % p.page_size;",
+        "int64_t offset = (i + 1) % p.page_size;",
     ),
     Mistake(
         "cpu/csrc/pages.h",
         "the table of the first head",
-        "p.table[head * p.table_width + i / p.page_size]",
-        "p.table[i / p.page_size]",
+        "p.table + head * p.table_width + i / p.page_size;",
+        "p.table + i / p.page_size;",
     ),
     Mistake(
         "cpu/csrc/decode.h",
@@ -62,10 +62,10 @@ CPU = (
         "a.sinks[head % a.heads * a.group]",
     ),
     Mistake(
-        "cpu/csrc/codes.h",
-        "the step of the first row of a page",
-        "side[r * pair + j] = scalar(from[j]);",
-        "side[r * pair + j] = scalar(from[j % pair]);",
+        "cpu/csrc/code_reader.h",
+        "steps of the first rows of sixteen",
+        "(rows[r]) + r % 16 * 2 * groups;",
+        "(rows[r]);",
     ),
     Mistake(
         "cpu/csrc/codes.h",
@@ -74,10 +74,46 @@ CPU = (
         "load(least + r) * sums[(n + k) * keys.groups]",
     ),
     Mistake(
-        "cpu/csrc/codes.h",
+        "cpu/csrc/code_reader.h",
         "high halves that begin one channel late",
         "return {start - dim / 2, start, ",
         "return {start - dim / 2 + (start > dim / 2), start, ",
+    ),
+    Mistake(
+        "cpu/csrc/chunk.h",
+        "sixteen rows that are said to be of one page, though the last is not",
+        "r + 16 <= begin + chunk.run[run].count) continue;",
+        "r + 15 <= begin + chunk.run[run].count) continue;",
+    ),
+    Mistake(
+        "cpu/csrc/integers.h",
+        "upper halves that are not rounded",
+        "_mm512_add_epi32(x, _mm512_set1_epi32(128))",
+        "_mm512_add_epi32(x, _mm512_set1_epi32(127))",
+    ),
+    Mistake(
+        "cpu/csrc/integers.h",
+        "what rounding took from a query is left out",
+        "query.missing[(n + k) * query.groups + group]",
+        "0",
+    ),
+    Mistake(
+        "cpu/csrc/codes.h",
+        "what rounding took from the weights is left out",
+        "+= by.missing[k];",
+        "+= 0;",
+    ),
+    Mistake(
+        "cpu/csrc/integers.h",
+        "the scale of the first query",
+        "query.scales[n + k]",
+        "query.scales[n]",
+    ),
+    Mistake(
+        "cpu/csrc/partial.h",
+        "what is no number is hidden",
+        "if (!any_nan(logits, count)) {",
+        "if (true) {",
     ),
     Mistake(
         "cpu/csrc/partial.h",
@@ -112,8 +148,8 @@ CPU = (
     Mistake(
         "cpu/csrc/attention.h",
         "products with values that begin anew in every block of them",
-        "from > 0,\n",
-        "false,\n",
+        "from > 0, sum",
+        "false, sum",
     ),
     Mistake(
         "cpu/csrc/attention.h",

@@ -63,7 +63,10 @@ DEVICE = (
     Part(
         "cpu",
         ("kernels/cpu/csrc/*",),
-        ("test_cpu_kernels.py", "test_cpu_map.py", "test_cpu_obstacles.py", "test_cpu_codes.py", "test_decode.py"),
+        (
+            *("test_cpu_kernels.py", "test_cpu_map.py", "test_cpu_obstacles.py", "test_cpu_codes.py"),
+            *("test_cpu_integers.py", "test_decode.py"),
+        ),
     ),
     Part(
         "triton pages",

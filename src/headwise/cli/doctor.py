@@ -50,10 +50,11 @@ def _kernels(device: str) -> dict[str, Any]:
     """Which kernels would run on that device, and why the others would not."""
     import torch
 
-    from headwise.kernels.backends import AUTO, NAMES, choose, obstacle
+    from headwise.kernels.backends import AUTO, NAMES, choose, instructions, obstacle
 
     where = torch.device(device)
-    return {"default": choose(AUTO, where).name, "obstacles": {name: obstacle(name, where) for name in NAMES}}
+    obstacles = {name: obstacle(name, where) for name in NAMES}
+    return {"default": choose(AUTO, where).name, "instructions": instructions(where), "obstacles": obstacles}
 
 
 def _default_model() -> dict[str, Any]:
@@ -104,7 +105,8 @@ def _show(found: dict[str, Any]) -> None:
         table.add_row(f"device {device['name']}", device["description"])
     table.add_row("threads", str(found["threads"]))
     for device, kernels in found["kernels"].items():
-        table.add_row(f"kernels on {device}", f"{kernels['default']} would run")
+        having = f", with {kernels['instructions']}" if kernels["instructions"] else ""
+        table.add_row(f"kernels on {device}", f"{kernels['default']} would run{having}")
         for name, reason in kernels["obstacles"].items():
             table.add_row("", f"{name}: {reason or 'can run'}")
     model = found["default_model"]

@@ -68,6 +68,12 @@ def choose(
     return _kernels(name)
 
 
+def instructions(device: torch.device) -> str | None:
+    """Name of the vector instructions that "auto" would use there; None where its kernels are built once."""
+    named = choose(AUTO, device).instructions
+    return None if named is None else named()
+
+
 def check_name(name: str) -> None:
     """Refuse a name that no kernels have.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from headwise.kernels.backends import instructions
 from headwise.version import __version__
 
 
@@ -19,6 +20,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(device),
+        "instructions": instructions(device),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

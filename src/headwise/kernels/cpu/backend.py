@@ -29,6 +29,12 @@ def vectors(wanted: str = "") -> list[str]:
     return names.decode().split()
 
 
+def instructions() -> str:
+    """Name of the vector instructions in use."""
+    name: bytes = library.library_and_threads()[0].headwise_chosen()
+    return name.decode()
+
+
 def read(buffer: torch.Tensor) -> int:
     """Read a contiguous tensor once with all threads, and return the sum of its bits: for measuring bandwidth."""
     functions, parallel_for = library.library_and_threads()
@@ -48,4 +54,5 @@ KERNELS = Kernels(
     column_mass,
     attention_and_peaks,
     code_bits=CODE_BITS,
+    instructions=instructions,
 )

@@ -49,7 +49,7 @@ def load() -> tuple[ctypes.CDLL, int] | str:
     library.headwise_read.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p]
     library.headwise_read.restype = None
     library.headwise_vectors.argtypes = [ctypes.c_char_p]
-    library.headwise_vectors.restype = ctypes.c_char_p
+    library.headwise_vectors.restype = library.headwise_chosen.restype = ctypes.c_char_p
     library.headwise_vectors(b"")
     return library, parallel_for
 

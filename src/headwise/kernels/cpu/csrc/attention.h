@@ -147,6 +147,8 @@ class Attend {
       make_logits(logits, end, {visible, a.marks, gate, a.softcap});
       if (a.peaks) raise_peaks(logits, a.counted, a.ranges, peaks + part * a.total);
       top = top_of(logits);
+      // Comparisons pass over what is no number: it is not hidden, and makes an output that is none.
+      if (top == kNone && any_nan(x, logits.count)) top = 0;
     }
     if (top == kNone) {
       std::fill_n(x, end, 0.0f);
@@ -163,8 +165,8 @@ class Attend {
     float* sum = sums + share * step * lanes * width;
     for (int64_t from = 0; from < end; from += kValueRows)
       for (int64_t channel = 0; channel < width; channel += kTileColumns)
-        multiply(all, x + from, apart(end), values + from * width + channel, width, std::min(kValueRows, end - from), from > 0,
-                 sum + channel, width);
+        multiply(all, x + from, apart(end), values + from * width + channel, width, std::min(kValueRows, end - from),
+                 from > 0, sum + channel, width);
     for (int64_t m = 0; m < all; m++) {
       float* to = a.output + head * a.output_strides[0] + m / rows * a.output_strides[1] +
                   (first + m % rows) * a.output_strides[2];
@@ -178,7 +180,8 @@ class Attend {
       float* to = mass + part * mass_floats + g * a.total;
       add_rows(x, apart(end), factor, rows, 0, seen, to);
       for (int64_t w = 0; w < a.bands; w++)
-        add_band(x, apart(end), factor, a.own + first, rows, seen, a.positions, a.widths[w], to + (w + 1) * lanes * a.total);
+        add_band(x, apart(end), factor, a.own + first, rows, seen, a.positions, a.widths[w],
+                 to + (w + 1) * lanes * a.total);
     }
   }
 

@@ -1,4 +1,4 @@
-// Attention peaks: logits of a row -> the largest that each column gets from a softmax over some of them, as a logarithm.
+// Attention peaks: logits of a row -> the largest that each column gets from a softmax over some of them, as a log.
 #pragma once
 #include <algorithm>
 #include <cmath>

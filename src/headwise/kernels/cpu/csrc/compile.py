@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
@@ -22,7 +23,9 @@ _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"
 # For a library that ends the process where memory is read or written that is not its own, or the language says nothing.
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1")
 # Name of the vector instructions -> the flags that allow them. "base" is what every processor of the kind has.
-_VECTORS = {"x86_64": {"base": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}}
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "vbmi", "vnni"))]
+_VECTORS = {"x86_64": {"base": [], "avx2": _AVX2, "avx512": _AVX512}}
 
 
 def compile_library(target: Path = LIBRARY, more: tuple[str, ...] = ()) -> Path:
@@ -44,16 +47,17 @@ def compile_library(target: Path = LIBRARY, more: tuple[str, ...] = ()) -> Path:
         raise RuntimeError("no C++ compiler found (c++, g++ or clang++; or set CXX)")
     machine = {"AMD64": "x86_64"}.get(platform.machine(), platform.machine())
     with tempfile.TemporaryDirectory() as folder:
-        objects = []
+        sources = {"library": ["library.cpp"]}
         for name, flags in _VECTORS.get(machine, {"base": []}).items():
-            objects.append(Path(folder) / f"{name}.o")
-            _run([*command, *_FLAGS, *more, *flags, f"-DHEADWISE_ISA={name}", "-c", "isa.cpp", "-o", objects[-1]])
-        objects.append(Path(folder) / "library.o")
-        _run([*command, *_FLAGS, *more, "-c", "library.cpp", "-o", objects[-1]])
+            sources[name] = [*flags, f"-DHEADWISE_ISA={name}", "isa.cpp"]
+        objects = {name: Path(folder) / f"{name}.o" for name in sources}
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            calls = ([*command, *_FLAGS, *more, *what, "-c", "-o", objects[name]] for name, what in sources.items())
+            list(threads.map(_run, calls))
         # Linked beside its place and moved: a process that has the old one loaded keeps it.
         linked = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            _run([*command, "-shared", *more, *objects, "-o", linked])
+            _run([*command, "-shared", *more, *objects.values(), "-o", linked])
             os.replace(linked, target)
         finally:
             linked.unlink(missing_ok=True)

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "codes.h"
@@ -145,36 +146,36 @@ class Worker {
     read(head, a.pages[0], before, std::max(from, before), to, numbers, weights);
   }
 
-  // Rows from..to of a head, of which those of the view start at `before`, and fresh rows follow.
+  // Rows from..to of a head, of which those of the view start at `before`, and fresh rows follow. Which chunk is next
+  // is known before one is worked on, so that its rows can be fetched.
   template <typename Rows>
   void read(int64_t head, const Pages& pages, int64_t before, int64_t from, int64_t to, Rows& view, float* weights) {
-    Chunk chunk;
-    Places places;
-    places.limit = a.mask ? a.mask_columns : std::numeric_limits<int64_t>::max();
-    int64_t kept = before + pages.lengths[head];
-    for (; from < to; from += chunk.count) {
-      int64_t end = std::min(to, from + kChunk);
-      chunk.count = chunk.runs = 0;
-      places.first = from;
-      take(head, pages, from - before, std::min(end, kept) - before, a.mask || a.marks.columns, chunk, places);
+    Taken taken[2], *now = taken, *next = taken + 1;
+    take_rows<Rows>(head, pages, before, from, to, view.one_by_one(), *now);
+    for (; from < to; std::swap(now, next)) {
+      Chunk& chunk = now->chunk;
+      from += chunk.count;
+      take_rows<Rows>(head, pages, before, from, to, view.one_by_one(), *next);
       if (gathered) gather(pages, chunk, (char*)weights + scratch_floats * sizeof(float) - gathered);
-      take_fresh(head, std::max(from, kept) - kept, end - kept, chunk, places);
       view.logits(chunk, weights);
-      absorb(head, pages, chunk, places, view.partial, weights);
-      view.weigh_values(chunk, weights);
+      absorb(head, pages, chunk, now->places, view.partial, weights);
+      view.weigh_values(chunk, next->chunk, weights);
     }
-    if (places.outside) outside = true;
   }
 
-  void take_fresh(int64_t head, int64_t i, int64_t end, Chunk& chunk, Places& places) const {
-    const auto& f = a.fresh;
-    int64_t b = head / a.heads, h = head % a.heads;
-    for (; i < end; i++) {
-      int r = chunk.count++;
-      chunk.keys[r] = (const T*)f.keys + b * f.key_strides[0] + h * f.key_strides[1] + i * f.key_strides[2];
-      chunk.values[r] = (const T*)f.values + b * f.value_strides[0] + h * f.value_strides[1] + i * f.value_strides[2];
-      if (a.mask) places.columns[r] = a.mask_columns - f.count + i;
-    }
+  // The rows of a chunk, from the first of them on; none at the end.
+  template <typename Rows>
+  void take_rows(int64_t head, const Pages& pages, int64_t before, int64_t first, int64_t to, bool one_by_one,
+                 Taken& taken) {
+    taken.chunk.count = taken.chunk.runs = 0;
+    taken.places.first = first;
+    taken.places.columns_in_mask = a.mask ? a.mask_columns : std::numeric_limits<int64_t>::max();
+    if (first == to) return;
+    // The next begins where sixteen rows do, and so most pages.
+    int64_t end = std::min(to, first + Rows::kAtATime - (first - before) % 16), kept = before + pages.lengths[head];
+    take(head, pages, first - before, std::min(end, kept) - before, one_by_one, a.mask || a.marks.columns, taken);
+    take_fresh<T>(a.fresh, head / a.heads, head % a.heads, std::max(first, kept) - kept, end - kept, taken);
+    if (taken.places.outside) outside = true;
   }
 
   // Logits become weights; where probabilities are asked for, the logits are kept.

@@ -138,6 +138,7 @@ struct Kernels {
 
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;  // with dot products of bytes (VNNI), as Ice Lake and Zen 4 have them
 #endif
 extern const Kernels kernels_base;
 

@@ -13,13 +13,19 @@ const Kernels* const kAll[] = {
     &kernels_base,
 #if defined(__x86_64__)
     &kernels_avx2,
+    &kernels_avx512,
 #endif
 };
 
 bool has(const Kernels* kernels) {
 #if defined(__x86_64__)
-  if (kernels == &kernels_avx2)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#define HEADWISE_HAS(name) __builtin_cpu_supports(name)
+  bool avx2 = HEADWISE_HAS("avx2") && HEADWISE_HAS("fma") && HEADWISE_HAS("f16c");
+  if (kernels == &kernels_avx2) return avx2;
+  if (kernels == &kernels_avx512)
+    return avx2 && HEADWISE_HAS("avx512f") && HEADWISE_HAS("avx512bw") && HEADWISE_HAS("avx512dq") &&
+           HEADWISE_HAS("avx512vl") && HEADWISE_HAS("avx512vbmi") && HEADWISE_HAS("avx512vnni");
+#undef HEADWISE_HAS
 #endif
   return true;
 }

@@ -9,9 +9,13 @@ namespace {
 // The exact rows of one head, as they meet its `rows` queries; the same calls as `Codes` has.
 template <typename T>
 struct Numbers {
+  static constexpr int kAtATime = kFewRows;
+
   int64_t rows, key_dim, value_dim;
   const float* query;  // [rows, key_dim]
   Partial& partial;
+
+  bool one_by_one() const { return true; }
 
   void logits(const Chunk& chunk, float* to) {
     tiled(rows, [&](auto tile, int64_t n) {
@@ -19,10 +23,11 @@ struct Numbers {
     });
   }
 
-  void weigh_values(const Chunk& chunk, const float* weights) {
+  // The keys of the next chunk are fetched meanwhile, but for 32-bit rows, which the processor follows by itself.
+  void weigh_values(const Chunk& chunk, const Chunk& next, const float* weights) {
     tiled(rows, [&](auto tile, int64_t n) {
       weigh<tile(), T>(chunk, weights + n * kChunk, kChunk, {0, 0, value_dim}, partial.acc + n * partial.width,
-                       partial.width);
+                       partial.width, sizeof(T) < 4 && n == 0 ? &next : nullptr);
     });
   }
 };

@@ -18,30 +18,53 @@ using headwise::size_of;
 struct Places {
   int64_t first;            // index among the head's rows
   int64_t columns[kChunk];  // only where there is a mask, or are marks
-  int64_t limit;            // of columns: those of the mask
-  bool outside = false;     // whether one was not below it, and the first was taken instead
+  int64_t columns_in_mask;  // or more than there can be, where there is none
+  bool outside = false;     // whether a column was not in it, and the first was taken instead
 };
 
-// Rows i..end of a head, to be read where they lie; their columns too, where those are looked at.
-inline void take(int64_t head, const Pages& p, int64_t i, int64_t end, bool with_columns, Chunk& chunk, Places& places) {
+struct Taken {
+  Chunk chunk;
+  Places places;
+};
+
+// Rows i..end of a head, to be read where they lie; where each of them does, if it is read by itself, and their columns
+// too, where those are looked at.
+inline void take(int64_t head, const Pages& p, int64_t i, int64_t end, bool one_by_one, bool with_columns,
+                 Taken& taken) {
+  auto& [chunk, places] = taken;
   int64_t element = size_of(p.type), key_bytes = p.key_strides[1] * element, value_bytes = p.value_strides[1] * element;
-  while (i < end) {
-    int64_t offset = i % p.page_size, last = std::min(end, i - offset + p.page_size);
-    int64_t page = p.table[head * p.table_width + i / p.page_size], at = page * p.page_size + offset;
+  const int32_t* entry = p.table + head * p.table_width + i / p.page_size;
+  // Only the first page is not entered at its first row.
+  for (int64_t offset = i % p.page_size; i < end; offset = 0, entry++) {
+    int64_t count = std::min(end - i, p.page_size - offset), page = *entry, at = page * p.page_size + offset;
     const char* key = static_cast<const char*>(p.keys) + page * p.key_strides[0] * element + offset * key_bytes;
     const char* value = static_cast<const char*>(p.values) + page * p.value_strides[0] * element + offset * value_bytes;
-    chunk.run[chunk.runs++] = {at, last - i};
-    for (; i < last; i++, at++, key += key_bytes, value += value_bytes) {
-      int r = chunk.count++;
+    int first = chunk.count;
+    chunk.run[chunk.runs++] = {at, count, key, value};
+    chunk.count += int(count);
+    i += count;
+    for (int r = first; one_by_one && r < chunk.count; r++, key += key_bytes, value += value_bytes) {
       chunk.keys[r] = key;
       chunk.values[r] = value;
-      if (with_columns) {
-        int64_t column = p.columns[at];
-        bool outside = column < 0 || column >= places.limit;
-        places.columns[r] = outside ? 0 : column;
-        places.outside |= outside;
-      }
     }
+    for (int r = first; with_columns && r < chunk.count; r++, at++) {
+      int64_t column = p.columns[at];
+      bool outside = column < 0 || column >= places.columns_in_mask;
+      places.columns[r] = outside ? 0 : column;
+      places.outside |= outside;
+    }
+  }
+}
+
+// Fresh rows i..end of a head, whose columns are the last of the mask.
+template <typename T>
+inline void take_fresh(const headwise::Fresh& f, int64_t b, int64_t h, int64_t i, int64_t end, Taken& taken) {
+  auto& [chunk, places] = taken;
+  for (; i < end; i++) {
+    int r = chunk.count++;
+    chunk.keys[r] = (const T*)f.keys + b * f.key_strides[0] + h * f.key_strides[1] + i * f.key_strides[2];
+    chunk.values[r] = (const T*)f.values + b * f.value_strides[0] + h * f.value_strides[1] + i * f.value_strides[2];
+    places.columns[r] = places.columns_in_mask - f.count + i;
   }
 }
 
@@ -61,10 +84,13 @@ inline char* gather(const void** rows, int count, int64_t stride, int64_t width,
   return to;
 }
 
-// Copies such rows to `to`, so that everything behind sees rows whose channels do lie side by side.
+// Copies such rows to `to`, so that everything behind sees rows whose channels do lie side by side, as those of fresh
+// rows do, which come last.
 inline void gather(const Pages& p, Chunk& chunk, char* to) {
-  to = gather(chunk.keys, chunk.count, p.key_strides[2], p.key_width, size_of(p.type), to);
-  gather(chunk.values, chunk.count, p.value_strides[2], p.value_width, size_of(p.type), to);
+  int count = 0;
+  for (int i = 0; i < chunk.runs; i++) count += int(chunk.run[i].count);
+  to = gather(chunk.keys, count, p.key_strides[2], p.key_width, size_of(p.type), to);
+  gather(chunk.values, count, p.value_strides[2], p.value_width, size_of(p.type), to);
 }
 
 // Adds the biases of a chunk's rows to their logits, logits[n][r]; the fresh rows, which come last, have none.

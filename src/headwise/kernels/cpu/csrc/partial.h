@@ -34,8 +34,12 @@ struct Partial {
     for (int r = kWidth; r < count; r += kWidth) best = maximum(best, load(logits + r));
     float highest = std::max(top[n], largest(best));
     if (highest == kNone) {
-      std::fill_n(logits, count, 0.0f);
-      return;
+      if (!any_nan(logits, count)) {
+        std::fill_n(logits, count, 0.0f);
+        return;
+      }
+      // Comparisons have passed over what is no number: it is not hidden, and makes an output that is none.
+      highest = 0;
     }
     raise(n, highest);
     Vec added = {};

@@ -2,32 +2,15 @@
 #pragma once
 #include <type_traits>
 
+#include "chunk.h"
 #include "vectors.h"
 
 namespace HEADWISE_ISA {
 namespace {
 
-constexpr int kChunk = 64;  // rows whose logits are in flight
-
 // Elements in a line of the processor's cache.
 template <typename T>
 constexpr int64_t kLine = 64 / int64_t(sizeof(T));
-
-// Rows that lie side by side in the pages.
-struct Run {
-  int64_t at, count;
-};
-
-// A few rows, wherever they lie.
-struct Chunk {
-  int count = 0, runs = 0;
-  Run run[kChunk];  // those of the pages come first
-  const void* keys[kChunk];
-  const void* values[kChunk];
-
-  // The count, rounded up to whole vectors.
-  int end() const { return (count + kWidth - 1) / kWidth * kWidth; }
-};
 
 // Elements of a row, and the channel that the first of them belongs to.
 struct Part {
@@ -114,40 +97,49 @@ inline void dots(const float* query, int64_t stride, const Chunk& chunk, const P
   for (; r < chunk.count; r++) dots<1, N, T...>(query, stride, keys + r, values + r, parts, to + r, to_stride);
 }
 
-// acc[n] += weights[n][r] times value r, over C vectors of the values and N queries, which stay in registers.
+// acc[n] += weights[n][r] times value r, over C vectors of the values and N queries, which stay in registers. The same
+// elements of the keys of `next` are fetched meanwhile.
 template <int C, int N, typename T>
-inline void weigh(const Chunk& chunk, const float* weights, int64_t stride, int64_t at, float* acc, int64_t width) {
+inline void weigh(const Chunk& chunk, const float* weights, int64_t stride, int64_t at, float* acc, int64_t width,
+                  const Chunk* next) {
   Vec sums[N][C];
   for (int n = 0; n < N; n++)
     for (int c = 0; c < C; c++) sums[n][c] = load(acc + n * width + c * kWidth);
-  for (int r = 0; r < chunk.count; r++)
+  for (int r = 0; r < chunk.count; r++) {
+    if (next && r < next->count)
+      for (int c = 0; c < C * kWidth; c += kLine<T>) __builtin_prefetch(element<T>(next->keys[r], at) + c);
     for (int c = 0; c < C; c++) {
       Vec v = load(element<T>(chunk.values[r], at) + c * kWidth);
       for (int n = 0; n < N; n++) sums[n][c] += v * weights[n * stride + r];
     }
+  }
   for (int n = 0; n < N; n++)
     for (int c = 0; c < C; c++) store(acc + n * width + c * kWidth, sums[n][c]);
 }
 
 // The same over a part of the values; `acc` has all channels.
 template <int N, typename T>
-inline void weigh(const Chunk& chunk, const float* weights, int64_t stride, Part part, float* acc, int64_t width) {
+inline void weigh(const Chunk& chunk, const float* weights, int64_t stride, Part part, float* acc, int64_t width,
+                  const Chunk* next = nullptr) {
   acc += part.channel;
   int64_t i = 0;
   for (; i + 4 * kWidth <= part.count; i += 4 * kWidth)
-    weigh<4, N, T>(chunk, weights, stride, part.at + i, acc + i, width);
-  for (; i + kWidth <= part.count; i += kWidth) weigh<1, N, T>(chunk, weights, stride, part.at + i, acc + i, width);
+    weigh<4, N, T>(chunk, weights, stride, part.at + i, acc + i, width, next);
+  for (; i + kWidth <= part.count; i += kWidth)
+    weigh<1, N, T>(chunk, weights, stride, part.at + i, acc + i, width, nullptr);
   for (; i < part.count; i++)
     for (int r = 0; r < chunk.count; r++)
       for (int n = 0; n < N; n++)
         acc[n * width + i] += scalar(element<T>(chunk.values[r], part.at)[i]) * weights[n * stride + r];
 }
 
-// Calls `body` with the number of queries at a time, at most 3: as many as registers hold, with 4 rows.
+// Calls `body` with the number of queries at a time: as many as registers hold, with 4 rows.
 template <typename Body>
 inline void tiled(int64_t rows, Body body) {
+  constexpr int kMost = kWidth == 16 ? 4 : 3;  // AVX-512 has twice as many registers
   int64_t n = 0;
-  for (; n + 3 <= rows; n += 3) body(std::integral_constant<int, 3>(), n);
+  for (; n + kMost <= rows; n += kMost) body(std::integral_constant<int, kMost>(), n);
+  if (rows - n == 3) body(std::integral_constant<int, 3>(), n);
   if (rows - n == 2) body(std::integral_constant<int, 2>(), n);
   if (rows - n == 1) body(std::integral_constant<int, 1>(), n);
 }

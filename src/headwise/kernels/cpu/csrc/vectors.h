@@ -10,7 +10,9 @@
 
 namespace HEADWISE_ISA {
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
 constexpr int kWidth = 8;
 #else
 constexpr int kWidth = 4;
@@ -50,7 +52,9 @@ inline Vec load(const float* from) {
 inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
 inline Vec load(const BFloat16* from) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#elif defined(__AVX2__)
   return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
 #else
   HalfVec half;
@@ -60,7 +64,9 @@ inline Vec load(const BFloat16* from) {
 }
 
 inline Vec load(const Float16* from) {
-#if defined(__F16C__) && defined(__AVX2__)
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__F16C__) && defined(__AVX2__)
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #else
   HalfVec half;
@@ -74,7 +80,9 @@ inline Vec load(const Float16* from) {
 }
 
 inline IntVec load_bytes(const void* from) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
   return (IntVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
 #else
   ByteVec bytes;
@@ -112,17 +120,30 @@ inline float scalar(Float16 x) {
 
 // Halves are added until one number is left: one after another, each addition would wait for the one before it.
 inline float sum(Vec v) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
   v += HEADWISE_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
   v += HEADWISE_SHUFFLE(v, v, 2, 3, 0, 1, 2, 3, 0, 1);
+  return v[0] + v[1];
 #else
   v += HEADWISE_SHUFFLE(v, v, 2, 3, 0, 1);
-#endif
   return v[0] + v[1];
+#endif
 }
 
 // The sums of four vectors, one behind the other.
 inline void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
+#if defined(__AVX512F__)
+  // In each quarter of a vector first, then the quarters.
+  auto pairs = [](Vec x, Vec y) {
+    return _mm512_add_ps(_mm512_unpacklo_ps((__m512)x, (__m512)y), _mm512_unpackhi_ps((__m512)x, (__m512)y));
+  };
+  __m512 ab = pairs(a, b), cd = pairs(c, d);
+  __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#else
 #if defined(__AVX2__)
   Vec ab = HEADWISE_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + HEADWISE_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
   Vec cd = HEADWISE_SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13) + HEADWISE_SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
@@ -134,12 +155,16 @@ inline void sums(Vec a, Vec b, Vec c, Vec d, float* to) {
   Vec all = HEADWISE_SHUFFLE(ab, cd, 0, 1, 4, 5) + HEADWISE_SHUFFLE(ab, cd, 2, 3, 6, 7);
 #endif
   std::memcpy(to, &all, 4 * sizeof(float));
+#endif
 }
 
 // Two vectors of pairs: their first numbers, and their second ones.
-inline void apart(const float* from, float* first, float* second) {
-  Vec a = load(from), b = load(from + kWidth);
-#if defined(__AVX2__)
+inline void apart(Vec a, Vec b, float* first, float* second) {
+#if defined(__AVX512F__)
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  store(first, (Vec)_mm512_permutex2var_ps((__m512)a, even, (__m512)b));
+  store(second, (Vec)_mm512_permutex2var_ps((__m512)a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), (__m512)b));
+#elif defined(__AVX2__)
   store(first, HEADWISE_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
   store(second, HEADWISE_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
 #else
@@ -151,36 +176,50 @@ inline void apart(const float* from, float* first, float* second) {
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
 inline float largest(Vec v) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#elif defined(__AVX2__)
   v = maximum(v, HEADWISE_SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
   v = maximum(v, HEADWISE_SHUFFLE(v, v, 2, 3, 0, 1, 2, 3, 0, 1));
+  return v[0] > v[1] ? v[0] : v[1];
 #else
   v = maximum(v, HEADWISE_SHUFFLE(v, v, 2, 3, 0, 1));
-#endif
   return v[0] > v[1] ? v[0] : v[1];
+#endif
+}
+
+inline bool any_nan(const float* x, int64_t count) {
+  bool any = false;
+  for (int64_t i = 0; i < count; i++) any |= x[i] != x[i];
+  return any;
 }
 
 inline Vec broadcast(float x) { return x - Vec{}; }
 
-// exp to about 1e-7, relative; 0 below -87, minus infinity included. Range reduction by powers of 2, then the Taylor
-// polynomial of degree 7, whose remainder on |r| <= ln(2) / 2 is below 6e-9.
+// exp to 1e-7, relative; 0 below -87, minus infinity included. Range reduction by powers of 2, then the polynomial of
+// degree 6 whose largest relative error on |r| <= ln(2) / 2 is least, 2e-9 (by Remez's exchange).
 inline Vec exponential(Vec x) {
-  const Vec zero = {};
-  IntVec vanishes = x < -87.0f;
-  Vec y = vanishes ? zero : x;
-  y = y > 88.0f ? zero + 88.0f : y;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  Vec n = (y * 1.44269504f + magic) - magic;
-  Vec r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = r * (1.0f / 5040) + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
+#if !defined(__AVX512F__)
+  IntVec vanishes = x < -87.0f;
+  x = vanishes ? Vec{} : x;
+  x = x > 88.0f ? broadcast(88.0f) : x;
+#endif
+  Vec n = (x * 1.44269504f + magic) - magic;
+  Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = r * 1.38368353e-3f + 8.37482419e-3f;
+  p = p * r + 4.16682251e-2f;
+  p = p * r + 1.66664198e-1f;
+  p = p * r + 4.99999911e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  __mmask16 stays = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(stays, (__m512)p, (__m512)n);
+#else
   IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
-  return vanishes ? zero : p * (Vec)power;
+  return vanishes ? Vec{} : p * (Vec)power;
+#endif
 }
 
 inline float exponential(float x) { return exponential(broadcast(x))[0]; }
