@@ -34,9 +34,8 @@ def hadamard(dim: int, device: torch.device) -> Float[Tensor, "dim dim"]:
 
 def span(rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
     """How far the numbers of each row lie apart once it is rotated, as far as its codes have to reach."""
-    low, high = (rows.float() @ hadamard(rows.shape[-1], rows.device)).aminmax(dim=-1)
-    apart: Tensor = high - low
-    return apart
+    low, high = _ends(rows.float() @ hadamard(rows.shape[-1], rows.device))
+    return high - low
 
 
 def encode(
@@ -79,13 +78,18 @@ def rounded(rows: Float[Tensor, "*n d"], bits: int, group: int) -> Float[Tensor,
 def _codes(rows: Float[Tensor, "*n d"], bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes `[*n, groups, group]` as fp32, and the steps and least numbers of their groups."""
     grouped = rows.float().unflatten(-1, (-1, group))
-    low, high = grouped.aminmax(dim=-1)
+    low, high = _ends(grouped)
     # Codes are made with the numbers they will be read by, after these have been rounded.
     step = _representable((high - low) / (2**bits - 1))
     low = _representable(low)
     # Where there is nothing to tell apart, every code reads as the least number.
     spread = step.where(step > 0, 1).float()[..., None]
     return (grouped - low.float()[..., None]).div_(spread).round_().clamp_(0, 2**bits - 1), step, low
+
+
+def _ends(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    # One after the other: along the last dimension torch's `aminmax` takes six times as long on a CPU.
+    return numbers.amin(dim=-1), numbers.amax(dim=-1)
 
 
 def _representable(numbers: Tensor) -> Tensor:
