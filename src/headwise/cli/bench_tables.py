@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from headwise.cli.tables import facts_table, output, plain_table
+from headwise.cli.tables import facts_table, figures_tables, output, plain_table
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from headwise.bench.expectations import Verdict
     from headwise.bench.record import Measurement, PrefillCosts, Record, Result
 
@@ -29,7 +31,8 @@ def show_record(record: Record, verdicts: list[Verdict], written_for: str | None
         console.print(Text(f"note: {note}", style="yellow"))
     for result in record.results:
         console.print(Text(f"\n{result.configuration.title}", style="bold"))
-        console.print(_costs(result))
+        for table in _costs(result, console):
+            console.print(table)
         for measurement in result.measurements:
             if measurement.failure is not None:
                 console.print(Text(f"{measurement.name}: {measurement.failure}", style="yellow"))
@@ -66,19 +69,10 @@ def _setting(record: Record) -> Table:
     return table
 
 
-def _costs(result: Result) -> Table:
-    table = plain_table(
-        "", "tokens/s", "range", "x stock", "ms/step", "bound", "attn", "prefill", "x prefill", "held", "peak"
-    )
-    table.add_column("kept")
-    for column in table.columns:
-        column.no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for measurement in result.measurements:
-        if measurement.prefill is not None:
-            table.add_row(*_cells(result, measurement))
-    return table
+def _costs(result: Result, console: Console) -> list[Table]:
+    columns = ("", "tokens/s", "range", "x stock", "ms/step", "bound", "attn", "prefill", "x prefill", "held", "peak")
+    rows = [_cells(result, measurement) for measurement in result.measurements if measurement.prefill is not None]
+    return figures_tables((*columns, "kept"), rows, console)
 
 
 def _prefills(costs: PrefillCosts) -> Table:

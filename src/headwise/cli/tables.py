@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import typer
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -40,6 +43,21 @@ def plain_table(*columns: str) -> Table:
     return table
 
 
+def figures_tables(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], console: Console) -> list[Table]:
+    """Names and figures, the first column being the names: one table, or several below one another where it is too wide.
+
+    So nothing is cut, unless a single figure beside its name is wider than the console.
+    """
+    tables, begin = [], 1
+    while begin < len(columns):
+        end = len(columns)
+        while end > begin + 1 and _width(_figures(columns, rows, begin, end), console) > console.width:
+            end -= 1
+        tables.append(_figures(columns, rows, begin, end))
+        begin = end
+    return tables
+
+
 def facts_table(*columns: str) -> Table:
     """A table of names and what is said about them, one fact per row.
 
@@ -53,6 +71,20 @@ def facts_table(*columns: str) -> Table:
     for column in columns or ("",):
         table.add_column(column)
     return table
+
+
+def _figures(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], begin: int, end: int) -> Table:
+    table = plain_table()
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[begin:end]:
+        table.add_column(column, no_wrap=True, justify="right")
+    for name, *figures in rows:
+        table.add_row(name, *figures[begin - 1 : end - 1])
+    return table
+
+
+def _width(table: Table, console: Console) -> int:
+    return Measurement.get(console, console.options.update(max_width=1000), table).maximum
 
 
 def _console(*, error: bool) -> Console:
