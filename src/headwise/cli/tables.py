@@ -44,7 +44,7 @@ def plain_table(*columns: str) -> Table:
 
 
 def figures_tables(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], console: Console) -> list[Table]:
-    """Names and figures, the first column being the names: one table, or several below one another where it is too wide.
+    """Names and figures, the first column being the names: one table, or several where it is too wide.
 
     So nothing is cut, unless a single figure beside its name is wider than the console.
     """
