@@ -1,6 +1,9 @@
 // What the shared library exports: the choice of vector instructions, and the calls that ctypes makes.
 #include <algorithm>
 #include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "headwise.h"
 
@@ -17,10 +20,18 @@ const Kernels* const kAll[] = {
 #endif
 };
 
+#if defined(__x86_64__)
+// Clang 14 knows no such name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 bool has(const Kernels* kernels) {
 #if defined(__x86_64__)
 #define HEADWISE_HAS(name) __builtin_cpu_supports(name)
-  bool avx2 = HEADWISE_HAS("avx2") && HEADWISE_HAS("fma") && HEADWISE_HAS("f16c");
+  bool avx2 = HEADWISE_HAS("avx2") && HEADWISE_HAS("fma") && has_f16c();
   if (kernels == &kernels_avx2) return avx2;
   if (kernels == &kernels_avx512)
     return avx2 && HEADWISE_HAS("avx512f") && HEADWISE_HAS("avx512bw") && HEADWISE_HAS("avx512dq") &&
