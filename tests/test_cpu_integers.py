@@ -80,7 +80,7 @@ def test_an_error_does_not_gather_in_one_channel(format):
     assert by_channel[0] < 4 * by_channel[1:].mean() + 1e-6
 
 
-@pairwise(size=[0.0, 1e-30, 1e-6, 1e6], bits=[4, 8], **VECTORS)
+@pairwise(size=[0.0, 1e-40, 1e-30, 1e-6, 1e6], bits=[4, 8], **VECTORS)
 def test_queries_of_any_size(size, bits):
     codes = packed_codes([[70, 3, 0]], RowFormat(bits, bits)).view()
     empty = packed([[0, 0, 1]]).view()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cases import pairwise
@@ -204,3 +205,15 @@ def test_the_same_again_whoever_was_faster(threads):
     for _ in range(20):
         for mine, its in zip(cpu.KERNELS.attention_and_mass(request, values), first, strict=True):
             assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pairwise(rows=[5, 70], **VECTORS)
+def test_a_prompt_row_that_is_no_number_makes_no_answer(rows, wrong):
+    """It is not hidden: zeros would be an answer."""
+    query, keys, values = torch.randn(1, 2, 3, rows, 8), torch.randn(1, 2, rows, 8), torch.randn(1, 2, rows, 6)
+    query[0, 1, 2, 3, 4] = wrong
+    found = cpu.KERNELS.attention(AttentionMap(query, keys, None, LogitOptions(0.3)), values)
+    finite = found.isfinite().all(dim=-1)
+    assert finite.sum() == finite.numel() - 1
+    assert not finite[0, 1, 2, 3]

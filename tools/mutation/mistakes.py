@@ -110,6 +110,12 @@ CPU = (
         "query.scales[n]",
     ),
     Mistake(
+        "cpu/csrc/attention.h",
+        "a prompt's row that is no number is hidden",
+        "if (top == kNone && any_nan(x, logits.count)) top = 0;",
+        "",
+    ),
+    Mistake(
         "cpu/csrc/partial.h",
         "what is no number is hidden",
         "if (!any_nan(logits, count)) {",
