@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cases import EVERYTHING, pairwise
 from headwise.kernels.interface import DecodeRequest
+from headwise.quant.formats import Precision, RowFormat
 from headwise.stages.decode import decode
 from headwise.store.rows import Rows
 from headwise.store.store import RowStore
@@ -117,3 +119,31 @@ def test_an_empty_store_leaves_the_fresh_rows(kernels):
     result = decode(DecodeRequest(query, store.view(), key, value, None, LogitOptions(1.0)), kernels)
     torch.testing.assert_close(result.output, value[:, :, None].expand(B, H, 2, 1, E))
     assert result.on_kept is None
+
+
+@pytest.mark.parametrize("precision", [None, Precision((RowFormat(8, 8),), 4, 0, 0)])
+def test_scores_are_added_where_padding_had_been_counted_for_rows(precision, kernels):
+    """Nobody knows how few of the columns of a pass are real until pages are taken anew."""
+    held = 5 if precision else 0
+    rows = Rows.of(
+        *torch.randn(2, 1, 1, held, 4),
+        torch.arange(held).expand(1, 1, -1),
+        torch.zeros(1, 1, held),
+        torch.ones(1, 1, held, dtype=torch.bool),
+    )
+    store = RowStore(rows, page_size=1, scored=True, precision=precision)
+    store.fill(rows)
+
+    def append(columns, real, increments):
+        new = torch.randn(2, 1, 1, len(columns), 4)
+        store.append(*new, columns, real, torch.zeros(1, 1, len(columns)), increments, kernels)
+
+    padded = torch.arange(held, held + 9)
+    append(padded, (padded == held)[None], None)
+    increments = torch.arange(1.0, store.longest + 1).expand(1, 1, -1)
+    there, columns = store.occupied(), store.kept_columns()
+    expected = dict(zip(columns[there].tolist(), increments[there].tolist(), strict=True))
+    append(torch.tensor([held + 9]), None, increments)
+    there = store.occupied()
+    found = dict(zip(store.kept_columns()[there].tolist(), store.kept_scores()[there].tolist(), strict=True))
+    assert found == {**expected, held + 9: 0.0}

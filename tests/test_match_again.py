@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import headwise
 from headwise import Auto, Match, SnapKV
-from headwise.types import LogitOptions
 from rechoosing import PASSES, PROMPT, follow, held, new
 from scored_prompts import words
 
@@ -46,32 +44,3 @@ def test_rows_keep_their_biases_and_values_and_sizes_hold(policy):
     follow(cache, words(98, seed=5), PASSES[:20], compare)
     biases = [bias for (_, _, column), (bias, _) in before.items() if column < PROMPT]
     assert sum(bias != 0 for bias in biases) > 5
-
-
-def test_attention_that_choices_look_at_has_the_biases():
-    torch.manual_seed(3)
-    query, keys, biases = torch.randn(1, 2, 3, 4, 8), torch.randn(1, 2, 11, 8), torch.randn(1, 2, 11)
-    position = torch.arange(11).expand(1, 2, -1)
-    at = torch.arange(7, 11)[None]
-    evidence = headwise.Evidence(
-        query=query,
-        keys=keys,
-        read_values=lambda: keys,
-        read_spans=lambda: (biases, biases),
-        value_dim=8,
-        asked=torch.ones(1, 4, dtype=torch.bool),
-        query_position=at,
-        mask=position[:, :, None] <= at[:, None, :, None],
-        options=LogitOptions(0.4),
-        position=position,
-        real=torch.ones(1, 2, 11, dtype=torch.bool),
-        length=torch.full((1, 1, 1), 11),
-        rotation=None,
-        repetition_peaks=None,
-        biases=biases,
-    )
-    found = torch.cat(list(evidence.attention(4)), dim=3)
-    for h in range(2):
-        logits = 0.4 * query[0, h] @ keys[0, h].T + biases[0, h]
-        expected = logits.masked_fill(torch.arange(11) > at[0][:, None], -torch.inf).softmax(dim=-1)
-        torch.testing.assert_close(found[0, h], expected)

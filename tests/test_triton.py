@@ -48,6 +48,12 @@ def test_decode(case, splits):
         assert (found.on_kept[0, :, 0] == 0).all()
 
 
+@pytest.mark.parametrize("splits", SPLITS, indirect=True)
+def test_decode_without_fresh_rows(splits):
+    found, expected = both(filled([[0, 3, 17], [70, 64, 33]], 11, 7), 1, 3, 0, masked=True)
+    assert_same(found, expected, TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize(
     ("group", "key_dim", "value_dim", "dtype"),
     [(8, 128, 128, torch.float16), (4, 256, 128, torch.bfloat16), (1, 192, 256, torch.float16)],

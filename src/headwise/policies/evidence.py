@@ -19,7 +19,7 @@ class Evidence:
     Attributes:
         query: of the newest q columns; as many as the policy asked for, or more.
         asked, query_position: whether each of these is a real token, and its position.
-        mask: True where such a query sees a column or row; None means causal and no padding, at the end of a prompt.
+        mask: True where such a query sees a column, at the end of a prompt; None means causal and no padding.
         position, real: of every column, for all heads (k is 1), or of the rows of each.
         length: real tokens seen, of which the newest has the position before.
         rotation: the layer's rotary embedding; None where it has none that is known.
@@ -27,27 +27,28 @@ class Evidence:
             a gate predicts of it; None where the policy did not ask for it, and at later choices.
         remembered: what each row carries, as the policy's `remember` gave it; None at the end of the prompt. Rows that
             came since the last choice have 0, or what a gate predicts of them.
-        read_values, read_spans: give `values` and `spans`.
+        read_keys, read_values, read_spans: give `keys`, `values` and `spans`.
         value_dim: channels of a value.
-        biases: what is added to the logits of each row; None where rows have none.
         gates, marks: where attention is steered, what their product adds to the logits: of the query heads, and of each
             column or row; None where it is not.
         row_bytes: of a row that is stored exactly, then of one in each format of the policy's precision.
         kv_bytes: of the key and the value of an exact row alone.
         stored: format that each row has, -1 for an exact one; None at the end of a prompt.
+        read_attention: gives the attention of some of the queries, by index, to every row, at a later choice; 0 where
+            it is said that there is no such query. None at the end of a prompt, where it is computed from the keys.
         ahead: gives the largest attention that each token gets from queries of the prompt that are asked behind it;
             None where what is dropped is not mended by such queries.
         ahead_counts: how many times as much that counts as attention of other queries.
     """
 
     query: Float[Tensor, "b h g q d"]
-    keys: Float[Tensor, "b h t d"]
+    read_keys: Callable[[], Float[Tensor, "b h t d"]]
     read_values: Callable[[], Float[Tensor, "b h t e"]]
     read_spans: Callable[[], tuple[Float[Tensor, "b h t"], Float[Tensor, "b h t"]]]
     value_dim: int
     asked: Bool[Tensor, "b q"]
     query_position: Int[Tensor, "b q"]
-    mask: Bool[Tensor, "b q t"] | Bool[Tensor, "b h q t"] | None
+    mask: Bool[Tensor, "b q t"] | None
     options: LogitOptions
     position: Int[Tensor, "b k t"]
     real: Bool[Tensor, "b k t"]
@@ -55,14 +56,19 @@ class Evidence:
     rotation: Rotation | None
     repetition_peaks: Float[Tensor, "b h t"] | None
     remembered: Float[Tensor, "b h t"] | None = None
-    biases: Float[Tensor, "b h t"] | None = None
     gates: Float[Tensor, "h g"] | None = None
     marks: Float[Tensor, "b k t"] | None = None
     row_bytes: tuple[int, ...] = ()
     kv_bytes: int = 0
     stored: Int[Tensor, " t"] | None = None
+    read_attention: Callable[[Int[Tensor, "b r"], Bool[Tensor, "b r"]], Float[Tensor, "b h g r t"]] | None = None
     ahead: Callable[[], Float[Tensor, "b h t"]] | None = None
     ahead_counts: float = 0.0
+
+    @property
+    def keys(self) -> Float[Tensor, "b h t d"]:
+        """Of every column or row, as numbers; made when they are asked for."""
+        return self.read_keys()
 
     @property
     def values(self) -> Float[Tensor, "b h t e"]:
@@ -103,24 +109,28 @@ class Evidence:
     def attention_by_query(self, rows: int) -> Iterator[tuple[Int[Tensor, "b r"], Float[Tensor, "b h g r t"]]]:
         """As `attention`, and from which position; what that is of rows there are none of says nothing."""
         at, there = self._newest(rows)
-        group, dim = self.query.shape[2], self.query.shape[-1]
-        heads = self.keys.shape[1]
-        index = at[:, None, None, :, None].expand(-1, heads, group, -1, dim)
-        query, columns = self.query.gather(3, index), at + self.keys.shape[2] - self.query.shape[3]
-        positions, added = self.query_position.gather(1, at), self.added
-        for block in query_blocks(query, self.keys.shape[2]):
-            weights = logits_of(query[:, :, :, block], self.keys, self.options)
-            if self.biases is not None:
-                weights = weights + self.biases[:, :, None, None]
+        positions, read = self.query_position.gather(1, at), self.read_attention or self._over_columns()
+        for block in query_blocks(self.query, self.position.shape[-1]):
+            if block.start < at.shape[1]:
+                yield positions[:, block], read(at[:, block], there[:, block])
+
+    def _over_columns(self) -> Callable[[Int[Tensor, "b r"], Bool[Tensor, "b r"]], Float[Tensor, "b h g r t"]]:
+        """What `read_attention` gives, of the columns of a prompt."""
+        keys, added = self.keys, self.added
+        heads, total, first = keys.shape[1], keys.shape[2], keys.shape[2] - self.query.shape[3]
+
+        def read(at: Int[Tensor, "b r"], there: Bool[Tensor, "b r"]) -> Float[Tensor, "b h g r t"]:
+            index = at[:, None, None, :, None].expand(-1, heads, self.query.shape[2], -1, self.query.shape[4])
+            weights = logits_of(self.query.gather(3, index), keys, self.options)
             if added is not None:
                 weights = weights + added[:, :, :, None]
             if self.mask is None:
-                visible = causal(columns[0, block], self.keys.shape[2])[None, None].expand(len(at), -1, -1, -1)
+                visible = causal(at[0] + first, total)[None].expand(len(at), -1, -1)
             else:
-                mask = self.mask if self.mask.dim() == 4 else self.mask[:, None]
-                visible = mask.gather(2, at[:, None, block, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
-            visible = visible & there[:, None, block, None]
-            yield positions[:, block], probabilities(weights, visible[:, :, None], self.options)
+                visible = self.mask.gather(1, at[..., None].expand(-1, -1, total))
+            return probabilities(weights, (visible & there[..., None])[:, None, None], self.options)
+
+        return read
 
     def first_asked(self, rows: int) -> Int[Tensor, " b"]:
         """Position of the first of the last real tokens, so many of them."""

@@ -19,6 +19,7 @@ from headwise.stages.config import LayerConfig
 from headwise.stages.newest import NewestQueries
 from headwise.stages.plan import Plan, pinned_first
 from headwise.stages.repetition import RowFacts, attend_repetition_over_rows
+from headwise.stages.row_attention import RowAttention
 from headwise.stages.steered import LayerMarks
 from headwise.stages.token_log import TokenLog
 from headwise.store.rows import Rows
@@ -77,13 +78,13 @@ class LaterChoices:
             seen: columns that came in; the store has the rows of all.
             since: how many of them there were at the last choice.
         """
-        rows, cache = store.rows("keys", "columns", "scores", "biases"), self._config.cache
+        rows, cache = store.rows("columns", "scores"), self._config.cache
         tokens = self._log.facts(
             rows.columns, rows.keep, rows.scores, seen, plan.prompt, self._config.index, cache.layers
         )
         evidence = self._evidence(rows, tokens, seen, since if self._config.remembers else 0, store)
         if self._config.remembers:
-            evidence = replace(evidence, remembered=self._predicted(rows, tokens, seen, since))
+            evidence = replace(evidence, remembered=self._predicted(rows, tokens, seen, since, store))
             remembered = self._config.policy.remember(evidence)
             assert remembered is not None
             store.replace_scores(remembered)
@@ -122,23 +123,25 @@ class LaterChoices:
         assert self.newest.options is not None
         real, position = self._log.real_at(columns), self._log.positions(columns.expand(len(query), 1, -1))[:, 0]
         gates, marks = self._marks.evidence(rows.columns.masked_fill(~rows.keep, 0))
-        mask = (tokens.position[:, :, None] <= position[:, None, :, None]) & tokens.valid[:, :, None]
+        kernels, of_columns = self._config.cache.kernels, self._marks.of_columns(seen)
+        real_columns = self._log.real_at(torch.arange(seen, device=query.device))
+        attention = RowAttention(query, columns, self.newest.options, store, kernels, real_columns, seen, *of_columns)
         return Evidence(
             query=query,
-            keys=rows.keys,
+            read_keys=lambda: store.rows("keys").keys,
             read_values=lambda: store.rows("values").values,
             read_spans=store.spans,
+            read_attention=attention.of,
             value_dim=store.value_dim,
             asked=there.expand(len(query), -1) if real is None else real & there,
             query_position=position,
-            mask=mask,
+            mask=None,
             options=self.newest.options,
             position=tokens.position,
             real=tokens.valid,
             length=tokens.seen,
             rotation=self._config.rotation,
             repetition_peaks=None,
-            biases=None if rows.biases is None else rows.biases.float(),
             gates=gates,
             marks=marks,
             row_bytes=store.row_bytes,
@@ -146,19 +149,17 @@ class LaterChoices:
             stored=store.row_formats(),
         )
 
-    def _predicted(self, rows: Rows, tokens: Tokens, seen: int, since: int) -> Float[Tensor, "b h n"]:
+    def _predicted(self, rows: Rows, tokens: Tokens, seen: int, since: int, store: RowStore) -> Float[Tensor, "b h n"]:
         """What rows remember; of those that came since, what the gate predicts, which looks at all heads."""
         assert tokens.score is not None
         gate, count = self._config.gate, seen - since
         if gate is None or not count:
             return tokens.score
         fresh = tokens.valid & (rows.columns >= since)
-        at = (rows.columns.long() - since).where(fresh, count)
-        # Where the row of each of these columns is.
-        place = at.new_zeros(*at.shape[:2], count + 1)
-        place.scatter_(2, at, torch.arange(at.shape[2], device=at.device).expand_as(at))
-        keys = rows.keys.gather(2, place[:, :, :count, None].expand(-1, -1, -1, rows.keys.shape[-1]))
+        came = store.gather(fresh, "keys", "columns")
+        # In the order of their columns, the same in all heads; what pads heads goes behind.
+        at = (came.columns.long() - since).where(came.keep, count)[..., None].expand(came.keys.shape)
+        keys = came.keys.new_zeros(*at.shape[:2], count + 1, at.shape[3]).scatter_(2, at, came.keys)[:, :, :count]
         columns = torch.arange(since, seen, device=at.device).expand(len(at), 1, -1)
-        positions = self._log.positions(columns)[:, 0]
-        scores = gate.scores(keys, positions, tokens.seen, self._config.rotation)
-        return scores.gather(2, at.clamp(max=count - 1)).where(fresh, tokens.score)
+        scores = gate.scores(keys, self._log.positions(columns)[:, 0], tokens.seen, self._config.rotation)
+        return scores.gather(2, (rows.columns.long() - since).clamp(0, count - 1)).where(fresh, tokens.score)

@@ -123,7 +123,7 @@ class Observations:
         counts = 0.0 if cache.matching is None else float(cache.matching.ahead)
         return Evidence(
             query=query,
-            keys=keys,
+            read_keys=lambda: keys,
             read_values=lambda: values,
             read_spans=lambda: (span(keys), span(values)),
             value_dim=values.shape[-1],

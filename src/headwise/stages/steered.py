@@ -66,6 +66,12 @@ class LayerMarks:
         assert self._steering.target is None
         return self._steering.gates, self._columns.at(columns)
 
+    def of_columns(self, seen: int) -> tuple[Float[Tensor, "h g"] | None, Float[Tensor, "b m"] | None]:
+        """The same with the marks of all columns that have come."""
+        if self._steering is None or not self._steering.profiled or (marks := self._columns.between(0, seen)) is None:
+            return None, None
+        return self._steering.gates, marks
+
     def decode(self, request: DecodeRequest, kernels: Kernels, fresh: Float[Tensor, "b f"] | None) -> DecodeRequest:
         """A request over rows.
 

@@ -103,6 +103,11 @@ class CodedPages:
         return ("keys", self.format.key_bits, self.key_dim), ("values", self.format.value_bits, self.value_dim)
 
 
+def with_steps(names: Sequence[str]) -> tuple[str, ...]:
+    """Those parts of rows, and what else has to be read of codes to have them as numbers; none stands for all."""
+    return (*names, *(steps for name, steps in _STEPS_OF.items() if name in names))
+
+
 def old_rows(
     precision: Precision, formats: Int[Tensor, "b h"], rank: Int[Tensor, "b h n"], lengths: Int[Tensor, "b h 1"]
 ) -> Bool[Tensor, "b h n"]:
@@ -129,9 +134,9 @@ def encode_old(
     rows = exact.gather(old)
     if precision.later is not None:
         formats = torch.full_like(formats, precision.later)
-    for part, keep in zip(coded, by_format(rows.keep, formats[:, :, None], len(coded)), strict=True):
-        if bool(keep.any()):
-            part.pool.commit(part.pool.occupied(), part.encode(rows.naming(keep)))
+    for part, arriving in zip(coded, _encoded_by_format(rows, formats[:, :, None], coded), strict=True):
+        if arriving is not None:
+            part.pool.commit(part.pool.occupied(), arriving)
     exact.drop(~old)
 
 
@@ -150,23 +155,30 @@ def recode(
     """
     stays = [own & (wanted == now) for now, (own, wanted) in enumerate(zip(keep, formats, strict=True), start=-1)]
     falls = [own & ~same for own, same in zip(keep, stays, strict=True)]
-    coming: list[list[Rows]] = [[] for _ in coded]
+    moving: list[tuple[Rows, Tensor]] = []
     for now, (gone, wanted) in enumerate(zip(falls, formats, strict=True), start=-1):
-        if not bool(gone.any()):
-            continue
-        rows = exact.gather(gone) if now < 0 else coded[now].decode(coded[now].pool.gather(gone))
-        # Listed head by head on both sides.
-        into = torch.full_like(rows.keep, -1, dtype=wanted.dtype)
-        into[rows.keep] = wanted[gone]
-        for part, own, arriving in zip(coded, by_format(rows.keep, into, len(coded)), coming, strict=True):
-            if bool(own.any()):
-                arriving.append(part.encode(rows.naming(own)))
+        if bool(gone.any()):
+            rows = exact.gather(gone) if now < 0 else coded[now].decode(coded[now].pool.gather(gone))
+            # Listed head by head on both sides.
+            into = torch.full_like(rows.keep, -1, dtype=wanted.dtype)
+            into[rows.keep] = wanted[gone]
+            moving.append((rows, into))
+    coming: list[Rows | None] = [None] * len(coded)
+    if moving:
+        rows, into = side_by_side([rows for rows, _ in moving]), torch.cat([into for _, into in moving], dim=-1)
+        coming = _encoded_by_format(rows, into, coded)
     exact.drop(stays[0], spare)
     for part, same, arriving in zip(coded, stays[1:], coming, strict=True):
-        if arriving:
-            part.pool.commit(same, side_by_side(arriving))
-        else:
+        if arriving is None:
             part.pool.drop(same)
+        else:
+            part.pool.commit(same, arriving)
+
+
+def _encoded_by_format(rows: Rows, formats: Int[Tensor, "b h #n"], coded: Sequence[CodedPages]) -> list[Rows | None]:
+    """The rows that go into each format, as its codes; None for a format that none goes into."""
+    named = by_format(rows.keep, formats, len(coded))
+    return [part.encode(rows.naming(own)) if bool(own.any()) else None for part, own in zip(coded, named, strict=True)]
 
 
 def _old_in_pool(

@@ -13,9 +13,8 @@ import torch
 
 from headwise.kernels.interface import PageView
 from headwise.quant.codes import span
-from headwise.store.coded import CodedPages
+from headwise.store.coded import CodedPages, with_steps
 from headwise.store.pages import PagePool
-from headwise.store.row_parts import STEPS
 from headwise.store.rows import Rows, side_by_side
 from headwise.types import Bool, Float, Int, Tensor
 
@@ -89,8 +88,12 @@ class HeldRows:
 
         While frozen, heads are taken to be as long as their pages have room: how long they are, only the device knows.
         """
-        views = [self.exact.view(), *[part.view() for part in self.coded if part.pool.longest]]
+        views = self.held_view()
         return [replace(view, longest=view.capacity) for view in views] if self.frozen else views
+
+    def held_view(self) -> list[PageView]:
+        """The same over as many rows as there are when it is called, in the order of `rows`."""
+        return [self.exact.view(), *[part.view() for part in self.coded if part.pool.longest]]
 
     def kept_columns(self) -> Int[Tensor, "b h n"]:
         """Column of every row; undefined where `occupied` is False."""
@@ -108,7 +111,7 @@ class HeldRows:
 
     def rows(self, *names: str) -> Rows:
         """A copy of everything kept, side by side, as numbers; or of those parts of it."""
-        coded = [part.decode(part.pool.rows(*names, *(STEPS if names else ()))) for part in self.coded]
+        coded = [part.decode(part.pool.rows(*with_steps(names))) for part in self.coded]
         return side_by_side([self.exact.rows(*names), *coded])
 
     def spans(self) -> tuple[Float[Tensor, "b h n"], Float[Tensor, "b h n"]]:
@@ -118,11 +121,12 @@ class HeldRows:
         keys, values = zip(exact, *(part.spans() for part in self.coded), strict=True)
         return _along(list(keys)), _along(list(values))
 
-    def gather(self, named: Bool[Tensor, "b h n"]) -> Rows:
-        """A copy of those rows side by side, as numbers; what pads the shorter heads is 0."""
+    def gather(self, named: Bool[Tensor, "b h n"], *names: str) -> Rows:
+        """A copy of those rows side by side, as numbers, or of those parts of them; what pads shorter heads is 0."""
         exact, *coded = self._cut(named)
-        gathered = [part.decode(part.pool.gather(own)) for part, own in zip(self.coded, coded, strict=True)]
-        return side_by_side([self.exact.gather(exact), *gathered])
+        read = with_steps(names)
+        gathered = [part.decode(part.pool.gather(own, *read)) for part, own in zip(self.coded, coded, strict=True)]
+        return side_by_side([self.exact.gather(exact, *names), *gathered])
 
     # Its parts.
 

@@ -135,8 +135,8 @@ class PagePool:
         parts = {name: pool.flatten(0, 1)[at] for name, pool in self.pools.items() if not names or name in names}
         return Rows(parts, self.occupied())
 
-    def gather(self, named: Bool[Tensor, "b h n"]) -> Rows:
-        """A copy of those rows side by side; what pads the shorter heads is 0."""
+    def gather(self, named: Bool[Tensor, "b h n"], *names: str) -> Rows:
+        """A copy of those rows side by side, or of those parts of them; what pads the shorter heads is 0."""
         counts, at = named.sum(dim=-1, keepdim=True), self.pages.addresses_of(named)
         there = torch.arange(int(counts.max()) if counts.numel() else 0, device=self.device) < counts
 
@@ -145,7 +145,8 @@ class PagePool:
             where = there if rows.dim() == 1 else there[..., None]
             return rows.new_zeros(*there.shape, *rows.shape[1:]).masked_scatter_(where, rows)
 
-        return Rows({name: spread(pool) for name, pool in self.pools.items()}, there)
+        asked = {name: pool for name, pool in self.pools.items() if not names or name in names}
+        return Rows({name: spread(pool) for name, pool in asked.items()}, there)
 
     # How it changes.
 

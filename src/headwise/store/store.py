@@ -130,9 +130,12 @@ class RowStore(HeldRows):
         Waits for the device only where pages run out, which is once in `page_size` rows. While frozen the rows are
         written and not counted: a captured step is replayed more often than this is called.
         """
-        count = keys.shape[2]
+        count, longest = keys.shape[2], self.exact.longest
         if not self.frozen:
             self.exact.pages.reserve(count + self.page_size - 1, least=count)
+            if increments is not None and self.exact.longest < longest:
+                # Padding had been counted, and what has pages now is shorter: there are no rows behind it.
+                increments = torch.cat([increments[..., : self.exact.longest], increments[..., longest:]], dim=-1)
         self.exact.make_fresh(count)
         if scores is None and "scores" in self.exact.pools:
             scores = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
