@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from headwise.kernels import reference
 from headwise.quant.formats import Precision, RowFormat
 from headwise.stages.row_attention import RowAttention
 from headwise.store.rows import Rows
@@ -31,7 +34,7 @@ def held(biased=False, dtype=torch.float32):
 
 
 def asked(store, kernels, **others):
-    options = {"options": LogitOptions(0.3), "real": None, "seen": SEEN} | others
+    options = {"options": LogitOptions(0.3), "seen": SEEN} | others
     query = torch.randn(B, H, G, COUNT, D)
     return RowAttention(query, COLUMNS, store=store, kernels=kernels, **options)
 
@@ -44,9 +47,6 @@ def by_hand(attention, at, there):
         index = int(at[b, r])
         sees = rows.keep[b, h] & (rows.columns[b, h] <= COLUMNS[index]) & there[b, r]
         columns = rows.columns[b, h][sees].long()
-        if attention.real is not None:
-            real = attention.real[b, columns]
-            sees, columns = sees.clone().masked_scatter_(sees, real), columns[real]
         logits = rows.keys[b, h][sees].double() @ attention.query[b, h, g, index].double() * options.scaling
         if options.softcap is not None:
             logits = options.softcap * torch.tanh(logits / options.softcap)
@@ -63,11 +63,9 @@ def by_hand(attention, at, there):
     return found
 
 
-@pytest.mark.parametrize("case", ["plain", "padding", "biases", "softcap", "sinks", "marks", "marks of the first"])
+@pytest.mark.parametrize("case", ["plain", "biases", "softcap", "sinks", "marks", "marks of the first"])
 def test_attention_to_rows_is_that_by_hand(case, kernels):
     store, others = held(case == "biases"), {}
-    if case == "padding":
-        others["real"] = torch.rand(B, SEEN) < 0.8
     if case == "softcap":
         others["options"] = LogitOptions(0.3, softcap=1.5)
     if case == "sinks":
@@ -82,6 +80,15 @@ def test_attention_to_rows_is_that_by_hand(case, kernels):
     assert found.dtype is torch.float32 and bool((found[0, :, :, 0] == 0).all())
     # A code is off by less than this where it is multiplied as it is.
     torch.testing.assert_close(found.double(), by_hand(attention, at, there), atol=2e-4, rtol=2e-3)
+
+
+def test_what_a_choice_costs_does_not_grow_with_what_was_seen(monkeypatch):
+    asked_for = []
+    kernels = replace(reference.KERNELS, ragged_decode=lambda request: asked_for.append(request) or decode(request))
+    decode, attention = reference.KERNELS.ragged_decode, asked(held(), kernels)
+    attention.of(torch.tensor([[2, 3], [3, 4]]), torch.ones(2, 2, dtype=torch.bool))
+    # The columns from that of the first query on, 28 to 36, and one for whatever came before.
+    assert {request.mask.shape[2] for request in asked_for} == {10}
 
 
 def test_it_is_over_rows_that_are_there_while_steps_are_captured(kernels):

@@ -124,8 +124,7 @@ class LaterChoices:
         real, position = self._log.real_at(columns), self._log.positions(columns.expand(len(query), 1, -1))[:, 0]
         gates, marks = self._marks.evidence(rows.columns.masked_fill(~rows.keep, 0))
         kernels, of_columns = self._config.cache.kernels, self._marks.of_columns(seen)
-        real_columns = self._log.real_at(torch.arange(seen, device=query.device))
-        attention = RowAttention(query, columns, self.newest.options, store, kernels, real_columns, seen, *of_columns)
+        attention = RowAttention(query, columns, self.newest.options, store, kernels, seen, *of_columns)
         return Evidence(
             query=query,
             read_keys=lambda: store.rows("keys").keys,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headwise.kernels.interface import DecodeRequest, Kernels, Marks
+from headwise.kernels.interface import DecodeRequest, Kernels, Marks, PageView
 from headwise.store.store import RowStore
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
@@ -19,10 +19,9 @@ class RowAttention:
     """Attention over the rows of a store, as it was when they were chosen from.
 
     Attributes:
-        query, columns: queries of the newest tokens, and the columns of these.
+        query, columns: queries of the newest tokens, and the columns of these, which ascend.
         options: how the model makes logits.
-        real: which of the columns that have come are no padding; None where all are.
-        seen: columns that have come.
+        seen: columns that have come; the store has rows of none that is padding.
         gates, marks: what their product adds to the logits of every column, where that is looked at: of the query
             heads, and of the first columns.
     """
@@ -32,7 +31,6 @@ class RowAttention:
     options: LogitOptions
     store: RowStore
     kernels: Kernels
-    real: Bool[Tensor, "b seen"] | None
     seen: int
     gates: Float[Tensor, "h g"] | None = None
     marks: Float[Tensor, "b m"] | None = None
@@ -46,15 +44,26 @@ class RowAttention:
         """
         batch, heads, group, _, dim = self.query.shape
         query = self.query.gather(3, at[:, None, None, :, None].expand(-1, heads, group, -1, dim))
-        mask = self.columns[at][..., None] >= torch.arange(self.seen, device=at.device)
-        mask = mask & there[..., None]
-        if self.real is not None:
-            mask = mask & self.real[:, None]
+        own = self.columns[at]
+        first, views = self._from(own.masked_fill(~there, self.seen))
+        mask = (own[..., None] >= torch.arange(first, self.seen + 1, device=at.device)) & there[..., None]
         exact = self.store.exact.pools
         keys, values = (exact[name].new_empty(batch, heads, 0, exact[name].shape[-1]) for name in ("keys", "values"))
-        request = DecodeRequest(query, self.store.held_view(), keys, values, mask, self.options, with_mass=True)
+        request = DecodeRequest(query, views, keys, values, mask, self.options, with_mass=True)
         # The mass is summed over a group, so each of its heads makes one by itself.
         return torch.stack([self._of_head(request, g) for g in range(group)], dim=2)
+
+    def _from(self, columns: Int[Tensor, "b r"]) -> tuple[int, list[PageView]]:
+        """The first column that matters to queries of those columns, and the pages, whose columns count from there.
+
+        Every query sees all that was there before the first of them, which is one column, so that a mask does not grow
+        with what was seen. Marks are looked up by the true columns.
+        """
+        views, first = self.store.held_view(), min(self.seen, int(columns.min()))
+        if self.marks is not None:
+            return 0, views
+        columns_of = [view.columns for view in views if view.columns is not None]
+        return first, [replace(v, columns=(own - first).clamp(min=0)) for v, own in zip(views, columns_of, strict=True)]
 
     def _of_head(self, request: DecodeRequest, g: int) -> Float[Tensor, "b h r n"]:
         own, options, marks = slice(g, g + 1), request.options, None
