@@ -23,7 +23,7 @@ CONTRACT_TESTS := $(addprefix tests/test_,generate_matrix.py contract_*.py persi
 PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --durations=30
 SHAPES := --jaxtyping-packages=headwise,beartype.beartype
 
-.PHONY: demo test test-all test-oldest soak check check-memory format results model gpu vllm test-vllm serve-vllm serve-vllm-measured clean
+.PHONY: demo test test-all test-oldest soak check check-memory format results model gpu test-browser vllm test-vllm serve-vllm serve-vllm-measured clean
 
 demo: model
 	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
@@ -90,6 +90,11 @@ $(OLD_VENV)/.ready: $(VENV)/.ready
 		> "$$($(OLD_VENV)/bin/python $(PURELIB))/newest.pth"
 	$(BIN)/python -m pip --python $(OLD_VENV)/bin/python $(PIP_INSTALL) "$(OLDEST)" "$(OLDEST_TRITON)"
 	touch $@
+
+# In Chromium as the system has it (apt-get install chromium).
+test-browser: $(VENV)/.ready
+	$(BIN)/python -m pip $(PIP_INSTALL) -e ".[browser]"
+	$(BIN)/python -m pytest --durations=5 tests/in_browser
 
 # An environment of its own, of about 3.7 GB: vLLM wants other releases.
 vllm: $(VLLM_VENV)/.ready

@@ -83,6 +83,28 @@ def whole_file(target: Path, what: str = "") -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+def check_target_file(path: str | Path, what: str) -> Path:
+    """Where a file will be written, looked at before any work is done for it.
+
+    Args:
+        what: it is, for complaints.
+
+    Raises:
+        InputError: when no file can be written there.
+    """
+    if str(path) == "-":
+        raise InputError(f"{what} needs the name of a file; it cannot go to standard output")
+    # The file behind a link is what should change, not the link.
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise InputError(f"cannot write {what} to {str(path)!r}: it is not a file")
+    if not target.parent.is_dir():
+        raise InputError(f"cannot write {what} to {str(path)!r}: there is no folder {str(target.parent)!r}")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {what} to {str(path)!r}: the folder is not writable")
+    return target
+
+
 def write_text(target: Path, text: str) -> None:
     """Write a UTF-8 file, whole or not at all.
 

@@ -18,6 +18,7 @@ from headwise.cli.doctor import doctor
 from headwise.cli.eval import evaluations
 from headwise.cli.exit_codes import BAD_INPUT, BROKEN_PIPE, INTERRUPTED
 from headwise.cli.generate import generate
+from headwise.cli.inspect import inspect
 from headwise.cli.invocation import words
 from headwise.cli.lm_eval import SETTINGS, lm_eval
 from headwise.cli.policies import policies
@@ -58,6 +59,7 @@ def _options(
 
 app.command()(generate)
 app.command()(profile)
+app.command()(inspect)
 app.command()(policies)
 app.command()(doctor)
 app.command()(bench)

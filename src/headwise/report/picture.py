@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headwise.errors import CacheStateError, ConfigurationError, InputError
-from headwise.files import whole_file
+from headwise.errors import CacheStateError, ConfigurationError
+from headwise.files import check_target_file, whole_file
 from headwise.units import format_bytes
 
 if TYPE_CHECKING:
@@ -76,17 +75,7 @@ def check_target(path: str | Path) -> Path:
         InputError: when no file can be written there.
     """
     check_matplotlib()
-    if str(path) == "-":
-        raise InputError("a picture needs the name of a file; it cannot go to standard output")
-    # The file behind a link is what should change, not the link.
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise InputError(f"cannot write a picture to {str(path)!r}: it is not a file")
-    if not target.parent.is_dir():
-        raise InputError(f"cannot write a picture to {str(path)!r}: there is no folder {str(target.parent)!r}")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write a picture to {str(path)!r}: the folder is not writable")
-    return target
+    return check_target_file(path, "a picture")
 
 
 def _draw(report: Report, sequence: int) -> Any:
