@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from headwise.errors import CacheStateError, ConfigurationError, InputError
 from headwise.policies import FastGen
 from headwise.report import picture
-from headwise.report.report import LayerReport, Report
+from headwise.report.layer_report import LayerReport
+from headwise.report.report import Report
 
 RUNGS = tuple(rung.label for rung in FastGen(0.9).rungs)
 SEEN = 200

@@ -15,6 +15,9 @@ HeadwiseWarning             something works, but perhaps not as meant
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class HeadwiseError(Exception):
     """Base of every error that headwise raises on purpose."""
@@ -54,3 +57,9 @@ class ModelNotFoundError(HeadwiseError, OSError):
 
 class HeadwiseWarning(UserWarning):
     """Something works, but perhaps not as meant."""
+
+
+def or_nearest(name: object, known: Iterable[str]) -> str:
+    """What an error about an unknown name ends with: the nearest that there is, or nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from headwise.cli.loading import check_kernel, parse_dtype
+from headwise.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,7 +111,7 @@ def read_cache_request(
         ConfigurationError: for a word or number that cannot be.
         InputError: when there are no kernels of LESS in the folder, or none came with headwise.
     """
-    from headwise.policies.words import build_policy, in_bits, matched, read_budget, remembering
+    from headwise.policies.words import build_policy, in_bits, matched, parse_policy, read_budget, remembering
 
     # Who says whether there are to be gates is not asked again.
     recommended = policy is None and not any(s.startswith("gate=") for s in settings or ())
@@ -118,7 +119,14 @@ def read_cache_request(
         policy, match = "auto", not (less or less_kernels is not None)
         sized = recovery is not None or budget is not None or any(s.startswith(_SIZES) for s in settings or ())
         settings = [*(settings or ()), *([] if sized else ["ratio=0.25"])]
-    chosen = build_policy(policy, recovery, settings or (), budgeted=budget is not None)
+    if ":" in policy or "+" in policy:
+        if settings or recovery is not None:
+            raise ConfigurationError(
+                f"--policy {policy} says its parameters itself; --set and --recovery go with a name"
+            )
+        chosen = parse_policy(policy, budgeted=budget is not None)
+    else:
+        chosen = build_policy(policy, recovery, settings or (), budgeted=budget is not None)
     if bits is not None:
         chosen = in_bits(chosen, bits)
     if less or less_kernels is not None:

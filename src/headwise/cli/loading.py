@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from headwise.errors import ConfigurationError
+from headwise.errors import ConfigurationError, or_nearest
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ def parse_dtype(name: str) -> torch.dtype | None:
     import torch
 
     if name not in _DTYPES:
-        raise ConfigurationError(f"unknown dtype {name!r}; one of {', '.join(_DTYPES)}")
+        raise ConfigurationError(f"unknown dtype {name!r}; one of {', '.join(_DTYPES)}" + or_nearest(name, _DTYPES))
     dtype: torch.dtype | None = None if name == "auto" else getattr(torch, name)
     return dtype
 

@@ -17,6 +17,7 @@ from headwise.cli.compare import compare
 from headwise.cli.doctor import doctor
 from headwise.cli.eval import evaluations
 from headwise.cli.exit_codes import BAD_INPUT, BROKEN_PIPE, INTERRUPTED
+from headwise.cli.fit import fit
 from headwise.cli.generate import generate
 from headwise.cli.inspect import inspect
 from headwise.cli.invocation import words
@@ -60,6 +61,7 @@ def _options(
 app.command()(generate)
 app.command()(profile)
 app.command()(inspect)
+app.command()(fit)
 app.command()(policies)
 app.command()(doctor)
 app.command()(bench)

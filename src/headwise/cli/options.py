@@ -33,16 +33,19 @@ Raw = Annotated[
 PolicyName = Annotated[
     str,
     typer.Option(
-        "--policy", metavar="NAME", help="What to keep; `headwise policies` lists them.", rich_help_panel=POLICY
+        "--policy",
+        metavar="SPEC",
+        help="What to keep: a name, or one with parameters such as snapkv:keep=0.25; `headwise policies` lists them.",
+        rich_help_panel=POLICY,
     ),
 ]
 Recommended = Annotated[
     str | None,
     typer.Option(
         "--policy",
-        metavar="NAME",
-        help="What to keep; `headwise policies` lists them. Unless given, auto:ratio=0.25+match, by gates where there "
-        "are some for the model.",
+        metavar="SPEC",
+        help="What to keep: a name, or one with parameters such as snapkv:keep=0.25+int8; `headwise policies` lists "
+        "them. Unless given, auto:ratio=0.25+match, by gates where there are some for the model.",
         rich_help_panel=POLICY,
     ),
 ]

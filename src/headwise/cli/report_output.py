@@ -11,7 +11,8 @@ from headwise.cli.tables import facts_table, plain_table
 
 if TYPE_CHECKING:
     from headwise.policies import Policy
-    from headwise.report.report import LayerReport, Report
+    from headwise.report.layer_report import LayerReport
+    from headwise.report.report import Report
 
 # Layers of a table of heads between two lines.
 _SECTION = 5

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from headwise.report.report import LayerReport, Report
+from headwise.report.layer_report import LayerReport
+from headwise.report.report import Report
 
 _SIZES = ("used_bytes", "allocated_bytes", "full_bytes")
 

@@ -10,7 +10,7 @@ import importlib
 
 import torch
 
-from headwise.errors import ConfigurationError
+from headwise.errors import ConfigurationError, or_nearest
 from headwise.kernels.interface import DTYPES, Kernels
 from headwise.quant.formats import Precision
 
@@ -81,7 +81,9 @@ def check_name(name: str) -> None:
         ConfigurationError: with the names there are.
     """
     if name not in (AUTO, *NAMES):
-        raise ConfigurationError(f"unknown kernel {name!r}; available: {', '.join((AUTO, *NAMES))}")
+        raise ConfigurationError(
+            f"unknown kernel {name!r}; available: {', '.join((AUTO, *NAMES))}" + or_nearest(name, (AUTO, *NAMES))
+        )
 
 
 def _kernels(name: str) -> Kernels:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headwise.contract import LayerShape
-from headwise.errors import ConfigurationError
+from headwise.errors import ConfigurationError, or_nearest
 from headwise.hosts.transformers.model_facts import kv_heads
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def find_shape(name: str) -> Shape:
         ConfigurationError: with the names there are.
     """
     if name not in SHAPES:
-        raise ConfigurationError(f"unknown shape {name!r}; one of {', '.join(SHAPES)}")
+        raise ConfigurationError(f"unknown shape {name!r}; one of {', '.join(SHAPES)}" + or_nearest(name, SHAPES))
     return SHAPES[name]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from headwise.errors import ConfigurationError
+from headwise.errors import ConfigurationError, or_nearest
 from headwise.measure.contrasts import FACTS, Contrast, made_contrasts, read_contrasts
 from headwise.measure.instructions import INSTRUCTIONS, made_instructions
 
@@ -23,6 +23,6 @@ def contrasts_of(name: str, count: int, seed: int) -> list[Contrast]:
     if name in FACTS:
         return made_contrasts(name, count, seed)
     if not Path(name).is_file():
-        raise ConfigurationError(f"{name!r} is neither a file nor one of {', '.join(KINDS)}")
+        raise ConfigurationError(f"{name!r} is neither a file nor one of {', '.join(KINDS)}" + or_nearest(name, KINDS))
     found = read_contrasts(Path(name))
     return random.Random(f"contrasts {seed}").sample(found, min(count, len(found)))

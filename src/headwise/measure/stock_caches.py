@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
 from headwise.errors import ConfigurationError
-from headwise.report.report import LayerReport
+from headwise.report.layer_report import LayerReport
 from headwise.types import Tensor
 
 # The backends of `QuantizedCache`, in the order "auto" tries them, and the package each needs.

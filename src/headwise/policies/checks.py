@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headwise.errors import ConfigurationError
+from headwise.errors import ConfigurationError, or_nearest
 from headwise.policies.size import Size
 
 # Columns are stored as 32-bit integers.
@@ -56,7 +56,9 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         ConfigurationError: with the choices in its message.
     """
     if value not in choices:
-        raise ConfigurationError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ConfigurationError(
+            f"{name} must be one of {', '.join(choices)}, got {value!r}" + or_nearest(value, choices)
+        )
 
 
 def check_switch(name: str, value: object) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from headwise.errors import ConfigurationError
+from headwise.errors import ConfigurationError, or_nearest
 from headwise.policies.base import Policy, Rule
 from headwise.policies.checks import check_choice, check_size, check_switch, check_target
 from headwise.policies.choice import Selection
@@ -127,7 +127,9 @@ class FastGen(Policy):
         names = rung.split("+")
         for name in names:
             if name not in parts:
-                raise ConfigurationError(f"unknown rule {name!r} in the ladder; rules are: {', '.join(parts)}")
+                raise ConfigurationError(
+                    f"unknown rule {name!r} in the ladder; rules are: {', '.join(parts)}" + or_nearest(name, parts)
+                )
         if names == ["full"]:
             return Full()
         if self.sinks and "sinks" not in names:

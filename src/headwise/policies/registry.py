@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields
 from functools import cache
 from typing import TypeVar
 
-from headwise.errors import ConfigurationError, UnknownPolicyError
+from headwise.errors import ConfigurationError, UnknownPolicyError, or_nearest
 from headwise.policies.base import Policy
 
 _POLICIES: dict[str, type[Policy]] = {}
@@ -77,7 +77,9 @@ def create_policy(name: str, **parameters: object) -> Policy:
     for parameter in parameters:
         if parameter not in accepted:
             offered = ", ".join(accepted) or "none"
-            raise ConfigurationError(f"policy {name!r} has no parameter {parameter!r}; it has: {offered}")
+            raise ConfigurationError(
+                f"policy {name!r} has no parameter {parameter!r}; it has: {offered}" + or_nearest(parameter, accepted)
+            )
     missing = [n for n, f in accepted.items() if f.default is MISSING and n not in parameters]
     if missing:
         raise ConfigurationError(f"policy {name!r} needs a value for: {', '.join(missing)}")

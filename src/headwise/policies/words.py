@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from headwise.errors import ConfigurationError
+from headwise.errors import ConfigurationError, or_nearest
 
 if TYPE_CHECKING:
     from headwise.policies.base import Policy
@@ -77,7 +77,10 @@ def matched(policy: Policy, settings: Sequence[str] = ()) -> Match:
     _add(given, settings, accepted, "+match:")
     unknown = given.keys() - accepted.keys()
     if unknown:
-        raise ConfigurationError(f"match has no parameter {min(unknown)!r}; it has: {', '.join(accepted)}")
+        raise ConfigurationError(
+            f"match has no parameter {min(unknown)!r}; it has: {', '.join(accepted)}"
+            + or_nearest(min(unknown), accepted)
+        )
     return Match(policy, **given)
 
 

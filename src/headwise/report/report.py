@@ -1,4 +1,4 @@
-"""7/7 report: what a cache holds -> data, a table and a picture: bytes used, allocated and saved, rule per head."""
+"""7/7 report: what the layers of a cache hold -> data and a table: bytes used, allocated and saved, rule per head."""
 
 from __future__ import annotations
 
@@ -6,97 +6,16 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from headwise.report.formats import Names, format_names, rows_by_format
-from headwise.report.rows import kept_media, pinned_bytes, share_of
+from headwise.report.formats import Names
+from headwise.report.html import report_html
+from headwise.report.layer_report import LayerReport
+from headwise.report.rows import share_of
 from headwise.report.steered import Steered
 from headwise.report.words import mended_words, remembered_words
-from headwise.stages.layer import LayerCache
 from headwise.types import Tensor
-from headwise.units import format_bytes, storage_bytes
-
-_UNCHOSEN = "undecided"
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer: its bytes and, where headwise compresses it, what each head keeps and why.
-
-    Attributes:
-        kept_tokens: stored rows, `[batch, KV heads]`; None for a layer that is not headwise's.
-        rules: name of the rule of each head, an array of the same shape; None likewise.
-        recovered: mass that every rung retains, `[rungs, batch, KV heads]`; None where nothing was chosen.
-        sampled: share of the prompt's query rows that the profile read; None where there was no profile.
-        found: share of the mass that the budget let every head retain, `[batch]`; None where no budget was given.
-        memory_bytes: what LESS holds of evicted rows; a part of the bytes used.
-        weight_bytes: the kernels of LESS, which all caches share and none of the other numbers counts.
-        formats: of each head's older rows, such as "K8V4" or "K8V8+K4V4", an array of the same shape; None where all
-            rows are exact.
-        rows_by_format: rows of all its heads by how they are stored; None or nothing where all are exact.
-        kept_media: of the kept tokens, those that stand for images, videos and sounds, of the same shape; None where
-            the policy does not look at what tokens are.
-        matched: error of each head's outputs for reference queries before and after rows were refitted, as a share of
-            their size, `[2, batch, KV heads]`; None where they were not.
-        pinned_bytes: of rows that are kept because a user marked them; a part of the bytes used.
-    """
-
-    used_bytes: int
-    allocated_bytes: int
-    full_bytes: int
-    kept_tokens: Tensor | None = None
-    rules: Names | None = None
-    rungs: tuple[str, ...] = ()
-    recovered: Tensor | None = None
-    sampled: float | None = None
-    found: Tensor | None = None
-    memory_bytes: int = 0
-    weight_bytes: int = 0
-    formats: Names | None = None
-    rows_by_format: dict[str, int] | None = None
-    kept_media: Tensor | None = None
-    matched: Tensor | None = None
-    pinned_bytes: int = 0
-
-    @classmethod
-    def of_stock(cls, tensors: list[Tensor]) -> LayerReport:
-        """A layer that stays as transformers made it: the same with headwise and without."""
-        size = storage_bytes(tensors)
-        return cls(sum(tensor.nbytes for tensor in tensors), size, size)
-
-    @classmethod
-    def of(cls, layer: LayerCache) -> LayerReport:
-        """A compressed layer."""
-        kept, features = layer.kept_tokens, layer.evicted.features
-        weight_bytes = 0 if features is None else features.nbytes
-        if kept is None:
-            return cls(0, 0, 0, weight_bytes=weight_bytes)
-        plan = layer.plan
-        labels = (_UNCHOSEN,) if plan is None else tuple(rung.label for rung in plan.rungs)
-        choice = np.zeros(tuple(kept.shape), dtype=int) if plan is None else plan.choice.cpu().numpy()
-        selection = layer.config.policy.selection
-        budgeted = plan is not None and selection is not None and selection.keep is not None
-        rows_read = layer.prompt.observations.mass.rows_read
-        profiled = plan is not None and rows_read and plan.prompt.numel()
-        return cls(
-            used_bytes=layer.used_bytes,
-            allocated_bytes=storage_bytes(layer.tensors()),
-            full_bytes=kept.numel() * layer.seen * layer.full_row_bytes,
-            kept_tokens=kept.cpu(),
-            rules=np.array(labels)[choice],
-            rungs=labels,
-            recovered=None if plan is None or plan.recovered is None else plan.recovered.cpu(),
-            sampled=min(1.0, rows_read / max(1, int(plan.prompt.max()))) if plan and profiled else None,
-            found=plan.threshold.clamp(max=1).cpu() if plan and budgeted and plan.threshold is not None else None,
-            memory_bytes=layer.evicted_bytes,
-            weight_bytes=weight_bytes,
-            formats=None if layer.store is None else format_names(layer.store),
-            rows_by_format={} if layer.store is None else rows_by_format(layer.store),
-            kept_media=kept_media(layer),
-            pinned_bytes=pinned_bytes(layer),
-            matched=None if plan is None or plan.matched is None else plan.matched.cpu(),
-        )
+from headwise.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -236,7 +155,8 @@ class Report:
         return mean
 
     @property
-    def _any_media(self) -> bool:
+    def any_media(self) -> bool:
+        """Whether anything that is kept stands for an image, a video or a sound."""
         return any(kept is not None and bool(kept.any()) for kept in self.kept_media)
 
     def to_dict(self) -> dict[str, Any]:
@@ -261,20 +181,21 @@ class Report:
             **({"rows_by_format": self.rows_by_format} if self.format_counts else {}),
             "kept_tokens": [None if kept is None else kept.tolist() for kept in self.kept_tokens],
             "rules": [None if rules is None else rules.tolist() for rules in self.rules],
-            **({"kept_media": [None if m is None else m.tolist() for m in self.kept_media]} if self._any_media else {}),
+            **({"kept_media": [None if m is None else m.tolist() for m in self.kept_media]} if self.any_media else {}),
             **({"matched": [None if m is None else m.tolist() for m in self.matched]} if self.mean_error else {}),
             **({"steering": self.steering.to_dict(), "pinned_bytes": self.pinned_bytes} if self.steering else {}),
             **({"formats": [None if f is None else f.tolist() for f in self.formats]} if self.format_counts else {}),
         }
 
-    def __str__(self) -> str:
+    def lines(self) -> list[tuple[str, str]]:
+        """What there is to be said, as names and words, in order; printing it shows these."""
         saved = f"{self.saved_bytes / self.full_bytes:.1%}" if self.full_bytes else "-"
         lines = [
             ("policy", self.policy),
             *([("asked for", self.asked)] if self.asked else []),
             ("tokens seen", f"{self.seen_tokens:,}"),
             ("tokens kept", f"{self.kept_ratio:.1%} of all rows"),
-            *([("of them media", share_of(self.kept_media, self.kept_tokens))] if self._any_media else []),
+            *([("of them media", share_of(self.kept_media, self.kept_tokens))] if self.any_media else []),
             ("memory used", format_bytes(self.used_bytes)),
             *([("of it marked", format_bytes(self.pinned_bytes))] if self.steering else []),
             ("memory held", format_bytes(self.allocated_bytes)),
@@ -296,5 +217,13 @@ class Report:
         lines += [(f"  {name}", f"{count} of {total} heads") for name, count in self.rule_counts.items()]
         rows = sum(self.rows_by_format.values())
         lines += [(f"  {name}", f"{count:,} of {rows:,} rows") for name, count in self.rows_by_format.items()]
+        return lines
+
+    def __str__(self) -> str:
+        lines = self.lines()
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook."""
+        return report_html(self.lines(), self.allocated_bytes / self.full_bytes if self.full_bytes else 0.0)

@@ -29,6 +29,7 @@ from headwise.hosts.transformers.stock_layers import renew_stock
 from headwise.kernels.backends import AUTO, choose
 from headwise.policies.base import Policy
 from headwise.policies.budget import with_budget
+from headwise.policies.words import parse_policy
 from headwise.report.report import Report
 from headwise.stages.ambient import methods_alone
 from headwise.stages.assemble import Assembly, assemble
@@ -57,7 +58,7 @@ class HeadwiseCache(OfParts, Cache):
 
     Args:
         model: a causal language model of transformers.
-        policy: what to keep.
+        policy: what to keep, or as words: "auto:ratio=0.25,gate=true+match", as on the command line.
         tokenizer: needed by policies that look at the kind of a token, such as `FastGen`.
         markers: texts such as "[INST]" that count as special tokens.
         prompt_tokens: columns of the prompt, padding included, where it comes in several passes.
@@ -84,7 +85,7 @@ class HeadwiseCache(OfParts, Cache):
     def __init__(
         self,
         model: PreTrainedModel,
-        policy: Policy,
+        policy: Policy | str,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         markers: Sequence[str] = (),
@@ -98,6 +99,8 @@ class HeadwiseCache(OfParts, Cache):
     ) -> None:
         facts, stock = read_facts(model)
         dtype = cache_dtype or model.dtype
+        if isinstance(policy, str):
+            policy = parse_policy(policy, budgeted=budget is not None)
         if budget is not None and isinstance(policy, Policy):
             policy = with_budget(policy, budget, facts.compressed_shapes, dtype)
         check_options(policy, tokenizer, prompt_tokens)
@@ -262,7 +265,7 @@ class HeadwiseCache(OfParts, Cache):
         save(self._parts, self.passes, self._owner, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, model: PreTrainedModel, policy: Policy, **options: Any) -> HeadwiseCache:
+    def load(cls, path: str | Path, model: PreTrainedModel, policy: Policy | str, **options: Any) -> HeadwiseCache:
         """A cache as `save` left it, for the same model and policy.
 
         Args:

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from headwise.contract import tensors_of
 from headwise.errors import CacheStateError, InputError, MismatchError
 from headwise.hosts.transformers.attention import LAYER_ATTRIBUTE, PassObserver, active_cache
-from headwise.report.report import LayerReport
+from headwise.report.layer_report import LayerReport
 from headwise.stages.layer import LayerCache
 from headwise.stages.saved import load_layer, save_layer
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor

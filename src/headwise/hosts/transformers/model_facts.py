@@ -54,9 +54,14 @@ def read_facts(model: PreTrainedModel) -> tuple[ModelFacts, list[CacheLayerMixin
     return ModelFacts(type(model).__name__, model, model.dtype, device_of(decoder), _KNOWN[decoder]), stock
 
 
-def _layer_facts(layer: CacheLayerMixin, trial: LayerTrial, rotations: Sequence[Rotation]) -> LayerFacts:
+def keeps_every_token(layer: CacheLayerMixin) -> bool:
+    """Whether a layer of transformers holds all that was read, and perhaps a state beside it."""
     # The exact type: subclasses are layers of other kinds, which stay as they are.
-    full = type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+    return type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+
+
+def _layer_facts(layer: CacheLayerMixin, trial: LayerTrial, rotations: Sequence[Rotation]) -> LayerFacts:
+    full = keeps_every_token(layer)
     obstacle = trial.obstacle if full else None
     rotation = next((each for each in rotations if same_but_for_position(trial, each)), None)
     readers = max(1, len(trial.readers))

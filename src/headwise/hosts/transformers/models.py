@@ -14,7 +14,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from headwise.errors import ModelNotFoundError
 
@@ -47,6 +54,21 @@ def load_model(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelNotFoundError(f"cannot load the model {str(name)!r}: {reason}") from error
     return model.to(target).eval(), tokenizer
+
+
+def load_config(name: str | Path | None) -> tuple[str, PreTrainedConfig]:
+    """The name and the configuration of a model of the Hub or of a local folder; of the default one for None.
+
+    Raises:
+        ModelNotFoundError: when it is in neither place or cannot be read.
+    """
+    where = find_default_model() if name is None else name
+    shown = str(name or os.environ.get("HEADWISE_MODEL") or DEFAULT_MODEL)
+    try:
+        return shown, AutoConfig.from_pretrained(where)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelNotFoundError(f"cannot read the configuration of {shown!r}: {reason}") from error
 
 
 def load_default_model(
