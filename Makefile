@@ -23,7 +23,7 @@ CONTRACT_TESTS := $(addprefix tests/test_,generate_matrix.py contract_*.py persi
 PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --durations=30
 SHAPES := --jaxtyping-packages=headwise,beartype.beartype
 
-.PHONY: demo test test-all test-oldest soak check check-memory format results model gpu test-browser vllm test-vllm serve-vllm serve-vllm-measured clean
+.PHONY: demo test test-all test-oldest soak check check-memory format results model gpu site test-browser vllm test-vllm serve-vllm serve-vllm-measured clean
 
 demo: model
 	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
@@ -90,6 +90,11 @@ $(OLD_VENV)/.ready: $(VENV)/.ready
 		> "$$($(OLD_VENV)/bin/python $(PURELIB))/newest.pth"
 	$(BIN)/python -m pip --python $(OLD_VENV)/bin/python $(PIP_INSTALL) "$(OLDEST)" "$(OLDEST_TRITON)"
 	touch $@
+
+# The site, into site/, without a network; a broken link is an error.
+site: $(VENV)/.ready
+	$(BIN)/python -m pip $(PIP_INSTALL) -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 # In Chromium as the system has it (apt-get install chromium).
 test-browser: $(VENV)/.ready

@@ -9,6 +9,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from headwise.errors import or_nearest
 from headwise.version import __version__
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from headwise.hosts.transformers.cache import HeadwiseCache
     from headwise.hosts.transformers.graph import DecodeGraph
     from headwise.hosts.transformers.marked import encode_marked
-    from headwise.hosts.transformers.models import load_default_model, load_model
+    from headwise.hosts.transformers.models import find_default_model, load_default_model, load_model
     from headwise.less.checkpoint import load_kernels
     from headwise.less.features import LessKernels
     from headwise.policies import (
@@ -115,6 +116,7 @@ __all__ = [
     "__version__",
     "create_policy",
     "encode_marked",
+    "find_default_model",
     "list_policies",
     "load_default_model",
     "load_kernels",
@@ -144,6 +146,7 @@ _HOMES = {
     "UnknownPolicyError": "headwise.errors",
     "UnsupportedModelError": "headwise.errors",
     "encode_marked": "headwise.hosts.transformers.marked",
+    "find_default_model": "headwise.hosts.transformers.models",
     "load_default_model": "headwise.hosts.transformers.models",
     "load_kernels": "headwise.less.checkpoint",
     "load_model": "headwise.hosts.transformers.models",
@@ -157,7 +160,7 @@ def __getattr__(name: str) -> Any:
         warnings.warn(f"headwise.{name} is now headwise.{current}", DeprecationWarning, stacklevel=2)
         return getattr(policies, current)
     if name not in __all__:
-        raise AttributeError(f"module 'headwise' has no attribute {name!r}")
+        raise AttributeError(f"module 'headwise' has no attribute {name!r}{or_nearest(name, __all__)}")
     value = getattr(import_module(_HOMES.get(name, "headwise.policies")), name)
     globals()[name] = value
     return value
