@@ -23,7 +23,7 @@ CONTRACT_TESTS := $(addprefix tests/test_,generate_matrix.py contract_*.py persi
 PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --durations=30
 SHAPES := --jaxtyping-packages=headwise,beartype.beartype
 
-.PHONY: demo test test-all test-oldest soak check check-memory format results model gpu site test-browser vllm test-vllm serve-vllm serve-vllm-measured clean
+.PHONY: demo test test-all test-oldest soak check check-memory format results model gpu site test-notebooks release-check test-browser vllm test-vllm serve-vllm serve-vllm-measured clean
 
 demo: model
 	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
@@ -95,6 +95,16 @@ $(OLD_VENV)/.ready: $(VENV)/.ready
 site: $(VENV)/.ready
 	$(BIN)/python -m pip $(PIP_INSTALL) -e ".[docs]"
 	$(BIN)/python -m mkdocs build --strict --quiet
+
+# Every notebook of examples/, from its first cell to its last, on the default model.
+test-notebooks: model
+	$(BIN)/python -m pip $(PIP_INSTALL) "nbmake>=1.5" "ipykernel>=6"
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 examples
+
+# The wheel, and whether it alone does what the tutorial says.
+release-check: model
+	$(BIN)/python -m pip $(PIP_INSTALL) "build>=1.2"
+	$(BIN)/python tools/release_check.py
 
 # In Chromium as the system has it (apt-get install chromium).
 test-browser: $(VENV)/.ready

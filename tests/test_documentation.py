@@ -6,10 +6,11 @@ import re
 from pydoc_data.topics import topics
 
 import pytest
+from pages import ROOT, blocks, pages
 
 import chatty
 import headwise
-from documented import KNOWN, ROOT, RUN, blocks, pages, run
+from documented import KNOWN, RUN, run
 from headwise.cli.main import app
 from headwise.policies import registry
 

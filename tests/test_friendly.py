@@ -26,7 +26,7 @@ def test_a_cache_takes_a_policy_in_words(tmp_path):
     assert cache.policy == headwise.Quantized(headwise.SnapKV(keep=0.25, window=4), 8)
     cache.save(tmp_path / "saved.safetensors")
     again = headwise.HeadwiseCache.load(tmp_path / "saved.safetensors", model, "snapkv:keep=0.25,window=4+int8")
-    assert again.report().to_dict() | {"kernel": 0} == cache.report().to_dict() | {"kernel": 0}
+    assert again.report().used_bytes == cache.report().used_bytes and again.policy == cache.policy
     # The budget is its size.
     assert headwise.HeadwiseCache(model, "snapkv", budget=12).policy == headwise.SnapKV(keep=12)
 
@@ -49,7 +49,7 @@ def test_the_command_line_takes_the_same_words(headwise_command):
     words = ("generate", "--prompt", "Who?", "--max-new-tokens", 2, "--json")
     one = headwise_command(*words, "--policy", "snapkv:keep=0.25,window=4").json
     other = headwise_command(*words, "--policy", "snapkv", "--set", "keep=0.25", "--set", "window=4").json
-    assert one["policy"] == other["policy"] and one["token_ids"] == other["token_ids"]
+    assert one["policy"] == other["policy"] and one["text"] == other["text"]
     both = headwise_command(*words, "--policy", "snapkv:keep=0.25", "--set", "window=4")
     assert_one_line(both, "--set and --recovery go with a name")
 

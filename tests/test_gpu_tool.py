@@ -161,7 +161,7 @@ def test_memory(monkeypatch):
     assert full["allocator_bytes"] == full["reported_bytes"] > 2 * quarter["reported_bytes"]
     # A report that leaves something out.
     monkeypatch.setattr(memory, "_PER_LAYER", 0)
-    monkeypatch.setattr("headwise.report.report.storage_bytes", lambda tensors: 1)
+    monkeypatch.setattr("headwise.report.layer_report.storage_bytes", lambda tensors: 1)
     found = outcome_of(cases[0])
     assert found["outcome"] == FAILED and found["figures"]["reported_bytes"] < full["reported_bytes"]
 

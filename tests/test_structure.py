@@ -108,6 +108,7 @@ def test_only_hosts_and_their_users_import_transformers():
         "cli/",
         "eval/",
         "training/",
+        "viewer/",
     )
     assert not {p for p in outside if not p.startswith(users)}
 

@@ -38,3 +38,13 @@ def test_a_figure_that_is_wider_than_the_console_has_a_table_of_its_own():
     text, tables = printed(12)
     assert tables == len(COLUMNS) - 1
     assert max(map(len, text.splitlines())) <= 12
+
+
+def test_a_long_name_is_broken_and_not_cut():
+    console = Console(file=io.StringIO(), width=60)
+    name = "auto:ratio=0.0625,gate=true,of=prompt+match:ahead=0"
+    for table in figures_tables(("policy", "kl", "kept"), [[name, "0.0081", "6.2%, 2.81 MiB"]], console):
+        console.print(table)
+    lines = console.file.getvalue().splitlines()
+    assert "".join(line.split("  ")[0].strip() for line in lines if "─" not in line).removeprefix("policy") == name
+    assert max(map(len, lines)) <= 60 and "0.0081" in console.file.getvalue()

@@ -11,7 +11,7 @@ import typer
 
 from headwise.cli import options
 from headwise.cli.exit_codes import INTERRUPTED
-from headwise.cli.tables import message, output, plain_table
+from headwise.cli.tables import figures_tables, message, output
 from headwise.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -117,23 +117,27 @@ def _show(loads: list[Load], found: dict[tuple[str, str], list[dict[str, Any]]])
 
     for load in loads:
         size = f"{load.requests} x {load.prompt} + {load.new} tokens, {load.cache} MiB"
-        columns = ("at once", "preempted", "cache used", "tokens/s", "first token, s", "per token, ms", "step, ms")
+        columns = ("", "at once", "preempted", "cache used", "tokens/s", "first token, s", "per token, ms", "step, ms")
         message(f"\n{load.name}: {size}\n")
-        table = plain_table("", *columns)
+        rows = []
         kinds = {STOCK: "vLLM alone", PLAIN: "with headwise, plain requests", COMPRESSED: "with headwise, compressed"}
         for kind, words in kinds.items():
             if (load.name, kind) not in found:
                 continue
             own = summary(found[load.name, kind])
             step = "" if own["step"] is None else f"{1000 * own['step']:.1f}"
-            table.add_row(
-                words,
-                f"{own['at_once']:.0f}",
-                f"{own['preemptions']:.0f}",
-                f"{100 * (own['usage'] or 0):.0f} %",
-                f"{own['tokens_per_second']:.1f}",
-                f"{own['first_token']:.1f}",
-                f"{1000 * (own['per_token'] or 0):.0f}",
-                step,
+            rows.append(
+                [
+                    words,
+                    f"{own['at_once']:.0f}",
+                    f"{own['preemptions']:.0f}",
+                    f"{100 * (own['usage'] or 0):.0f} %",
+                    f"{own['tokens_per_second']:.1f}",
+                    f"{own['first_token']:.1f}",
+                    f"{1000 * (own['per_token'] or 0):.0f}",
+                    step,
+                ]
             )
-        output().print(table)
+        console = output()
+        for table in figures_tables(columns, rows, console):
+            console.print(table)

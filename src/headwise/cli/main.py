@@ -13,6 +13,7 @@ import typer
 
 from headwise.cli.bench import bench
 from headwise.cli.bench_vllm import bench_vllm
+from headwise.cli.chat import chat
 from headwise.cli.compare import compare
 from headwise.cli.doctor import doctor
 from headwise.cli.eval import evaluations
@@ -59,6 +60,7 @@ def _options(
 
 
 app.command()(generate)
+app.command()(chat)
 app.command()(profile)
 app.command()(inspect)
 app.command()(fit)

@@ -6,9 +6,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from headwise.cli.tables import message
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[Callable[[], None]]:
+    """On a terminal, words and how long it has been, until what is given is called or the block ends; else nothing."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    bar = Progress(*columns, console=console, transient=True)
+    bar.add_task(what, total=None)
+    bar.start()
+    try:
+        # What is stopped twice stays stopped.
+        yield bar.stop
+    finally:
+        bar.stop()
 
 
 @contextmanager

@@ -11,6 +11,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+# Characters that a name has in any console before it is broken; a third of wide ones.
+_LEAST_NAME = 12
+
 # A pipe has no width; this one holds the longest rule names.
 _PIPE_WIDTH = 120
 
@@ -46,14 +49,14 @@ def plain_table(*columns: str) -> Table:
 def figures_tables(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], console: Console) -> list[Table]:
     """Names and figures, the first column being the names: one table, or several where it is too wide.
 
-    So nothing is cut, unless a single figure beside its name is wider than the console.
+    So nothing is cut. Names that take more than a third of the console are broken.
     """
     tables, begin = [], 1
     while begin < len(columns):
         end = len(columns)
-        while end > begin + 1 and _width(_figures(columns, rows, begin, end), console) > console.width:
+        while end > begin + 1 and _width(_figures(columns, rows, begin, end, console.width), console) > console.width:
             end -= 1
-        tables.append(_figures(columns, rows, begin, end))
+        tables.append(_figures(columns, rows, begin, end, console.width))
         begin = end
     return tables
 
@@ -73,9 +76,9 @@ def facts_table(*columns: str) -> Table:
     return table
 
 
-def _figures(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], begin: int, end: int) -> Table:
+def _figures(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], begin: int, end: int, width: int) -> Table:
     table = plain_table()
-    table.add_column(columns[0], no_wrap=True)
+    table.add_column(columns[0], overflow="fold", max_width=max(_LEAST_NAME, width // 3))
     for column in columns[begin:end]:
         table.add_column(column, no_wrap=True, justify="right")
     for name, *figures in rows:

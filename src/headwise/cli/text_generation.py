@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from headwise.cli.progress import waiting
 from headwise.cli.streaming import TextStream
 from headwise.errors import ConfigurationError, InputError
 
@@ -83,17 +84,23 @@ def generate_text(
     import torch
 
     ids = ids.to(model.device)
-    stream = TextStream(tokenizer, write)
     torch.manual_seed(sampling.seed)
     started = time.perf_counter()
     try:
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            streamer=stream,
-            **sampling.options(),
-        )
+        with waiting(f"reading {ids.shape[-1]:,} tokens") as arrived:
+
+            def pass_on(piece: str) -> None:
+                arrived()
+                write(piece)
+
+            stream = TextStream(tokenizer, pass_on)
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                streamer=stream,
+                **sampling.options(),
+            )
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"out of memory with {ids.shape[-1]} prompt tokens; try --prefill-chunk, --dtype bfloat16 or less text"
