@@ -23,12 +23,12 @@ CONTRACT_TESTS := $(addprefix tests/test_,generate_matrix.py contract_*.py persi
 PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --durations=30
 SHAPES := --jaxtyping-packages=headwise,beartype.beartype
 
-.PHONY: demo test test-all test-oldest soak check check-memory format results model gpu site test-notebooks release-check test-browser vllm test-vllm serve-vllm serve-vllm-measured clean
+.PHONY: demo test test-all test-oldest soak check check-memory format results model gpu site test-notebooks release-check tested-with test-browser vllm test-vllm serve-vllm serve-vllm-measured clean
 
 demo: model
 	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
 	$(BIN)/headwise generate --file - --prompt "What does this text explain?" \
-		--policy fastgen --recovery 0.95 --max-new-tokens 120 --png headwise-demo.png
+		--max-new-tokens 120 --png headwise-demo.png
 
 # Shapes are checked in a run of its own: the rest would take twice as long with the package instrumented.
 test: model
@@ -100,6 +100,10 @@ site: $(VENV)/.ready
 test-notebooks: model
 	$(BIN)/python -m pip $(PIP_INSTALL) "nbmake>=1.5" "ipykernel>=6"
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 examples
+
+# Releases of everything that the tests have passed with; commit it with a release.
+tested-with: $(VENV)/.ready
+	$(BIN)/python -m pip freeze --exclude-editable > tests/tested-with.txt
 
 # The wheel, and whether it alone does what the tutorial says.
 release-check: model
