@@ -28,7 +28,9 @@ SHAPES := --jaxtyping-packages=headwise,beartype.beartype
 demo: model
 	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
 	$(BIN)/headwise generate --file - --prompt "What does this text explain?" \
-		--max-new-tokens 120 --png headwise-demo.png
+		--max-new-tokens 120
+	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
+	$(BIN)/headwise inspect --file - --prompt "What does this text explain?" --max-new-tokens 40 --out headwise-demo.html
 
 # Shapes are checked in a run of its own: the rest would take twice as long with the package instrumented.
 test: model

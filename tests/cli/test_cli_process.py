@@ -72,3 +72,10 @@ finally:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "[]\n")
     assert "generate" in done.stdout
+
+
+def test_shells_complete_commands():
+    asked = {"_HEADWISE_COMPLETE": "complete_bash", "COMP_WORDS": "headwise in", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "headwise.cli.main"]
+    done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["inspect"], "")

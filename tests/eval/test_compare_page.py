@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -143,9 +144,21 @@ def test_interrupted_run_has_a_page_and_is_continued(command, compared, tmp_path
     ]
 
 
+def test_heads_are_a_page_beside_it(command, tmp_path):
+    answer = call(*command, "--heads", "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    (link,) = parsed(tmp_path / "out" / "compare.html").findall("body/p/a")
+    text = (tmp_path / "out" / link.get("href")).read_text(encoding="utf-8")
+    panels = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL).group(1))["panels"]
+    assert [panel["policy"].partition("(")[0] for panel in panels] == ["SnapKV", "FastGen"]
+    # At the first size, of the passage whose fidelity is measured.
+    assert "keep=0.5" in panels[0]["policy"] and {panel["prompt"] for panel in panels} == {60}
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("--heads", "--server", "http://localhost:1"), "neither --ray nor --server"),
         (("--tasks", "nothing"), "unknown task 'nothing'"),
         (("--budgets", "x"), "a budget in bytes is a number"),
         (("--policies", "snapvk"), "unknown policy 'snapvk'"),

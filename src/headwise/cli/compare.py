@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,10 +22,19 @@ from headwise.cli.eval_options import (
 )
 from headwise.cli.eval_run import present, run_tasks
 from headwise.cli.tables import message
+from headwise.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from headwise.eval.contenders import Contender
 
 _POLICIES = "streamingllm,h2o,snapkv,adakv,kvzip,fastgen"
 _BUDGETS = "0.5,0.25,0.1"
 _TASKS = "fidelity,recall"
+
+# The page that shows heads; tokens of its answer, and how often the cache is looked at.
+_HEADS, _SHOWN_TOKENS, _MOMENTS = "heads.html", 32, 5
 
 
 PolicySpecs = Annotated[
@@ -64,13 +73,24 @@ Items = Annotated[
 Rounds = Annotated[int, typer.Option(metavar="N", help="Rounds that speed is timed in.", rich_help_panel=WORKLOAD)]
 
 
+Heads = Annotated[
+    bool,
+    typer.Option(
+        help="Show too which tokens every head holds of the first passage, under the first two policies at their "
+        "first sizes: heads.html, as `headwise inspect` makes it.",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """What is to be compared: tasks, and words for `make_contenders`."""
+    """What is to be compared: tasks, words for `make_contenders`, and whether heads are to be shown."""
 
     tasks: list[Any]
     policies: list[str] | None
     budgets: list[str]
+    heads: bool = False
 
 
 def _compare(asked: Comparison, given: RunOptions) -> None:
@@ -80,12 +100,53 @@ def _compare(asked: Comparison, given: RunOptions) -> None:
     from headwise.report.picture import check_matplotlib
 
     check_matplotlib()
+    if asked.heads:
+        _check_heads(given)
     specs = [*(asked.policies or []), *(given.policy or [])] or split_specs(_POLICIES)
     contenders = make_contenders(specs, not given.no_random, given.seed, asked.budgets)
     results = run_tasks(asked.tasks, contenders, given)
-    page, *_ = write_comparison(results.to_dict(), given.out)
+    links = {}
+    if asked.heads and not results.interrupted:
+        links["What every head holds"] = _show_heads(asked, contenders, given)
+    page, *_ = write_comparison(results.to_dict(), given.out, links)
     message(f"page: {page}\n")
     present(results, given)
+
+
+def _check_heads(given: RunOptions) -> None:
+    """Refuse to begin what could not be shown at the end."""
+    if given.ray or given.ray_address is not None or given.server is not None:
+        raise ConfigurationError("--heads needs the model in this process; it goes with neither --ray nor --server")
+
+
+def _show_heads(asked: Comparison, contenders: Sequence[Contender], given: RunOptions) -> str:
+    """Write the page, and return its name."""
+    from headwise.eval.contenders import PolicyContender
+    from headwise.eval.passages import Passages
+    from headwise.hosts.transformers.cache import HeadwiseCache
+    from headwise.policies import Full
+    from headwise.viewer.page_file import write_page
+    from headwise.viewer.recording import record
+
+    source = given.source()
+    subject = source.load()
+    # There is always one: that of speed.
+    task = next(task for task in asked.tasks if isinstance(task, Passages))
+    ids = task.ids(subject, task.items(subject.tokenizer)[0])[:, : task.context]
+    policies = [c for c in contenders if isinstance(c, PolicyContender) and not isinstance(c.policy, Full)]
+    # Of each policy its first size; the last that is written stays.
+    shown = {contender.series: contender for contender in reversed(policies)}
+    recordings = []
+    for contender in [each for each in policies if shown[each.series] is each][:2]:
+
+        def make(contender: PolicyContender = contender) -> HeadwiseCache:
+            own = {"budget": contender.budget, **subject.options}
+            return HeadwiseCache(subject.model, contender.policy, tokenizer=subject.tokenizer, **own)
+
+        message(f"heads under {contender.label} ...\n")
+        recordings.append(record(subject.model, subject.tokenizer, ids, make, _SHOWN_TOKENS, _MOMENTS))
+    write_page(recordings, source.name, given.out / _HEADS)
+    return _HEADS
 
 
 @with_run_options(_compare)
@@ -102,6 +163,7 @@ def compare(
     rounds: Rounds = 3,
     undo_marks: UndoMarks = False,
     seed: Seed = 0,
+    heads: Heads = False,
 ) -> Comparison:
     """Compare policies at several sizes: quality against bytes and speed, on one page.
 
@@ -122,4 +184,4 @@ def compare(
         undo_marks=undo_marks,
     )
     made = make_tasks([name.strip() for name in tasks.split(",")], workload)
-    return Comparison(made, None if policies is None else split_specs(policies), budgets.split(","))
+    return Comparison(made, None if policies is None else split_specs(policies), budgets.split(","), heads)

@@ -128,21 +128,30 @@ class RunOptions:
             ConfigurationError: for a dtype, device or kernel that there is not, or where Ray is not installed.
         """
         from headwise.eval.executor import LocalExecutor
-        from headwise.eval.model_source import ModelSource
         from headwise.eval.ray_executor import RayExecutor
 
-        check_kernel(self.kernel)
-        dtype = None if parse_dtype(self.dtype) is None else self.dtype
         ray = self.ray or self.ray_address is not None
+        source = self.source()
         if not ray:
             parse_device(self.device)
-        rows = None if parse_dtype(self.cache_dtype) is None else self.cache_dtype
-        source = ModelSource(self.model, dtype, self.device, self.kernel, self.evict_every, rows)
         if self.server is not None:
             return self._of_server(source, ray)
         if not ray:
             return LocalExecutor(source)
         return RayExecutor(source, self.ray_address, self.ray_cpus, self.ray_gpus)
+
+    def source(self) -> ModelSource:
+        """The model and how its caches are made; nothing is loaded yet.
+
+        Raises:
+            ConfigurationError: for a dtype or kernel that there is not.
+        """
+        from headwise.eval.model_source import ModelSource
+
+        check_kernel(self.kernel)
+        dtype = None if parse_dtype(self.dtype) is None else self.dtype
+        rows = None if parse_dtype(self.cache_dtype) is None else self.cache_dtype
+        return ModelSource(self.model, dtype, self.device, self.kernel, self.evict_every, rows)
 
     def _of_server(self, source: ModelSource, ray: bool) -> Executor:
         from headwise.eval.server_executor import ServerExecutor

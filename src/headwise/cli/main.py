@@ -39,7 +39,6 @@ app = typer.Typer(
     name="headwise",
     help="Shrink the KV cache of a Hugging Face language model head by head, and see what it saves.",
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,13 @@ class Picture:
         return f"data:image/png;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
 
 
-def write_comparison(results: dict[str, Any], folder: Path) -> list[Path]:
+def write_comparison(results: dict[str, Any], folder: Path, links: Mapping[str, str] | None = None) -> list[Path]:
     """Write the pictures and the page that has them in it.
 
     Args:
         results: as `results.json` has them.
         folder: where they go; it must exist.
+        links: titles and names of other pages in it.
 
     Returns:
         the files, the page first.
@@ -63,6 +65,7 @@ def write_comparison(results: dict[str, Any], folder: Path) -> list[Path]:
             title=f"headwise compare: {results['model']['name']}",
             setting=describe_setting(results),
             pictures=pictures,
+            links=links or {},
             grids=make_grids(results["summaries"]),
             legend=LEGEND,
             appendix=json.dumps({name: results[name] for name in _APPENDIX}, indent=1),
