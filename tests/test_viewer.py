@@ -124,6 +124,16 @@ def test_pieces_of_broken_bytes_are_what_the_tokenizer_makes_of_them():
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
+def test_a_tokenizer_that_drops_the_first_space_drops_no_other():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "<unk>": 2}, unk_token="<unk>"))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    assert pieces(tokenizer, [0, 1, 1, 0]) == ["one", " two", " two", " one"]
+
+
 def test_the_page_has_everything_and_asks_for_nothing(recording, tmp_path):
     write_page([recording, recording], "a <model>", tmp_path / "heads.html")
     page = (tmp_path / "heads.html").read_text(encoding="utf-8")

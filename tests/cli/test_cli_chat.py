@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,3 +121,18 @@ def test_what_there_is_no_room_for_was_not_said(capsys):
     assert talk.messages == [] and talk.ids == []
     talk.say("Hi")
     assert len(talk.messages) == 2
+
+
+def test_the_end_that_the_model_wrote_is_not_written_again(capsys, monkeypatch):
+    talk = conversation(library.Full())
+    original, end = chat.generate_text, chatty.tokenizer().eos_token_id
+
+    def ended(*arguments):
+        found = original(*arguments)
+        return replace(found, token_ids=[*found.token_ids[:-1], end])
+
+    monkeypatch.setattr(chat, "generate_text", ended)
+    for line in ("Who?", "Where?"):
+        talk.say(line)
+    text = talk.tokenizer.decode(talk.ids)
+    assert text.count("<|im_end|>") == 4 and "<|im_end|><|im_end|>" not in text
