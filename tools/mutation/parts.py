@@ -48,6 +48,9 @@ PYTHON = (
         ("test_rules.py", "test_every_policy.py::test_a_sequence*", "test_profile.py", "test_oracle.py::test_short*"),
     ),
     Part("scored", ("policies/scored.py",), ("test_scored.py", "test_budgets.py", "test_gate.py")),
+    Part("row attention", ("stages/row_attention.py",), ("test_row_attention.py", "test_choose_again_caches.py")),
+    Part("viewer", ("viewer/*.py",), ("test_viewer.py",)),
+    Part("fit", ("measure/fit.py", "measure/sizes.py"), ("test_fit.py",)),
     Part("quant", ("quant/*.py",), ("test_quant*.py", "test_auto.py", "test_cpu_codes.py")),
     Part(
         "reference",
