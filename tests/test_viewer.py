@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 import chatty
 import headwise
@@ -61,6 +62,16 @@ def test_several_sequences_are_refused():
     with torch.no_grad():
         model(tiny.prompt(9, batch=2), past_key_values=cache)
     with pytest.raises(ConfigurationError, match="2 sequences"):
+        Holdings.of(cache)
+
+
+def test_a_model_in_which_nothing_is_compressed_is_refused():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MistralForCausalLM(MistralConfig(vocab_size=32, num_hidden_layers=1, sliding_window=4, **sizes)).eval()
+    cache = headwise.HeadwiseCache(model, headwise.Full())
+    with torch.no_grad():
+        model(torch.ones(1, 9, dtype=torch.long), past_key_values=cache)
+    with pytest.raises(ConfigurationError, match="no heads to show"):
         Holdings.of(cache)
 
 

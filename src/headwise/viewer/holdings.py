@@ -41,9 +41,11 @@ class Holdings:
         """What it holds now.
 
         Raises:
-            ConfigurationError: when it has several sequences.
+            ConfigurationError: when it has several sequences, or no layer of it is compressed.
         """
         layers = [layer.core for layer in cache.headwise_layers]
+        if not layers:
+            raise ConfigurationError("there are no heads to show: no layer of this model is compressed")
         seen, report = cache.get_seq_length(), cache.report()
         parts = [_of_layer(layer, seen) for layer in layers]
         rules = [rule for names in report.rules if names is not None for rule in names[0].tolist()]
