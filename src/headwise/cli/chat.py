@@ -147,8 +147,11 @@ class Conversation:
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
         self.ids = [*ids[0].tolist(), *written]
         report = self.cache.report()
+        if not report.full_bytes:
+            message("[nothing held; what was said is read anew with the next question]\n")
+            return
         held, full = (format_bytes(count) for count in (report.allocated_bytes, report.full_bytes))
-        share = report.allocated_bytes / report.full_bytes if report.full_bytes else 0
+        share = report.allocated_bytes / report.full_bytes
         message(f"[{report.seen_tokens:,} tokens, {held} held of {full} ({share:.0%})]\n")
 
     def _ids_with(self, said: dict[str, str]) -> Tensor:

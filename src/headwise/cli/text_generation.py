@@ -87,7 +87,8 @@ def generate_text(
     torch.manual_seed(sampling.seed)
     started = time.perf_counter()
     try:
-        with waiting(f"reading {ids.shape[-1]:,} tokens") as arrived:
+        new = ids.shape[-1] - int(cache.get_seq_length())
+        with waiting(f"reading {new:,} tokens") as arrived:
 
             def pass_on(piece: str) -> None:
                 arrived()
