@@ -23,7 +23,7 @@ CONTRACT_TESTS := $(addprefix tests/test_,generate_matrix.py contract_*.py persi
 PARALLEL := -n 2 --dist loadscope --no-loadscope-reorder --durations=30
 SHAPES := --jaxtyping-packages=headwise,beartype.beartype
 
-.PHONY: demo test test-all test-oldest soak check check-memory format results model gpu site test-notebooks release-check tested-with test-browser vllm test-vllm serve-vllm serve-vllm-measured clean
+.PHONY: demo test test-all test-oldest soak check check-memory format results model gpu site test-notebooks test-lm-eval release-check tested-with test-browser vllm test-vllm serve-vllm serve-vllm-measured clean
 
 demo: model
 	$(BIN)/python -c "from pydoc_data.topics import topics; print(topics['debugger'])" | \
@@ -102,6 +102,11 @@ site: $(VENV)/.ready
 test-notebooks: model
 	$(BIN)/python -m pip $(PIP_INSTALL) "nbmake>=1.5" "ipykernel>=6"
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 examples
+
+# With the real lm-evaluation-harness, which brings along some forty packages.
+test-lm-eval: $(VENV)/.ready
+	$(BIN)/python -m pip $(PIP_INSTALL) -e ".[lm-eval]"
+	$(BIN)/python -m pytest tests/eval/test_lm_harness.py
 
 # Releases of everything that the tests have passed with; commit it with a release.
 tested-with: $(VENV)/.ready
