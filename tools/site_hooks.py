@@ -44,7 +44,7 @@ def _relinked(text: str, folder: str, here: str) -> str:
         target = path.removeprefix("docs/") if path.startswith("docs/") else _PAGES.get(path)
         return link[0] if target is None else f"]({posixpath.relpath(target, posixpath.dirname(here))}{link[2]})"
 
-    return re.sub(r"\]\((?!\w+:)([^)#\s]+)(#[^)]*)?\)", lambda link: turned(link), text)
+    return re.sub(r"\]\((?!\w+:)([^)#\s]+)(#[^)]*)?\)", turned, text)
 
 
 def commands() -> str:

@@ -12,7 +12,7 @@ import chatty
 import headwise as library
 from headwise.cli import chat
 from headwise.cli.cache_request import CacheRequest
-from headwise.cli.text_generation import Sampling
+from headwise.cli.text_generation import Generated, Sampling
 from headwise.errors import InputError
 
 
@@ -37,8 +37,12 @@ def test_a_conversation_in_lines(headwise):
 
 
 def test_a_word_that_cannot_be_does_not_end_it(headwise):
-    answer = headwise("chat", "--policy", "full", "--max-new-tokens", 2, stdin=b"/policy snapk\nHello\n")
+    answer = headwise(
+        "chat", "--policy", "full", "--max-new-tokens", 2, stdin=b"/policy snapk\n/policy snapkv\nHello\n"
+    )
     assert answer.code == 0 and "error: unknown policy 'snapk'" in answer.err
+    # There is no --set here.
+    assert "needs parameter keep" in answer.err and "--set" not in answer.err
     assert "tokens, " in answer.err and "Traceback" not in answer.err
 
 
@@ -112,6 +116,23 @@ def test_an_answer_that_is_broken_off_stays_said_and_the_next_is_right(capsys, m
     talk.say("Go on.")
     assert talk.cache.get_seq_length() == len(talk.ids) - 1
     assert talk.tokenizer.decode(talk.ids).count("<|im_start|>user") == 2
+
+
+def test_an_answer_that_is_empty_or_stands_elsewhere_leaves_the_template_whole(capsys, monkeypatch):
+    talk = conversation(library.Full(), system="Who? Be brief.")
+    end, answers = chatty.tokenizer().eos_token_id, iter(["", "Who?", "user"])
+
+    def answered(model, tokenizer, ids, cache, sampling, write):
+        write(text := next(answers))
+        return Generated([*tokenizer(text)["input_ids"], end], text, 0.0, 0.0)
+
+    monkeypatch.setattr(chat, "generate_text", answered)
+    for line in ("Who?", "user", "Who?"):
+        talk.say(line)
+    turns = [("system", "Who? Be brief."), ("user", "Who?"), ("assistant", ""), ("user", "user"), ("assistant", "Who?")]
+    turns += [("user", "Who?"), ("assistant", "user")]
+    written = "".join(f"<|im_start|>{role}\n{words}<|im_end|>\n" for role, words in turns)
+    assert talk.tokenizer.decode(talk.ids) == written.removesuffix("\n")
 
 
 def test_what_there_is_no_room_for_was_not_said(capsys):

@@ -90,22 +90,27 @@ class CacheRequest:
 
 def read_cache_request(
     policy: str | None,
-    recovery: float | None,
-    settings: Sequence[str] | None,
-    budget: str | None,
-    bits: str | None,
-    less: bool,
-    less_kernels: Path | None,
-    match: bool,
-    kernel: str,
-    cache_dtype: str,
+    recovery: float | None = None,
+    settings: Sequence[str] | None = None,
+    budget: str | None = None,
+    bits: str | None = None,
+    less: bool = False,
+    less_kernels: Path | None = None,
+    match: bool = False,
+    kernel: str = "auto",
+    cache_dtype: str = "auto",
     evict_every: int = 16,
+    *,
+    set_apart: bool = True,
 ) -> CacheRequest:
     """The options of the command line, in their own types.
 
     Where no policy is named it is `Match(Auto(ratio=0.25))`, without `Match` where LESS is asked for.
 
     Kernels of LESS are read here, before any model is.
+
+    Args:
+        set_apart: whether parameters can be given beside the policy's name; complaints say how they are.
 
     Raises:
         ConfigurationError: for a word or number that cannot be.
@@ -115,11 +120,12 @@ def read_cache_request(
 
     # Who says whether there are to be gates is not asked again.
     recommended = policy is None and not any(s.startswith("gate=") for s in settings or ())
+    in_words = policy is not None and (not set_apart or ":" in policy or "+" in policy)
     if policy is None:
         policy, match = "auto", not (less or less_kernels is not None)
         sized = recovery is not None or budget is not None or any(s.startswith(_SIZES) for s in settings or ())
         settings = [*(settings or ()), *([] if sized else ["ratio=0.25"])]
-    if ":" in policy or "+" in policy:
+    if in_words:
         if settings or recovery is not None:
             raise ConfigurationError(
                 f"--policy {policy} says its parameters itself; --set and --recovery go with a name"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from headwise.cli.cache_request import CacheRequest, read_cache_request
 from headwise.cli.loading import load, parse_device, parse_dtype
 from headwise.cli.prompt import check_fit, encode
 from headwise.cli.tables import message
-from headwise.cli.text_generation import Sampling, generate_text
+from headwise.cli.text_generation import Sampling, any_seed, generate_text
 from headwise.errors import HeadwiseError
 from headwise.units import format_bytes
 
@@ -26,25 +25,23 @@ if TYPE_CHECKING:
     from headwise.hosts.transformers.cache import HeadwiseCache
     from headwise.types import Tensor
 
-_SEEDS = 2**32
 _HELP = """/policy SPEC  go on with another policy; the conversation is read anew
 /report       what the cache holds
 /reset        forget the conversation
 /quit         leave, as does the end of input; Ctrl-C breaks an answer off
 """
 
-MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of an answer at most.")]
-Temperature = Annotated[float, typer.Option(metavar="T", help="0 always takes the likeliest token.")]
-Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Of the draw, for a temperature over 0.")]
+# Stands for an answer where it is asked what a template writes behind it.
+_ANSWER = "\ue000"
 
 
 def chat(
     policy: options.Recommended = None,
     budget: options.Budget = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told first.")] = None,
-    max_new_tokens: MaxNewTokens = 400,
-    temperature: Temperature = 0.0,
-    seed: Seed = None,
+    max_new_tokens: options.MaxNewTokens = 400,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = None,
     model: options.Model = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -54,10 +51,10 @@ def chat(
     """Talk with a model over one compressed cache, and see after every answer what it holds. /help has the commands."""
 
     def request(spec: str | None) -> CacheRequest:
-        return read_cache_request(spec, None, None, budget, None, False, None, False, kernel, cache_dtype)
+        return read_cache_request(spec, budget=budget, kernel=kernel, cache_dtype=cache_dtype, set_apart=False)
 
     asked, where = request(policy), (parse_dtype(dtype), parse_device(device))
-    sampling = Sampling(max_new_tokens, temperature, random.randrange(_SEEDS) if seed is None else seed)
+    sampling = Sampling(max_new_tokens, temperature, any_seed(seed))
     talk = Conversation(*load(model, *where), asked, sampling, system)
     message(f"{talk.cache.policy}; /help for commands\n")
     for line in _lines():
@@ -168,15 +165,14 @@ class Conversation:
         return torch.tensor([[*self.ids, *more]])
 
     def _behind_answer(self, said: dict[str, str]) -> str | None:
-        """What the template writes behind the last answer; None where it does not have that answer as it was given."""
+        """What the template writes behind the last answer; None where it leaves answers out."""
         if self.tokenizer.chat_template is None:
             return f"\n\n{said['content']}\n\n"
-        whole = self._templated([*self.messages, said])
-        answer = self.messages[-1]["content"].strip()
-        at = whole.rfind(answer, 0, whole.rfind(said["content"].strip()))
-        if at < 0:
+        whole = self._templated([*self.messages[:-1], {"role": "assistant", "content": _ANSWER}, said])
+        _, found, behind = whole.rpartition(_ANSWER)
+        if not found:
             return None
-        behind, end = whole[at + len(answer) :], self.tokenizer.decode(self.ids[-1:])
+        end = self.tokenizer.decode(self.ids[-1:])
         # The model wrote the end of its turn itself, unless it was cut short.
         return behind.removeprefix(end) if self.ids[-1] in self.tokenizer.all_special_ids else behind
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from headwise.cli.loading import load, parse_device, parse_dtype
 from headwise.cli.outcome import GenerateResult
 from headwise.cli.prompt import check_fit, read_prompt
 from headwise.cli.tables import heading, message
-from headwise.cli.text_generation import Generated, Sampling, generate_text, stock_memory
+from headwise.cli.text_generation import Generated, Sampling, any_seed, generate_text, stock_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,24 +26,6 @@ if TYPE_CHECKING:
     from headwise.hosts.transformers.cache import HeadwiseCache
     from headwise.types import Tensor
 
-_SEEDS = 2**32
-
-_SAMPLING = "Sampling"
-
-MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="New tokens at most.", rich_help_panel=_SAMPLING)]
-Temperature = Annotated[
-    float, typer.Option(metavar="T", help="0 always takes the likeliest token.", rich_help_panel=_SAMPLING)
-]
-Seed = Annotated[
-    int | None,
-    typer.Option(min=0, metavar="N", help="Of the draw, for a temperature over 0.", rich_help_panel=_SAMPLING),
-]
-PrefillChunk = Annotated[
-    int | None,
-    typer.Option(
-        min=1, metavar="N", help="Give the prompt in pieces of that many tokens.", rich_help_panel=options.MODEL
-    ),
-]
 CompareFull = Annotated[
     bool,
     typer.Option(
@@ -71,15 +52,15 @@ def generate(
     emphasize: Emphasize = None,
     heads: Heads = None,
     alpha: Alpha = None,
-    max_new_tokens: MaxNewTokens = 200,
-    temperature: Temperature = 0.0,
-    seed: Seed = None,
+    max_new_tokens: options.MaxNewTokens = 200,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = None,
     model: options.Model = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     kernel: options.Kernel = "auto",
     cache_dtype: options.CacheDtype = "auto",
-    prefill_chunk: PrefillChunk = None,
+    prefill_chunk: options.PrefillChunk = None,
     compare_full: CompareFull = False,
     json_output: options.Json = False,
     png: options.Png = None,
@@ -94,8 +75,7 @@ def generate(
         policy, recovery, settings, budget, bits, less, less_kernels, match, kernel, cache_dtype, evict_every
     )
     emphasis = read_emphasis(emphasize, heads, alpha)
-    drawn = random.randrange(_SEEDS) if seed is None else seed
-    sampling = Sampling(max_new_tokens, temperature, drawn, prefill_chunk)
+    sampling = Sampling(max_new_tokens, temperature, any_seed(seed), prefill_chunk)
     text = read_prompt(prompt, file)
     if png is not None:
         check_target(png)

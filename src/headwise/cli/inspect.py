@@ -9,7 +9,7 @@ import typer
 
 from headwise.cli import options
 from headwise.cli.cache_request import CacheRequest, read_cache_request
-from headwise.cli.loading import check_kernel, load, parse_device, parse_dtype
+from headwise.cli.loading import load, parse_device, parse_dtype
 from headwise.cli.prompt import check_fit, encode, read_prompt
 from headwise.cli.tables import message
 from headwise.errors import ConfigurationError
@@ -60,7 +60,11 @@ def inspect(
     from headwise.viewer.page_file import write_page
     from headwise.viewer.recording import record
 
-    requests = _requests(policy, kernel, cache_dtype)
+    if policy is not None and len(policy) > 2:
+        raise ConfigurationError(f"at most two policies are shown side by side, got {len(policy)}")
+    # That which `generate` takes where none is named.
+    asked: list[str | None] = [None] if policy is None else [*policy]
+    requests = [read_cache_request(s, kernel=kernel, cache_dtype=cache_dtype, set_apart=False) for s in asked]
     text = read_prompt(prompt, file)
     target = check_target_file(out, "a page")
     where = parse_dtype(dtype), parse_device(device)
@@ -79,15 +83,3 @@ def inspect(
         recordings.append(record(loaded, tokenizer, ids, make, max_new_tokens, moments, told))
     write_page(recordings, model or DEFAULT_MODEL, target)
     message(f"page: {out} ({format_bytes(target.stat().st_size)}); open it in a browser\n")
-
-
-def _requests(specs: list[str] | None, kernel: str, cache_dtype: str) -> list[CacheRequest]:
-    """What caches are made of; that which `generate` makes where no policy is named."""
-    from headwise.policies.words import parse_policy
-
-    if specs is None:
-        return [read_cache_request(None, None, None, None, None, False, None, False, kernel, cache_dtype)]
-    if len(specs) > 2:
-        raise ConfigurationError(f"at most two policies are shown side by side, got {len(specs)}")
-    check_kernel(kernel)
-    return [CacheRequest(parse_policy(spec), None, kernel, parse_dtype(cache_dtype), 16) for spec in specs]

@@ -11,6 +11,7 @@ INPUT = "Input"
 POLICY = "Policy"
 MODEL = "Model"
 OUTPUT = "Output"
+SAMPLING = "Sampling"
 
 Prompt = Annotated[
     str | None,
@@ -158,6 +159,18 @@ EvictEvery = Annotated[
         help="New tokens between two evictions; 1 applies the rules after every token.",
         rich_help_panel=POLICY,
     ),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="New tokens at most.", rich_help_panel=SAMPLING)]
+Temperature = Annotated[
+    float, typer.Option(metavar="T", help="0 always takes the likeliest token.", rich_help_panel=SAMPLING)
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="N", help="Of the draw, for a temperature over 0.", rich_help_panel=SAMPLING),
+]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Give the prompt in pieces of that many tokens.", rich_help_panel=MODEL),
 ]
 Png = Annotated[
     Path | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
     from headwise.types import Tensor
+
+_SEEDS = 2**32
 
 _WORD = re.compile(r"\s*\S*")
 
@@ -51,6 +54,11 @@ class Sampling:
             # A model's own settings may ask for beams, which cannot be streamed.
             "num_beams": 1,
         }
+
+
+def any_seed(seed: int | None) -> int:
+    """The seed given, or one drawn where there is none."""
+    return random.randrange(_SEEDS) if seed is None else seed
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headwise.kernels.interface import DecodeRequest, Kernels, Marks, PageView
+from headwise.kernels.interface import Checked, DecodeRequest, Kernels, Marks, PageView
 from headwise.store.store import RowStore
 from headwise.types import Bool, Float, Int, LogitOptions, Tensor
 
@@ -62,8 +62,13 @@ class RowAttention:
         views, first = self.store.held_view(), min(self.seen, int(columns.min()))
         if self.marks is not None:
             return 0, views
-        columns_of = [view.columns for view in views if view.columns is not None]
-        return first, [replace(v, columns=(own - first).clamp(min=0)) for v, own in zip(views, columns_of, strict=True)]
+        counted: list[PageView] = []
+        for view in views:
+            assert view.columns is not None
+            # Looked at once, though every head of a group asks.
+            own = replace(view, columns=(view.columns - first).clamp(min=0))
+            counted.append(own.known_by(Checked()))
+        return first, counted
 
     def _of_head(self, request: DecodeRequest, g: int) -> Float[Tensor, "b h r n"]:
         own, options, marks = slice(g, g + 1), request.options, None
