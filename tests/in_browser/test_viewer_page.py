@@ -71,6 +71,7 @@ def test_a_head_shows_the_tokens_that_it_holds_and_how(page, recordings):
     ways = dict(zip(held.tolist(), shown, strict=True))
     assert len(set(ways.values())) == len(ways) > 2 and shown == [ways[how] for how in held.tolist()]
     said = panel.locator(".said").inner_text()
+    assert f"{100 * recordings[0].attention[0][2]:.0f} % of the attention" in said
     assert (
         said.startswith("Layer 1, head 0 (scored)") and f"{(held != 0).sum()} of {recordings[0].prompt} tokens" in said
     )
@@ -101,7 +102,11 @@ def test_the_slider_goes_through_the_answer(page, recordings):
     assert page.locator("#moment-said").inner_text() == "after 19 tokens of the answer"
 
 
-def test_words_are_found_and_gone_through(page):
+def test_words_are_found_and_gone_through(page, recordings):
+    # Wherever they are, however near to one another.
+    page.locator("#find").fill("o")
+    assert page.locator("#found").inner_text() == f"1 of {''.join(recordings[0].pieces).lower().count('o')}"
+    page.keyboard.press("Escape")
     page.keyboard.press("/")
     page.keyboard.type("WHERE")
     assert page.locator("#found").inner_text() == "1 of 1"

@@ -113,6 +113,8 @@ function start(data) {
   function showAll() {
     Object.assign(state, { cell: null, token: null });
     byId("find").value = "";
+    // So that the next key is one of the page's.
+    byId("find").blur();
     find("");
   }
 
